@@ -1,0 +1,215 @@
+"""Llama3Model: the documented pipeline model over the shared decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import mlx.core as mx
+
+from mlx_vlm_pipes.architectures.llama3.model_config import Llama3Config, bounded_max_seq_len
+from mlx_vlm_pipes.architectures.llama3.weight_adapters import LAYOUTS
+from mlx_vlm_pipes.config import KVCacheConfig, KVCacheParams, PipelineConfig
+from mlx_vlm_pipes.contexts import TextContext
+from mlx_vlm_pipes.dtypes import Device, DeviceRef, DType
+from mlx_vlm_pipes.hf_config import AutoConfig, lookup, require_int
+from mlx_vlm_pipes.interfaces import (
+    Buffer,
+    InferenceSession,
+    LogProbabilitiesMixin,
+    Model,
+    ModelInputs,
+    ModelOutputs,
+    PipelineModelWithKVCache,
+    ReturnHiddenStates,
+    ReturnLogits,
+    require_inputs,
+)
+from mlx_vlm_pipes.kv_cache import KVCacheInputs
+from mlx_vlm_pipes.nn.language_model import LanguageModel
+from mlx_vlm_pipes.nn.loading import LANGUAGE, canonical_state, load_decoder, part
+from mlx_vlm_pipes.nn.ragged import flat_tokens, row_offsets, single_replica
+from mlx_vlm_pipes.weights import Weights, WeightsAdapter
+
+
+@dataclass
+class Llama3Inputs(ModelInputs):
+    """One step's inputs.
+
+    tokens int32 [T]; input_row_offsets uint32 [B + 1]; return_n_logits int64 [1]. The LoRA
+    fields group the rows by adapter (spec, section 1.10); all None without LoRA.
+    """
+
+    tokens: Buffer
+    input_row_offsets: Buffer
+    signal_buffers: list[Buffer]
+    return_n_logits: Buffer
+    lora_grouped_offsets: Buffer | None = None
+    num_active_loras: Buffer | None = None
+    lora_end_idx: Buffer | None = None
+    batch_seq_len: Buffer | None = None
+    lora_ids_kv: Buffer | None = None
+    lora_grouped_offsets_kv: Buffer | None = None
+    data_parallel_splits: Buffer | Sequence[Sequence[int]] | None = None
+
+    @property
+    def buffers(self) -> tuple[Buffer, ...]:
+        """Everything but the LoRA tensors, in the documented order."""
+        splits = self.data_parallel_splits
+        if splits is None:
+            middle = list(self.signal_buffers)
+        elif isinstance(splits, mx.array):
+            middle = [splits]
+        else:
+            middle = [mx.array([n for replica in splits for n in replica], dtype=mx.int64)]
+        cache = self.kv_cache_inputs.flatten() if self.kv_cache_inputs is not None else []
+        return (self.tokens, self.input_row_offsets, self.return_n_logits, *middle, *cache)
+
+
+class LlamaModelBase(LogProbabilitiesMixin, PipelineModelWithKVCache[TextContext]):
+    """What Llama and OLMo share; `norm_method` tells them apart."""
+
+    config_class = Llama3Config
+    norm_method: Literal["rms_norm"] | Literal["layer_norm"]
+    attention_bias: bool = False
+    state_dict: dict[str, Any]
+    model: Model
+
+    def __init__(
+        self,
+        pipeline_config: PipelineConfig,
+        session: InferenceSession,
+        devices: list[Device],
+        kv_cache_config: KVCacheConfig,
+        weights: Weights,
+        adapter: WeightsAdapter | None = None,
+        return_logits: ReturnLogits = ReturnLogits.LAST_TOKEN,
+        return_hidden_states: ReturnHiddenStates = ReturnHiddenStates.NONE,
+    ) -> None:
+        super().__init__(
+            pipeline_config,
+            session,
+            devices,
+            kv_cache_config,
+            weights,
+            adapter,
+            return_logits,
+            return_hidden_states,
+        )
+        self.model = self.load_model(session)
+
+    @classmethod
+    def calculate_max_seq_len(
+        cls, pipeline_config: PipelineConfig, huggingface_config: AutoConfig
+    ) -> int:
+        """Raises: ConfigError if max_length exceeds the model's limit."""
+        limit = require_int(huggingface_config, "max_position_embeddings")
+        kind = lookup(huggingface_config, "model_type", default="llama")
+        return bounded_max_seq_len(kind, limit, pipeline_config.model.max_length)
+
+    @classmethod
+    def get_kv_params(
+        cls,
+        huggingface_config: AutoConfig,
+        pipeline_config: PipelineConfig,
+        devices: list[DeviceRef],
+        kv_cache_config: KVCacheConfig,
+        cache_dtype: DType,
+    ) -> KVCacheParams:
+        return cls.config_class.construct_kv_params(
+            huggingface_config, pipeline_config, devices, kv_cache_config, cache_dtype
+        )
+
+    def load_model(self, session: InferenceSession) -> Model:
+        """Read the weights through the adapter, build the decoder, install and evaluate."""
+        cfg = self.huggingface_config
+        state = canonical_state(self.weights, self.adapter, LAYOUTS, self.pipeline_config)
+        state = part(state, LANGUAGE)
+        config = self.config_class.initialize(self.pipeline_config)
+        config.finalize(
+            cfg,
+            state,
+            self.return_logits,
+            self.return_hidden_states,
+            self.norm_method,
+            self.attention_bias,
+        )
+        self.model_config = config
+        decoder, loaded = load_decoder(session, config.decoder_config(), state)
+        self.state_dict = dict(loaded.weights)
+        self.language = LanguageModel(
+            decoder,
+            self.kv_params,
+            self.return_logits,
+            self.return_hidden_states,
+            compile=session.compile,
+        )
+        return Model(self.language, loaded.weights)
+
+    def prepare_initial_token_inputs(
+        self,
+        replica_batches: Sequence[Sequence[TextContext]],
+        kv_cache_inputs: KVCacheInputs[Buffer, Buffer] | None = None,
+        return_n_logits: int = 1,
+    ) -> Llama3Inputs:
+        single_replica(replica_batches, self.pipeline_config.model.data_parallel_degree)
+        contexts = [context for batch in replica_batches for context in batch]
+        return Llama3Inputs(
+            tokens=flat_tokens(contexts),
+            input_row_offsets=row_offsets(contexts),
+            signal_buffers=self.signal_buffers,
+            return_n_logits=mx.array([return_n_logits]),
+            kv_cache_inputs=kv_cache_inputs,
+        )
+
+    def execute(self, model_inputs: ModelInputs) -> ModelOutputs:
+        """One step. Raises: TypeError for other inputs, ConfigError without a cache."""
+        require_inputs(model_inputs, Llama3Inputs)
+        assert isinstance(model_inputs, Llama3Inputs)
+        return self.model(
+            model_inputs.tokens,
+            model_inputs.input_row_offsets,
+            model_inputs.return_n_logits,
+            model_inputs.kv_cache_inputs,
+        )
+
+    def prepare_next_token_inputs(
+        self, next_tokens: Buffer, prev_model_inputs: ModelInputs
+    ) -> Llama3Inputs:
+        """The decode step's inputs, lazily: next_tokens [B] becomes the tokens."""
+        if not isinstance(prev_model_inputs, Llama3Inputs):
+            raise TypeError(f"expected Llama3Inputs, got {type(prev_model_inputs).__name__}")
+        return replace(
+            prev_model_inputs,
+            tokens=next_tokens,
+            input_row_offsets=mx.arange(next_tokens.shape[0] + 1, dtype=mx.uint32),
+        )
+
+
+class Llama3Model(LlamaModelBase):
+    """Llama, Mistral, Granite and Phi-3: RMS norm."""
+
+    norm_method: Literal["rms_norm"] | Literal["layer_norm"] = "rms_norm"
+
+    def __init__(
+        self,
+        pipeline_config: PipelineConfig,
+        session: InferenceSession,
+        devices: list[Device],
+        kv_cache_config: KVCacheConfig,
+        weights: Weights,
+        adapter: WeightsAdapter | None = None,
+        return_logits: ReturnLogits = ReturnLogits.LAST_TOKEN,
+        return_hidden_states: ReturnHiddenStates = ReturnHiddenStates.NONE,
+    ) -> None:
+        super().__init__(
+            pipeline_config,
+            session,
+            devices,
+            kv_cache_config,
+            weights,
+            adapter,
+            return_logits,
+            return_hidden_states,
+        )

@@ -1,0 +1,351 @@
+"""Llama3Config: what the dense decoder of Llama, Mistral, Granite, Phi-3 and OLMo reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from mlx_vlm_pipes.config import (
+    KVCacheConfig,
+    KVCacheParams,
+    MAXModelConfig,
+    PipelineConfig,
+    upper_bounded_default,
+    weights_format,
+)
+from mlx_vlm_pipes.dtypes import DeviceRef, DType
+from mlx_vlm_pipes.errors import ConfigError
+from mlx_vlm_pipes.hf_config import (
+    AutoConfig,
+    head_dim,
+    lookup,
+    require,
+    require_int,
+    rope_dictionary,
+    rope_theta,
+    text_config,
+    tie_flag,
+)
+from mlx_vlm_pipes.interfaces import ArchConfigWithKVCache, ReturnHiddenStates, ReturnLogits
+from mlx_vlm_pipes.nn.activations import activation
+from mlx_vlm_pipes.nn.decoder import DecoderConfig
+from mlx_vlm_pipes.nn.rope import (
+    Llama3RopeScalingParams,
+    LongRoPEScalingParams,
+    RopeSpec,
+    read_rope_scaling,
+)
+from mlx_vlm_pipes.quantization import (
+    LoRAConfig,
+    QuantConfig,
+    QuantizationConfig,
+    QuantizationEncoding,
+)
+from mlx_vlm_pipes.weights import WeightData
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+NormMethod = Literal["rms_norm", "layer_norm"]
+
+
+@dataclass(kw_only=True)
+class Llama3Config(ArchConfigWithKVCache):
+    """What the decoder reads. Sizes in elements, lengths in tokens.
+
+    The fields below `data_parallel_degree` are ours; the documented ones stand above.
+    """
+
+    hidden_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    num_hidden_layers: int
+    rope_theta: float
+    rope_scaling_params: Llama3RopeScalingParams | None
+    max_seq_len: int
+    intermediate_size: int
+    interleaved_rope_weights: bool
+    vocab_size: int
+    dtype: DType
+    model_quantization_encoding: QuantizationEncoding | None
+    quantization_config: QuantizationConfig | None
+    kv_params: KVCacheParams
+    return_logits: ReturnLogits = ReturnLogits.LAST_TOKEN
+    norm_method: NormMethod = "rms_norm"
+    norm_dtype: DType | None = None
+    attention_bias: bool = False
+    rms_norm_eps: float | None = None
+    tie_word_embeddings: bool = False
+    stacked_mlp: bool = False
+    stacked_qkv: bool = False
+    attention_multiplier: float
+    embedding_multiplier: float
+    residual_multiplier: float
+    devices: list[DeviceRef]
+    clip_qkv: float | None
+    quant_config: QuantConfig | None = None
+    lora_config: LoRAConfig | None = None
+    longrope_scaling_params: LongRoPEScalingParams | None = None
+    logits_scaling: float = 1.0
+    return_hidden_states: ReturnHiddenStates = ReturnHiddenStates.NONE
+    use_subgraphs: bool = True
+    data_parallel_degree: int = 1
+    partial_rotary_factor: float = 1.0
+    sliding_window: int | None = None
+    sliding_layers: tuple[bool, ...] | None = None
+    output_bias: bool = False  # bias of o_proj, found in finalize
+    mlp_bias: bool = False  # found in finalize
+    hidden_act: str = "silu"
+    qk_norm: bool = False
+    mrope_section: tuple[int, ...] | None = None
+
+    @classmethod
+    def initialize(
+        cls, pipeline_config: PipelineConfig, model_config: MAXModelConfig | None = None
+    ) -> Self:
+        model_config = model_config or pipeline_config.model
+        config = model_config.require_huggingface_config()
+        return cls.initialize_from_config(pipeline_config, config, model_config)
+
+    @classmethod
+    def initialize_from_config(
+        cls,
+        pipeline_config: PipelineConfig,
+        huggingface_config: AutoConfig,
+        model_config: MAXModelConfig | None = None,
+    ) -> Self:
+        """From a text configuration.
+
+        Raises: ConfigError for missing keys, a rope type or activation that we do not have, or
+        an encoding that is not resolved yet.
+        """
+        model_config = model_config or pipeline_config.model
+        cfg = huggingface_config
+        devices = model_config.devices
+        llama3, longrope = _rope_scaling(cfg)
+        window, window_layers = _sliding_window(cfg)
+        activation(lookup(cfg, "hidden_act", default="silu"))  # refuse unknown ones here
+        return cls(
+            hidden_size=require_int(cfg, "hidden_size"),
+            num_attention_heads=require_int(cfg, "num_attention_heads"),
+            num_key_value_heads=_num_kv_heads(cfg),
+            num_hidden_layers=require_int(cfg, "num_hidden_layers"),
+            rope_theta=rope_theta(cfg),
+            rope_scaling_params=llama3,
+            longrope_scaling_params=longrope,
+            max_seq_len=cls.calculate_max_seq_len(pipeline_config, cfg, model_config),
+            intermediate_size=require_int(cfg, "intermediate_size"),
+            interleaved_rope_weights=_is_interleaved(model_config),
+            vocab_size=require_int(cfg, "vocab_size"),
+            dtype=model_config.dtype,
+            model_quantization_encoding=model_config.graph_quantization_encoding,
+            quantization_config=model_config._quant,
+            kv_params=cls.construct_kv_params(
+                cfg, pipeline_config, devices, model_config.kv_cache, model_config.cache_dtype
+            ),
+            attention_multiplier=cls.calculate_attention_multiplier(cfg),
+            embedding_multiplier=float(lookup(cfg, "embedding_multiplier", default=1.0)),
+            residual_multiplier=float(lookup(cfg, "residual_multiplier", default=1.0)),
+            logits_scaling=float(lookup(cfg, "logits_scaling", default=1.0)),
+            devices=devices,
+            clip_qkv=lookup(cfg, "clip_qkv"),
+            lora_config=pipeline_config.lora,
+            use_subgraphs=model_config.use_subgraphs,
+            data_parallel_degree=model_config.data_parallel_degree,
+            partial_rotary_factor=_partial_rotary_factor(cfg),
+            sliding_window=window,
+            sliding_layers=window_layers,
+            hidden_act=lookup(cfg, "hidden_act", default="silu"),
+            mrope_section=_mrope_section(cfg),
+        )
+
+    def finalize(
+        self,
+        huggingface_config: AutoConfig,
+        state_dict: dict[str, WeightData],
+        return_logits: ReturnLogits,
+        return_hidden_states: ReturnHiddenStates = ReturnHiddenStates.NONE,
+        norm_method: NormMethod = "rms_norm",
+        attention_bias: bool = False,
+    ) -> None:
+        """Read what only the weights can say. Looks at names and dtypes, never at values.
+
+        Raises: ConfigError when rms_norm_eps is missing, or a quantisation method is unknown.
+        """
+        names = decoder_names(state_dict)
+        self.return_logits = return_logits
+        self.return_hidden_states = return_hidden_states
+        self.norm_method = norm_method
+        norm = names.get("layers.0.input_layernorm.weight")
+        self.norm_dtype = None if norm is None else norm.dtype
+        self.rms_norm_eps = None
+        if norm_method == "rms_norm":
+            exaone = lookup(huggingface_config, "model_type") == "exaone"
+            key = "layer_norm_epsilon" if exaone else "rms_norm_eps"
+            self.rms_norm_eps = float(require(huggingface_config, key))
+        attention = "layers.0.self_attn."
+        biases = {f"{attention}q_proj.bias", f"{attention}qkv_proj.bias"}
+        said = lookup(huggingface_config, "attention_bias", default=False)
+        self.attention_bias = bool(attention_bias or said or biases & names.keys())
+        self.output_bias = f"{attention}o_proj.bias" in names
+        self.mlp_bias = "layers.0.mlp.down_proj.bias" in names
+        self.qk_norm = f"{attention}q_norm.weight" in names
+        self.stacked_qkv = f"{attention}qkv_proj.weight" in names
+        self.stacked_mlp = "layers.0.mlp.gate_up_proj.weight" in names
+        tied = tie_flag(huggingface_config, text_config(huggingface_config))
+        has_head = "lm_head.weight" in names
+        self.tie_word_embeddings = bool(tied) or not has_head
+
+    @staticmethod
+    def calculate_attention_multiplier(huggingface_config: AutoConfig) -> float:
+        """The scale of the scores: `attention_multiplier`, else 1 / sqrt(head_dim)."""
+        given = lookup(huggingface_config, "attention_multiplier")
+        return float(given) if given is not None else head_dim(huggingface_config) ** -0.5
+
+    @staticmethod
+    def calculate_max_seq_len(
+        pipeline_config: PipelineConfig,
+        huggingface_config: AutoConfig,
+        model_config: MAXModelConfig | None = None,
+    ) -> int:
+        """The model's own limit, or the smaller one asked for. Raises: ConfigError above it."""
+        model_config = model_config or pipeline_config.model
+        limit = require_int(huggingface_config, "max_position_embeddings")
+        kind = lookup(huggingface_config, "model_type", default="llama")
+        return bounded_max_seq_len(kind, limit, model_config.max_length)
+
+    @staticmethod
+    def construct_kv_params(
+        huggingface_config: AutoConfig,
+        pipeline_config: PipelineConfig,
+        devices: list[DeviceRef],
+        kv_cache_config: KVCacheConfig,
+        cache_dtype: DType,
+    ) -> KVCacheParams:
+        return kv_cache_config.to_params(
+            dtype=cache_dtype,
+            n_kv_heads=_num_kv_heads(huggingface_config),
+            head_dim=Llama3Config.get_head_dim(huggingface_config),
+            num_layers=Llama3Config.get_num_layers(huggingface_config),
+            devices=devices,
+            data_parallel_degree=pipeline_config.model.data_parallel_degree,
+        )
+
+    @staticmethod
+    def get_head_dim(huggingface_config: AutoConfig) -> int:
+        return head_dim(huggingface_config)
+
+    @staticmethod
+    def get_num_layers(huggingface_config: AutoConfig) -> int:
+        return require_int(text_config(huggingface_config), "num_hidden_layers")
+
+    def get_kv_params(self) -> KVCacheParams:
+        return self.kv_params
+
+    def get_max_seq_len(self) -> int:
+        return self.max_seq_len
+
+    def decoder_config(self) -> DecoderConfig:
+        """The same in the terms of the shared decoder."""
+        dim = self.kv_params.head_dim
+        return DecoderConfig(
+            hidden_size=self.hidden_size,
+            intermediate_size=self.intermediate_size,
+            num_layers=self.num_hidden_layers,
+            num_heads=self.num_attention_heads,
+            num_kv_heads=self.num_key_value_heads,
+            head_dim=dim,
+            vocab_size=self.vocab_size,
+            rope=RopeSpec(
+                dims=int(dim * self.partial_rotary_factor),
+                theta=self.rope_theta,
+                interleaved=self.interleaved_rope_weights,
+                llama3=self.rope_scaling_params,
+                longrope=self.longrope_scaling_params,
+                mrope_section=self.mrope_section,
+            ),
+            attention_scale=self.attention_multiplier,
+            norm_eps=self.rms_norm_eps,
+            hidden_act=self.hidden_act,
+            qkv_bias=self.attention_bias,
+            o_bias=self.output_bias,
+            mlp_bias=self.mlp_bias,
+            qk_norm=self.qk_norm,
+            clip_qkv=self.clip_qkv,
+            stacked_qkv=self.stacked_qkv,
+            stacked_mlp=self.stacked_mlp,
+            tie_word_embeddings=self.tie_word_embeddings,
+            embedding_multiplier=self.embedding_multiplier,
+            residual_multiplier=self.residual_multiplier,
+            logits_scaling=self.logits_scaling,
+            sliding_window=self.sliding_window,
+            sliding_layers=self.sliding_layers,
+        )
+
+
+def bounded_max_seq_len(kind: str, limit: int, wanted: int | None) -> int:
+    """Raises: ConfigError naming the architecture and both numbers if wanted exceeds the limit."""
+    try:
+        return upper_bounded_default(limit, wanted)
+    except ConfigError:
+        raise ConfigError(
+            f"{kind}: max_length {wanted} exceeds the model's max_position_embeddings {limit}; "
+            "ask for less"
+        ) from None
+
+
+def decoder_names(state_dict: Mapping[str, WeightData]) -> dict[str, WeightData]:
+    """Keys relative to the decoder: `language_model.`, then `model.`, stripped where present."""
+    return {
+        key.removeprefix("language_model.").removeprefix("model."): value
+        for key, value in state_dict.items()
+    }
+
+
+def _num_kv_heads(cfg: AutoConfig) -> int:
+    heads = require_int(cfg, "num_attention_heads")
+    kv_heads = require_int(cfg, "num_key_value_heads", "num_attention_heads")
+    if heads % kv_heads:
+        raise ConfigError(f"{heads} attention heads do not divide among {kv_heads} KV heads")
+    return kv_heads
+
+
+def _rope_scaling(
+    cfg: AutoConfig,
+) -> tuple[Llama3RopeScalingParams | None, LongRoPEScalingParams | None]:
+    rope = rope_dictionary(cfg)
+    positions = require_int(cfg, "max_position_embeddings")
+    original = lookup(cfg, "original_max_position_embeddings")
+    original = original or rope.get("original_max_position_embeddings") or positions
+    return read_rope_scaling(rope, original, positions)
+
+
+def _partial_rotary_factor(cfg: AutoConfig) -> float:
+    inside = rope_dictionary(cfg).get("partial_rotary_factor")
+    return float(inside or lookup(cfg, "partial_rotary_factor", default=1.0))
+
+
+def _mrope_section(cfg: AutoConfig) -> tuple[int, ...] | None:
+    section = rope_dictionary(cfg).get("mrope_section")
+    return None if section is None else tuple(int(n) for n in section)
+
+
+def _sliding_window(cfg: AutoConfig) -> tuple[int | None, tuple[bool, ...] | None]:
+    """The window in tokens and the layers it holds for (None: all)."""
+    window = lookup(cfg, "sliding_window")
+    if window is None or lookup(cfg, "use_sliding_window", default=True) is False:
+        return None, None
+    types = lookup(cfg, "layer_types")
+    if types is not None:
+        return window, tuple(kind == "sliding_attention" for kind in types)
+    first = lookup(cfg, "max_window_layers")
+    if first is None:
+        return window, None
+    return window, tuple(i >= first for i in range(require_int(cfg, "num_hidden_layers")))
+
+
+def _is_interleaved(model_config: MAXModelConfig) -> bool:
+    """Only GGUF files of Llama keep rotary pairs side by side."""
+    paths = model_config.weight_path
+    return bool(paths) and weights_format(paths) == "gguf" and model_config.rope_type == "normal"

@@ -1,0 +1,7 @@
+"""Tensor names of text checkpoints: Hugging Face, mlx-lm and mlx-vlm spell them nearly alike."""
+
+from __future__ import annotations
+
+from mlx_vlm_pipes.weights.layout import TEXT_LAYOUTS
+
+LAYOUTS = TEXT_LAYOUTS

@@ -1,0 +1,85 @@
+"""Which room serves which checkpoint: a table of strings, imported on demand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from mlx_vlm_pipes.errors import UnsupportedModel
+from mlx_vlm_pipes.hf_config import lookup
+
+_ROOMS = "mlx_vlm_pipes.architectures"
+# room: (model class, processor class)
+_CLASSES = {
+    "llama3": ("Llama3Model", "Llama3Processor"),
+    "idefics3": ("Idefics3Model", "Idefics3Processor"),
+    "pixtral": ("PixtralModel", "PixtralProcessor"),
+    "internvl": ("InternVLModel", "InternVLProcessor"),
+    "qwen2_5vl": ("Qwen2_5VLModel", "Qwen2_5VLProcessor"),
+}
+# name in `architectures` or `model_type` of config.json: room
+_NAMES = {
+    "LlamaForCausalLM": "llama3",
+    "MistralForCausalLM": "llama3",
+    "GraniteForCausalLM": "llama3",
+    "Phi3ForCausalLM": "llama3",
+    "OlmoForCausalLM": "llama3",
+    "llama": "llama3",
+    "mistral": "llama3",
+    "granite": "llama3",
+    "phi3": "llama3",
+    "olmo": "llama3",
+    "Idefics3ForConditionalGeneration": "idefics3",
+    "SmolVLMForConditionalGeneration": "idefics3",
+    "idefics3": "idefics3",
+    "smolvlm": "idefics3",
+    "LlavaForConditionalGeneration": "pixtral",
+    "pixtral": "pixtral",
+    "llava": "pixtral",
+    "InternVLForConditionalGeneration": "internvl",
+    "InternVLChatModel": "internvl",
+    "internvl": "internvl",
+    "internvl_chat": "internvl",
+    "Qwen2_5_VLForConditionalGeneration": "qwen2_5vl",
+    "qwen2_5_vl": "qwen2_5vl",
+}
+
+
+@dataclass(frozen=True)
+class Room:
+    """One architecture's classes, imported when asked for."""
+
+    name: str
+
+    def model_config(self) -> Any:
+        """The module with the documented config classes."""
+        return import_module(f"{_ROOMS}.{self.name}.model_config")
+
+    def model_class(self) -> Any:
+        return getattr(import_module(f"{_ROOMS}.{self.name}.model"), _CLASSES[self.name][0])
+
+    def processor_class(self) -> Any:
+        return getattr(import_module(f"{_ROOMS}.{self.name}.processing"), _CLASSES[self.name][1])
+
+    def weight_adapters(self) -> Any:
+        """The module with the room's layouts."""
+        return import_module(f"{_ROOMS}.{self.name}.weight_adapters")
+
+
+def find_room(huggingface_config: Any) -> Room:
+    """The room for a configuration, by `architectures` first, then `model_type`.
+
+    Raises: UnsupportedModel naming what was found and what there is.
+    """
+    found = lookup(huggingface_config, "architectures", default=[])
+    names = [n for n in found if isinstance(n, str)] if isinstance(found, (list, tuple)) else []
+    kind = lookup(huggingface_config, "model_type")
+    for name in (*names, kind):
+        if isinstance(name, str) and name in _NAMES:
+            return Room(_NAMES[name])
+    label = ", ".join(names) or repr(kind)
+    raise UnsupportedModel(
+        f"architecture {label} is not supported; supported: "
+        + ", ".join(n for n in _NAMES if n[0].isupper())
+    )

@@ -1,0 +1,277 @@
+"""What a pipeline is built from: PipelineConfig, ModelConfig and the KV-cache parameters.
+
+Plain dataclasses; construction does no I/O (spec, sections 1.3 to 1.5).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from mlx_vlm_pipes.dtypes import DeviceRef, DeviceSpec, DType, scan_available_devices
+from mlx_vlm_pipes.errors import ConfigError
+from mlx_vlm_pipes.hf_config import HuggingFaceConfig, read_config
+from mlx_vlm_pipes.quantization import LoRAConfig, QuantizationConfig, QuantizationEncoding
+
+# encoding: (dtype of the documented config, dtype of the cache)
+_ENCODINGS: dict[str, tuple[DType, DType]] = {
+    "float32": (DType.float32, DType.float32),
+    "bfloat16": (DType.bfloat16, DType.bfloat16),
+    "float16": (DType.float16, DType.float16),
+    "q4_0": (DType.uint8, DType.float32),
+    "q4_k": (DType.uint8, DType.float32),
+    "q6_k": (DType.uint8, DType.float32),
+    "gptq": (DType.uint8, DType.bfloat16),
+    "float8_e4m3fn": (DType.float8_e4m3fn, DType.bfloat16),
+    "float4_e2m1fnx2": (DType.uint8, DType.bfloat16),
+}
+_CACHE_FORMATS = ("float32", "float16", "bfloat16")
+
+
+@dataclass
+class KVCacheConfig:
+    """How keys and values are kept. bits: 8 or 4 quantises them, None keeps the cache dtype."""
+
+    kv_cache_page_size: int = 128
+    enable_prefix_caching: bool = True
+    device_memory_utilization: float = 0.9
+    kv_cache_format: str | None = None
+    bits: int | None = None
+    group_size: int = 64
+
+    def __post_init__(self) -> None:
+        if self.bits not in (None, 4, 8):
+            raise ConfigError(f"KV cache of {self.bits} bits; 4, 8 or None are possible")
+
+    @property
+    def cache_dtype(self) -> DType:
+        """The element type asked for, else float32. Raises: ConfigError for other formats."""
+        if self.kv_cache_format is None:
+            return DType.float32
+        if self.kv_cache_format not in _CACHE_FORMATS:
+            raise ConfigError(
+                f"kv_cache_format {self.kv_cache_format!r}; use one of {', '.join(_CACHE_FORMATS)}"
+            )
+        return DType[self.kv_cache_format]
+
+    def to_params(
+        self,
+        dtype: DType,
+        n_kv_heads: int,
+        head_dim: int,
+        num_layers: int,
+        devices: list[DeviceRef],
+        data_parallel_degree: int = 1,
+    ) -> KVCacheParams:
+        return KVCacheParams(
+            dtype=dtype,
+            n_kv_heads=n_kv_heads,
+            head_dim=head_dim,
+            num_layers=num_layers,
+            devices=devices,
+            enable_prefix_caching=self.enable_prefix_caching,
+            page_size=self.kv_cache_page_size,
+            data_parallel_degree=data_parallel_degree,
+            bits=self.bits,
+            group_size=self.group_size,
+        )
+
+
+@dataclass
+class KVCacheParams:
+    """Shape and type of the cache. page_size in tokens; bits and group_size if it is quantised.
+
+    Raises: ConfigError if the heads do not divide among the devices, or if
+    data_parallel_degree is neither 1 nor the number of devices.
+    """
+
+    dtype: DType
+    n_kv_heads: int
+    head_dim: int
+    num_layers: int
+    devices: list[DeviceRef]
+    enable_prefix_caching: bool = False
+    page_size: int = 128
+    data_parallel_degree: int = 1
+    bits: int | None = None
+    group_size: int = 64
+    n_kv_heads_per_device: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.data_parallel_degree not in (1, self.n_devices):
+            raise ConfigError(
+                f"data_parallel_degree {self.data_parallel_degree} with {self.n_devices} devices; "
+                "use 1 or the number of devices"
+            )
+        if self.n_kv_heads % self.tensor_parallel_degree:
+            raise ConfigError(
+                f"{self.n_kv_heads} KV heads do not divide among {self.n_devices} devices"
+            )
+        self.n_kv_heads_per_device = self.n_kv_heads // self.tensor_parallel_degree
+
+    @property
+    def n_devices(self) -> int:
+        return len(self.devices)
+
+    @property
+    def tensor_parallel_degree(self) -> int:
+        return max(1, self.n_devices // self.data_parallel_degree)
+
+    @property
+    def dtype_shorthand(self) -> str:
+        return {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}.get(
+            self.dtype.name, self.dtype.name
+        )
+
+    @property
+    def shape_per_block(self) -> list[int]:
+        """[2, layers, page_size, KV heads, head_dim]; 0 is key, 1 is value."""
+        return [2, self.num_layers, self.page_size, self.n_kv_heads_per_device, self.head_dim]
+
+    @property
+    def bytes_per_block(self) -> int:
+        return math.prod(self.shape_per_block) * self.dtype.size_in_bytes
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes that one token takes in all layers, quantised or not."""
+        elements = 2 * self.num_layers * self.n_kv_heads * self.head_dim
+        if self.bits is None:
+            return elements * self.dtype.size_in_bytes
+        group = kv_group_size(self.head_dim, self.group_size)
+        return elements * self.bits // 8 + 2 * (elements // group) * self.dtype.size_in_bytes
+
+
+def kv_group_size(head_dim: int, wanted: int) -> int:
+    """The largest group size MLX knows that divides head_dim, at most `wanted`.
+
+    Raises: ConfigError for a head_dim that no group divides.
+    """
+    for group in (128, 64, 32):
+        if group <= wanted and head_dim % group == 0:
+            return group
+    raise ConfigError(
+        f"a quantised KV cache needs a head_dim that 32 divides, this model has {head_dim}"
+    )
+
+
+@dataclass
+class ModelConfig:
+    """One checkpoint and how to read it. max_length in tokens."""
+
+    model_path: str = ""
+    weight_path: list[Path] = field(default_factory=list)
+    quantization_encoding: str | None = None
+    device_specs: list[DeviceSpec] = field(default_factory=scan_available_devices)
+    max_length: int | None = None
+    kv_cache: KVCacheConfig = field(default_factory=KVCacheConfig)
+    rope_type: str | None = None
+    use_subgraphs: bool = True
+    data_parallel_degree: int = 1
+    enable_echo: bool = False
+    vision_config_overrides: dict[str, Any] = field(default_factory=dict)
+    huggingface_config: Any = None
+    _quant: QuantizationConfig | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_length is not None and self.max_length < 0:
+            raise ConfigError(f"max_length is {self.max_length}, expected a number of tokens")
+
+    def __getattribute__(self, name: str) -> Any:
+        # config.json is read at the first look, not at construction.
+        value = object.__getattribute__(self, name)
+        if name == "huggingface_config" and value is None:
+            path = Path(object.__getattribute__(self, "model_path"))
+            if (path / "config.json").is_file() and str(path) != ".":
+                try:
+                    value = read_config(path)
+                except ConfigError:
+                    return None
+                object.__setattr__(self, "huggingface_config", value)
+        return value
+
+    def require_huggingface_config(self) -> HuggingFaceConfig:
+        """Raises: ConfigError naming the path when config.json cannot be read."""
+        if self.huggingface_config is None:
+            raise ConfigError(f"no Hugging Face configuration in {self.model_path!r}")
+        return self.huggingface_config
+
+    @property
+    def devices(self) -> list[DeviceRef]:
+        return [spec.to_ref() for spec in self.device_specs]
+
+    @property
+    def dtype(self) -> DType:
+        """The documented dtype of the encoding; for packed MLX weights that of their scales."""
+        if self.quantization_encoding is None:
+            raise ConfigError("quantization_encoding is not set; resolve it from the weights first")
+        kind, _, scales = self.quantization_encoding.partition(":")
+        if kind == "mlx":
+            return DType[scales or "float16"]
+        if kind not in _ENCODINGS:
+            raise ConfigError(f"unknown quantization_encoding {kind!r}")
+        return _ENCODINGS[kind][0]
+
+    @property
+    def cache_dtype(self) -> DType:
+        """kv_cache_format if given, else what the encoding implies."""
+        if self.kv_cache.kv_cache_format is not None or self.quantization_encoding is None:
+            return self.kv_cache.cache_dtype
+        if self.quantization_encoding.startswith("mlx"):
+            return self.dtype
+        return _ENCODINGS[self.quantization_encoding][1]
+
+    @property
+    def graph_quantization_encoding(self) -> QuantizationEncoding | None:
+        """The packed encoding, None for plain floats. Raises: ConfigError if none is set."""
+        if self.quantization_encoding is None:
+            raise ConfigError("quantization_encoding is not set; resolve it from the weights first")
+        name = self.quantization_encoding.partition(":")[0].upper()
+        return QuantizationEncoding[name] if name in QuantizationEncoding.__members__ else None
+
+
+MAXModelConfig = ModelConfig
+
+
+@dataclass
+class RuntimeConfig:
+    """Limits of one engine. max_num_steps -1: the engine chooses."""
+
+    max_batch_size: int | None = None
+    max_batch_input_tokens: int = 8192
+    enable_chunked_prefill: bool = True
+    max_num_steps: int = -1
+
+
+@dataclass
+class PipelineConfig:
+    """Everything a pipeline model is built from."""
+
+    model: ModelConfig
+    draft_model: ModelConfig | None = None
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    lora: LoRAConfig | None = None
+    speculative: Any = None
+
+
+def weights_format(weight_path: list[Path]) -> Literal["gguf", "safetensors"]:
+    """The one kind of weight file in the list. Raises: ConfigError if empty, mixed or unknown."""
+    suffixes = {Path(path).suffix for path in weight_path}
+    if suffixes == {".safetensors"}:
+        return "safetensors"
+    if suffixes == {".gguf"}:
+        return "gguf"
+    raise ConfigError(
+        f"weight files of kind {sorted(suffixes) or 'none'}; expected only .safetensors"
+    )
+
+
+def upper_bounded_default(upper_bound: int, default: int | None) -> int:
+    """`default` if given, else the bound. Raises: ConfigError if default exceeds the bound."""
+    if default is None:
+        return upper_bound
+    if default > upper_bound:
+        raise ConfigError(f"{default} exceeds the limit {upper_bound}")
+    return default

@@ -1,0 +1,65 @@
+"""Every exception the package raises on purpose, in one tree.
+
+    PipesError
+    ├── CheckpointError (ValueError)      the model folder is wrong
+    │   ├── CheckpointNotFound            nothing there, or not downloadable
+    │   ├── ConfigError                   config.json: missing, broken, contradictory
+    │   ├── UnsupportedModel              well formed, but not something we run
+    │   ├── WeightsError                  safetensors: truncated, lying, missing, mis-shaped
+    │   └── ProcessorError                tokenizer, chat template, processor files
+    ├── InputError (ValueError)           the request is wrong
+    │   ├── MediaError                    an image or a clip cannot be read or used
+    │   ├── ContextTooLong                more tokens than the model can hold
+    │   └── OutOfBudget                   more memory than the engine may ever use
+    └── ImageTokenMismatch (ValueError)   vision rows and placeholders differ in number
+
+Each message is one line: what was wrong, what was expected, what to do.
+"""
+
+
+class PipesError(Exception):
+    """Base of everything raised on purpose."""
+
+
+class CheckpointError(PipesError, ValueError):
+    """A model folder cannot be used."""
+
+
+class CheckpointNotFound(CheckpointError):
+    """No such folder or hub id."""
+
+
+class ConfigError(CheckpointError):
+    """A configuration is missing, broken or contradicts itself."""
+
+
+class UnsupportedModel(CheckpointError):
+    """A well-formed checkpoint of a kind that this package does not run."""
+
+
+class WeightsError(CheckpointError):
+    """Weight files are damaged, or do not fit the configuration."""
+
+
+class ProcessorError(CheckpointError):
+    """Tokenizer, chat template or processor files are missing or unusable."""
+
+
+class InputError(PipesError, ValueError):
+    """A request cannot be answered as it stands."""
+
+
+class MediaError(InputError):
+    """An image or a clip cannot be read or used."""
+
+
+class ContextTooLong(InputError):
+    """A prompt plus the tokens asked for exceed what the model can hold."""
+
+
+class OutOfBudget(InputError):
+    """A request needs more memory than the engine may ever use."""
+
+
+class ImageTokenMismatch(PipesError, ValueError):
+    """The number of vision rows differs from the number of placeholder tokens."""

@@ -1,0 +1,305 @@
+"""The KV cache: rows that prefill alone and decode together.
+
+A `CacheRow` holds one sequence. While it is prefilled it is *staged*: it owns its arrays. To decode,
+rows are *placed* side by side in the batch arrays of the `KVCache`, whose sizes grow in buckets so
+that the compiled step sees few shapes. A single row is placed without a copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+import mlx.core as mx
+
+from mlx_vlm_pipes.config import KVCacheParams
+from mlx_vlm_pipes.kv_cache.storage import (
+    CacheFormat,
+    Layer,
+    cache_format,
+    resize,
+    write_prefill,
+)
+
+A = TypeVar("A")
+B = TypeVar("B")
+_ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
+
+
+def capacity_bucket(tokens: int) -> int:
+    """Smallest capacity that holds `tokens`: steps of 64 to 256, 128 to 1024, then 256."""
+    step = 64 if tokens <= 256 else 128 if tokens <= 1024 else 256
+    return max(64, -(-tokens // step) * step)
+
+
+def row_bucket(rows: int) -> int:
+    """Smallest batch size that the compiled step is traced for: powers of two, then 64s."""
+    return next((b for b in _ROW_BUCKETS if b >= rows), -(-rows // 64) * 64)
+
+
+class CacheRow:
+    """One sequence's keys and values. `length` counts the cached tokens."""
+
+    def __init__(self, format: CacheFormat, params: KVCacheParams) -> None:
+        self.length = 0
+        self.slot: int | None = None  # index in the batch arrays; None while staged
+        self.format = format
+        self._params = params
+        self._layers: list[Layer] = []
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the staged arrays; a placed row owns none."""
+        return sum(a.nbytes for layer in self._layers for a in layer)
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for `tokens` in all. The row must be staged."""
+        if not self._layers:
+            capacity = capacity_bucket(tokens)
+            self._layers = [
+                self.format.empty(self._params, 1, capacity)
+                for _ in range(self._params.num_layers)
+            ]
+        elif self._layers[0][0].shape[2] < tokens:
+            capacity = capacity_bucket(tokens)
+            self._layers = [resize(layer, capacity) for layer in self._layers]
+
+    def append(self, layer: int, keys: mx.array, values: mx.array, start: int) -> Layer:
+        """Write keys and values [1, K, T, D] from `start` on; returns the layer's arrays."""
+        new = self.format.encode(keys, values)
+        self._layers[layer] = write_prefill(self._layers[layer], new, start)
+        return self._layers[layer]
+
+    def take(self) -> list[Layer]:
+        """Hand the staged arrays over; the row keeps no reference."""
+        layers, self._layers = self._layers, []
+        return layers
+
+    def stage(self, layers: list[Layer]) -> None:
+        self._layers, self.slot = layers, None
+
+    def copy(self, length: int, capacity: int) -> CacheRow:
+        """A staged copy of the first `length` tokens, with room for `capacity`."""
+        twin = CacheRow(self.format, self._params)
+        twin.length = length
+        twin._layers = [
+            resize(tuple(a[:, :, :length] for a in layer), max(capacity, length))
+            for layer in self._layers
+        ]
+        return twin
+
+    def arrays(self) -> list[mx.array]:
+        """The staged arrays, to be evaluated together with a step."""
+        return [a for layer in self._layers for a in layer]
+
+
+class KVCache:
+    """The batch arrays that placed rows decode in, and the rows' book-keeping.
+
+    Rows are placed at slots 0..n-1; the arrays have `row_bucket(n)` rows. Slots behind the last
+    row are idle: the step writes their position 0, which nobody reads.
+    """
+
+    def __init__(self, params: KVCacheParams) -> None:
+        self.params = params
+        self.format = cache_format(params)
+        self.placed: list[CacheRow] = []
+        self._layers: list[Layer] = []
+
+    def new_row(self) -> CacheRow:
+        return CacheRow(self.format, self.params)
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that each slot can hold; 0 before the first row is placed."""
+        return self._layers[0][0].shape[2] if self._layers else 0
+
+    @property
+    def slots(self) -> int:
+        return self._layers[0][0].shape[0] if self._layers else 0
+
+    @property
+    def nbytes(self) -> int:
+        return sum(a.nbytes for layer in self._layers for a in layer)
+
+    def can_place(self, rows: Sequence[CacheRow]) -> bool:
+        """Whether placing exactly these rows would push out none that is placed now."""
+        wanted = {id(row) for row in rows}
+        return all(id(row) in wanted for row in self.placed)
+
+    def place(self, rows: Sequence[CacheRow], extra: int = 1) -> None:
+        """Put these rows, in this order, into slots 0..n-1, with room for `extra` more tokens."""
+        need = max(row.length for row in rows) + extra
+        in_order = all(row.slot in (None, i) for i, row in enumerate(rows))
+        new = [row for row in rows if row.slot is None]
+        if in_order and row_bucket(len(rows)) == self.slots and len(rows) >= len(self.placed):
+            self._grow(need)
+            for i, row in enumerate(rows):
+                if row.slot is None:
+                    self._insert(i, row)
+        elif len(rows) == 1 and new:
+            self._adopt(new[0], need)
+        else:
+            self._rebuild(rows, need)
+        for i, row in enumerate(rows):
+            row.slot = i
+        self.placed = list(rows)
+
+    def release(self, row: CacheRow, *, keep: bool = False) -> None:
+        """Take a row out of the batch; with keep it is staged again, holding its tokens.
+
+        The row in the last slot moves into the gap. Raises nothing for a staged row.
+        """
+        if row.slot is None:
+            return
+        slot, last = row.slot, len(self.placed) - 1
+        if keep:
+            row.stage(self._cut(slot, row.length))
+        row.slot = None
+        moved = self.placed.pop()
+        if slot != last:
+            self._move(last, slot)
+            moved.slot = slot
+            self.placed[slot] = moved
+        if not self.placed:
+            self._layers = []
+        elif row_bucket(len(self.placed)) < self.slots:
+            rows = row_bucket(len(self.placed))
+            self._layers = [tuple(mx.contiguous(a[:rows]) for a in x) for x in self._layers]
+
+    def lengths(self) -> mx.array:
+        """int32 [slots]: cached tokens of each slot, 0 for idle ones."""
+        known = [row.length for row in self.placed]
+        return mx.array(known + [0] * (self.slots - len(known)), dtype=mx.int32)
+
+    def take(self) -> list[mx.array]:
+        """The batch arrays, flat; the cache drops them so that the step may write in place."""
+        flat = [a for layer in self._layers for a in layer]
+        self._layers = []
+        return flat
+
+    def give(self, arrays: Sequence[mx.array]) -> None:
+        """The step's new batch arrays, in the order of `take`."""
+        width = len(arrays) // self.params.num_layers
+        self._layers = [
+            tuple(arrays[i : i + width]) for i in range(0, len(arrays), width)
+        ]
+
+    def _grow(self, tokens: int) -> None:
+        if self.capacity < tokens:
+            capacity = capacity_bucket(tokens)
+            self._layers = [resize(layer, capacity) for layer in self._layers]
+
+    def _adopt(self, row: CacheRow, tokens: int) -> None:
+        """A lone row's own arrays become the batch arrays."""
+        row.reserve(tokens)
+        self._layers = row.take()
+
+    def _insert(self, slot: int, row: CacheRow) -> None:
+        """Copy a staged row into a free slot, in place."""
+        start = mx.array([slot])
+        for i, parts in enumerate(row.take()):
+            width = min(parts[0].shape[2], self.capacity)
+            self._layers[i] = tuple(
+                mx.slice_update(old, new[:, :, :width], start, axes=(0,))
+                for old, new in zip(self._layers[i], parts, strict=True)
+            )
+
+    def _move(self, source: int, target: int) -> None:
+        start = mx.array([target])
+        for i, layer in enumerate(self._layers):
+            self._layers[i] = tuple(
+                mx.slice_update(a, mx.contiguous(a[source : source + 1]), start, axes=(0,))
+                for a in layer
+            )
+
+    def _cut(self, slot: int, length: int) -> list[Layer]:
+        return [
+            tuple(mx.contiguous(a[slot : slot + 1, :, :length]) for a in layer)
+            for layer in self._layers
+        ]
+
+    def _rebuild(self, rows: Sequence[CacheRow], tokens: int) -> None:
+        """New batch arrays with these rows in this order; others are staged again."""
+        wanted = {id(row) for row in rows}
+        for row in self.placed:
+            if id(row) not in wanted:
+                row.stage(self._cut(row.slot or 0, row.length))
+        capacity, idle = capacity_bucket(tokens), row_bucket(len(rows)) - len(rows)
+        parts = [
+            self._cut(row.slot, row.length) if row.slot is not None else row.take() for row in rows
+        ]
+        if idle:
+            blank = self.format.empty(self.params, idle, capacity)
+            parts.append([blank] * self.params.num_layers)
+        self._layers = [
+            tuple(mx.concatenate(column, axis=0) for column in zip(*layer, strict=True))
+            for layer in zip(
+                *[[resize(layer, capacity) for layer in row] for row in parts], strict=True
+            )
+        ]
+
+
+@dataclass
+class KVCacheInputsPerDevice(Generic[A, B]):
+    """The documented view of a cache for one step.
+
+    kv_blocks: the cache arrays; cache_lengths uint32 [B]; lookup_table uint32 [B, 1], the slot of
+    each row; max_lengths uint32 [steps, 2], longest active and longest cached length.
+    """
+
+    kv_blocks: A
+    cache_lengths: A
+    lookup_table: A
+    max_lengths: B
+    kv_scales: A | None = None
+
+    def flatten(self) -> list[A | B]:
+        """The fields in order, None left out."""
+        fields = [self.kv_blocks, self.cache_lengths, self.lookup_table, self.max_lengths]
+        return [f for f in (*fields, self.kv_scales) if f is not None]
+
+
+class RowCacheInputs(KVCacheInputsPerDevice[mx.array, mx.array]):
+    """Rows of a `KVCache` that one step reads and extends (spec 15.7: no paging)."""
+
+    def __init__(self, cache: KVCache, rows: Sequence[CacheRow]) -> None:
+        self.cache = cache
+        self.rows = list(rows)
+        lengths = [row.length for row in self.rows]
+        super().__init__(
+            kv_blocks=mx.zeros((0, *cache.params.shape_per_block), cache.params.dtype.to_mx()),
+            cache_lengths=mx.array(lengths, dtype=mx.uint32),
+            lookup_table=mx.array([[i] for i in range(len(self.rows))], dtype=mx.uint32),
+            max_lengths=mx.array([[0, max(lengths, default=0)]], dtype=mx.uint32),
+        )
+
+
+@dataclass
+class KVCacheInputs(Generic[A, B]):
+    """One entry per device; here always exactly one."""
+
+    inputs: Sequence[KVCacheInputsPerDevice[A, B]] = field(default_factory=list)
+
+    def flatten(self) -> list[A | B]:
+        return [array for device in self.inputs for array in device.flatten()]
+
+    def __iter__(self) -> Iterator[KVCacheInputsPerDevice[A, B]]:
+        return iter(self.inputs)
+
+
+def cache_inputs(cache: KVCache, rows: Sequence[CacheRow]) -> KVCacheInputs[mx.array, mx.array]:
+    """The documented KVCacheInputs for these rows of a cache."""
+    return KVCacheInputs([RowCacheInputs(cache, rows)])
+
+
+def increment_cache_lengths(inputs: KVCacheInputs, active_lengths: Sequence[int]) -> None:
+    """Count a step's tokens as cached: row i grows by active_lengths[i]. Call it once a step."""
+    for device in inputs:
+        assert isinstance(device, RowCacheInputs)
+        for row, count in zip(device.rows, active_lengths, strict=True):
+            row.length += count
+        lengths = [row.length for row in device.rows]
+        device.cache_lengths = mx.array(lengths, dtype=mx.uint32)
+        device.max_lengths = mx.array([[max(active_lengths), max(lengths)]], dtype=mx.uint32)

@@ -1,0 +1,298 @@
+"""The dense grouped-query decoder that all five architectures share.
+
+Two ways through the same weights: `prefill` takes ragged rows on a flat token axis, `decode` one
+token of every row. Hidden states are [T, E]: no batch axis, no padding.
+Source: transformers modeling_llama.py, modeling_granite.py, modeling_phi3.py, modeling_olmo.py,
+modeling_qwen2.py, modeling_qwen3.py (spec, section 4.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_vlm_pipes.kv_cache import CacheFormat, CacheRow, Layer, write_decode
+from mlx_vlm_pipes.nn.activations import activation
+from mlx_vlm_pipes.nn.attention import (
+    decode_attention,
+    merge_heads,
+    prefill_attention,
+    split_heads,
+)
+from mlx_vlm_pipes.nn.rope import Rope, RopeSpec, Rotation
+from mlx_vlm_pipes.weights.fuse import fuse_linears
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """What the decoder reads. Sizes in elements; the multipliers are Granite's."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    rope: RopeSpec
+    attention_scale: float
+    norm_eps: float | None = 1e-6  # None: layer norm without weights (OLMo)
+    hidden_act: str = "silu"
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    clip_qkv: float | None = None
+    stacked_qkv: bool = False
+    stacked_mlp: bool = False
+    tie_word_embeddings: bool = False
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logits_scaling: float = 1.0
+    sliding_window: int | None = None
+    sliding_layers: tuple[bool, ...] | None = None  # None: all of them, where a window is given
+
+    def window(self, layer: int) -> int | None:
+        """The layer's attention window in tokens, None for full attention."""
+        if self.sliding_layers is not None and not self.sliding_layers[layer]:
+            return None
+        return self.sliding_window
+
+
+@dataclass(frozen=True)
+class PrefillRow:
+    """Where one row lies on the flat token axis, and its cache."""
+
+    begin: int  # first token of the row on the flat axis
+    end: int
+    cache: CacheRow
+    rotation: Rotation
+
+    @property
+    def start(self) -> int:
+        """Position of the row's first new token in its sequence."""
+        return self.cache.length
+
+
+@dataclass(frozen=True)
+class DecodeStep:
+    """What every layer of a decode step reads: one token of each row."""
+
+    lengths: mx.array  # int32 [B], tokens cached so far
+    rotation: Rotation
+    masks: dict[int | None, mx.array]  # by window: bool [B, 1, 1, capacity]
+    format: CacheFormat
+
+
+class LayerNorm(nn.Module):
+    """Mean and variance norm without weight or bias, eps 1e-5 (OLMo): [T, E] -> [T, E]."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return mx.fast.layer_norm(x, None, None, 1e-5)
+
+
+def _norm(size: int, eps: float | None) -> nn.Module:
+    return LayerNorm() if eps is None else nn.RMSNorm(size, eps)
+
+
+def project_into(linear: nn.Module, x: mx.array, residual: mx.array, factor: float) -> mx.array:
+    """residual + factor * linear(x), in one fused matrix product where the layer is plain."""
+    if type(linear) is nn.Linear and factor == 1.0:
+        bias = linear.get("bias")
+        base = residual if bias is None else residual + bias
+        return mx.addmm(base, x, linear["weight"].T)
+    out = linear(x)
+    return residual + (out if factor == 1.0 else out * factor)
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention over a cache: [T, E] -> [T, E], added to the residual."""
+
+    def __init__(self, config: DecoderConfig, layer: int) -> None:
+        super().__init__()
+        hidden, dim = config.hidden_size, config.head_dim
+        self.num_heads, self.num_kv_heads, self.head_dim = (
+            config.num_heads, config.num_kv_heads, dim
+        )  # fmt: skip
+        self.scale, self.clip = config.attention_scale, config.clip_qkv
+        self.residual_multiplier = config.residual_multiplier
+        self.layer, self.window = layer, config.window(layer)
+        heads, kv_heads, bias = self.num_heads, self.num_kv_heads, config.qkv_bias
+        if config.stacked_qkv:
+            self.qkv_proj = nn.Linear(hidden, (heads + 2 * kv_heads) * dim, bias=bias)
+        else:
+            self.q_proj = nn.Linear(hidden, heads * dim, bias=bias)
+            self.k_proj = nn.Linear(hidden, kv_heads * dim, bias=bias)
+            self.v_proj = nn.Linear(hidden, kv_heads * dim, bias=bias)
+        self.o_proj = nn.Linear(heads * dim, hidden, bias=config.o_bias)
+        if config.qk_norm:
+            self.q_norm = nn.RMSNorm(dim, config.norm_eps or 1e-6)
+            self.k_norm = nn.RMSNorm(dim, config.norm_eps or 1e-6)
+
+    def fuse(self) -> None:
+        """Make one matrix of the three projections, where their formats agree."""
+        if "q_proj" in self:
+            fused = fuse_linears([self.q_proj, self.k_proj, self.v_proj])
+            if fused is not None:
+                self.qkv_proj = fused
+                for name in ("q_proj", "k_proj", "v_proj"):
+                    self.pop(name)
+
+    def _project(self, x: mx.array) -> tuple[mx.array, mx.array]:
+        """x [T, E] -> queries and keys side by side [T, H + K, D], and values [T, K, D]."""
+        if "qkv_proj" in self:
+            qkv = self.qkv_proj(x)
+        else:
+            qkv = mx.concatenate([self.q_proj(x), self.k_proj(x), self.v_proj(x)], axis=-1)
+        if self.clip is not None:
+            qkv = mx.clip(qkv, -self.clip, self.clip)
+        qkv = qkv.reshape(x.shape[0], -1, self.head_dim)
+        roped = self.num_heads + self.num_kv_heads
+        qk, v = qkv[:, :roped], qkv[:, roped:]
+        if "q_norm" in self:
+            q = self.q_norm(qk[:, : self.num_heads])
+            qk = mx.concatenate([q, self.k_norm(qk[:, self.num_heads :])], axis=1)
+        return qk, v
+
+    def prefill(self, x: mx.array, residual: mx.array, rows: Sequence[PrefillRow]) -> mx.array:
+        qk, v = self._project(x)
+        outs = []
+        for row in rows:
+            part = slice(row.begin, row.end)
+            turned = row.rotation(qk[part].transpose(1, 0, 2)[None])  # [1, H + K, T, D]
+            q, k = turned[:, : self.num_heads], turned[:, self.num_heads :]
+            fresh = k, v[part].transpose(1, 0, 2)[None]
+            cached = row.cache.append(self.layer, *fresh, row.start)
+            format = row.cache.format
+            out = prefill_attention(q, fresh, cached, format, row.start, self.scale, self.window)
+            outs.append(merge_heads(out))
+        merged = outs[0] if len(outs) == 1 else mx.concatenate(outs, axis=0)  # [T, H * D]
+        return project_into(self.o_proj, merged, residual, self.residual_multiplier)
+
+    def decode(
+        self, x: mx.array, residual: mx.array, cached: Layer, step: DecodeStep
+    ) -> tuple[mx.array, Layer]:
+        qk, v = self._project(x)
+        turned = step.rotation(qk[:, :, None])  # [B, H + K, 1, D]
+        q, k = turned[:, : self.num_heads], turned[:, self.num_heads :]
+        cached = write_decode(cached, step.format.encode(k, v[:, :, None]), step.lengths)
+        mask = step.masks[self.window]
+        out = decode_attention(q, cached, step.format, mask, self.scale)  # [B, H, 1, D]
+        out = out.reshape(x.shape[0], -1)
+        return project_into(self.o_proj, out, residual, self.residual_multiplier), cached
+
+
+class MLP(nn.Module):
+    """Gated feed-forward: [T, E] -> [T, E], added to the residual."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.act, self.residual_multiplier = (
+            activation(config.hidden_act), config.residual_multiplier
+        )  # fmt: skip
+        if config.stacked_mlp:
+            self.gate_up_proj = nn.Linear(hidden, 2 * inner, bias=bias)
+        else:
+            self.gate_proj = nn.Linear(hidden, inner, bias=bias)
+            self.up_proj = nn.Linear(hidden, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, hidden, bias=bias)
+
+    def fuse(self) -> None:
+        """Make one matrix of gate and up, where their formats agree."""
+        if "gate_proj" in self:
+            fused = fuse_linears([self.gate_proj, self.up_proj])
+            if fused is not None:
+                self.gate_up_proj = fused
+                for name in ("gate_proj", "up_proj"):
+                    self.pop(name)
+
+    def __call__(self, x: mx.array, residual: mx.array) -> mx.array:
+        if "gate_up_proj" in self:
+            gate, up = mx.split(self.gate_up_proj(x), 2, axis=-1)
+        else:
+            gate, up = self.gate_proj(x), self.up_proj(x)
+        return project_into(
+            self.down_proj, self.act(gate) * up, residual, self.residual_multiplier
+        )
+
+
+class DecoderLayer(nn.Module):
+    """Attention and MLP, each behind a norm and around a residual: [T, E] -> [T, E]."""
+
+    def __init__(self, config: DecoderConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = _norm(config.hidden_size, config.norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = _norm(config.hidden_size, config.norm_eps)
+        self.mlp = MLP(config)
+
+    def prefill(self, h: mx.array, rows: Sequence[PrefillRow]) -> mx.array:
+        h = self.self_attn.prefill(self.input_layernorm(h), h, rows)
+        return self.mlp(self.post_attention_layernorm(h), h)
+
+    def decode(self, h: mx.array, cached: Layer, step: DecodeStep) -> tuple[mx.array, Layer]:
+        h, cached = self.self_attn.decode(self.input_layernorm(h), h, cached, step)
+        return self.mlp(self.post_attention_layernorm(h), h), cached
+
+
+class DenseDecoder(nn.Module):
+    """Embedding, layers, final norm and head. Hidden states are those before the final norm."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.rope = Rope(config.rope)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = [DecoderLayer(config, i) for i in range(config.num_layers)]
+        self.norm = _norm(config.hidden_size, config.norm_eps)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def fuse(self) -> None:
+        """Fewer, larger matrix products. Call it once, after the weights are in."""
+        for layer in self.layers:
+            layer.self_attn.fuse()
+            layer.mlp.fuse()
+
+    @property
+    def windows(self) -> set[int | None]:
+        return {self.config.window(i) for i in range(self.config.num_layers)}
+
+    def embed(self, tokens: mx.array) -> mx.array:
+        """tokens int [T] -> [T, E], before `embedding_multiplier`."""
+        return self.embed_tokens(tokens)
+
+    def scale_embeddings(self, h: mx.array) -> mx.array:
+        factor = self.config.embedding_multiplier
+        return h if factor == 1.0 else h * factor
+
+    def prefill(self, h: mx.array, rows: Sequence[PrefillRow]) -> mx.array:
+        """Embeddings [T, E] of ragged rows -> hidden states [T, E]; the rows' caches are written."""
+        for layer in self.layers:
+            h = layer.prefill(h, rows)
+        return h
+
+    def decode(
+        self, h: mx.array, layers: Sequence[Layer], step: DecodeStep
+    ) -> tuple[mx.array, list[Layer]]:
+        """Embeddings [B, E] of one token a row -> hidden states [B, E] and the written caches."""
+        written = []
+        for layer, cached in zip(self.layers, layers, strict=True):
+            h, cached = layer.decode(h, cached, step)
+            written.append(cached)
+        return h, written
+
+    def logits(self, h: mx.array) -> mx.array:
+        """Hidden states [T, E] -> logits float32 [T, V]."""
+        normed = self.norm(h)
+        if "lm_head" in self:
+            out = self.lm_head(normed)
+        else:
+            out = self.embed_tokens.as_linear(normed)
+        out = out.astype(mx.float32)
+        scaling = self.config.logits_scaling
+        return out if scaling == 1.0 else out / scaling

@@ -1,0 +1,165 @@
+"""The text side of every pipeline model: ragged prefill, the compiled decode step, the outputs."""
+
+from __future__ import annotations
+
+import shutil
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_vlm_pipes.config import KVCacheParams
+from mlx_vlm_pipes.errors import ConfigError, InputError
+from mlx_vlm_pipes.interfaces import ModelOutputs, ReturnHiddenStates, ReturnLogits
+from mlx_vlm_pipes.kv_cache import KVCacheInputs, Layer, RowCacheInputs, cache_format
+from mlx_vlm_pipes.nn.attention import decode_mask
+from mlx_vlm_pipes.nn.decoder import DecodeStep, DenseDecoder, PrefillRow
+from mlx_vlm_pipes.nn.ragged import merge_image_features
+
+
+def can_compile() -> bool:
+    """MLX's CPU backend compiles through g++; a GPU backend needs nothing from the host."""
+    on_gpu = mx.default_device().type == mx.DeviceType.gpu
+    return on_gpu or shutil.which("g++") is not None or shutil.which("c++") is not None
+
+
+class LanguageModel:
+    """A decoder and its compiled step. Holds weights only; the cache comes with each call.
+
+    traces counts how often the decode step was traced: once per (slots, capacity) bucket.
+    """
+
+    def __init__(
+        self,
+        decoder: DenseDecoder,
+        kv_params: KVCacheParams,
+        return_logits: ReturnLogits,
+        return_hidden_states: ReturnHiddenStates = ReturnHiddenStates.NONE,
+        *,
+        compile: bool = True,
+    ) -> None:
+        if return_hidden_states is ReturnHiddenStates.EAGLE3:
+            raise ConfigError("return_hidden_states 'eagle3' needs a list of layers; none is set")
+        self.decoder = decoder
+        self.return_logits = return_logits
+        self.return_hidden_states = return_hidden_states
+        self.traces = 0
+        self._format = cache_format(kv_params)
+        self._compiled = compile and can_compile()
+        self._step = mx.compile(self._decode_step) if self._compiled else self._decode_step
+
+    def __call__(
+        self,
+        tokens: mx.array,
+        input_row_offsets: mx.array,
+        return_n_logits: mx.array,
+        kv_cache_inputs: KVCacheInputs,
+        image_embeddings: mx.array | None = None,
+        image_token_indices: mx.array | None = None,
+        position_ids: mx.array | None = None,
+    ) -> ModelOutputs:
+        """One step over the active tokens of every row.
+
+        Args: tokens int [T]; input_row_offsets [B + 1]; return_n_logits [1]; image_embeddings
+        [M, E] with image_token_indices [M]; position_ids [axes, T] for M-RoPE.
+        """
+        (kv,) = kv_cache_inputs.inputs
+        assert isinstance(kv, RowCacheInputs)
+        count = len(kv.rows)
+        is_decode = tokens.shape[0] == count and image_embeddings is None
+        if is_decode and kv.cache.can_place(kv.rows):
+            hidden, logits = self._decode(tokens, kv, position_ids)
+            return self._one_token_outputs(hidden, logits)
+        h = self.decoder.embed(tokens)
+        if image_embeddings is not None:
+            if image_token_indices is None:
+                raise InputError("image embeddings without image_token_indices")
+            h = merge_image_features(h, image_embeddings, image_token_indices)
+        h = self.decoder.scale_embeddings(h)
+        bounds = np.array(input_row_offsets).astype(np.int64)
+        h = self.decoder.prefill(h, self._prefill_rows(kv, bounds, position_ids))
+        return self._outputs(h, bounds, return_n_logits)
+
+    def _prefill_rows(
+        self, kv: RowCacheInputs, bounds: np.ndarray, position_ids: mx.array | None
+    ) -> list[PrefillRow]:
+        rows = []
+        for cache, begin, end in zip(kv.rows, bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+            kv.cache.release(cache, keep=True)
+            stop = cache.length + end - begin
+            cache.reserve(stop + 1)
+            positions = None if position_ids is None else position_ids[:, begin:end]
+            rotation = self.decoder.rope.prefill(cache.length, stop, positions)
+            rows.append(PrefillRow(begin, end, cache, rotation))
+        return rows
+
+    def _decode(
+        self, tokens: mx.array, kv: RowCacheInputs, position_ids: mx.array | None
+    ) -> tuple[mx.array, mx.array]:
+        """The compiled step: hidden states [B, E] and logits [B, V], batch arrays updated."""
+        cache, count = kv.cache, len(kv.rows)
+        cache.place(kv.rows)
+        lengths = cache.lengths()
+        positions = lengths if position_ids is None else position_ids[0].astype(mx.int32)
+        if cache.slots > count:
+            idle = mx.zeros((cache.slots - count,), tokens.dtype)
+            tokens = mx.concatenate([tokens, idle])
+            if position_ids is not None:
+                positions = mx.concatenate([positions, idle.astype(mx.int32)])
+        out = self._step(tokens, lengths, positions, *cache.take())
+        cache.give(out[2:])
+        if cache.slots > count:
+            return out[0][:count], out[1][:count]
+        return out[0], out[1]
+
+    def _decode_step(
+        self, tokens: mx.array, lengths: mx.array, positions: mx.array, *arrays: mx.array
+    ) -> tuple[mx.array, ...]:
+        """Traced once for each shape; everything that changes is an argument."""
+        self.traces += 1
+        decoder = self.decoder
+        width = len(arrays) // decoder.config.num_layers
+        layers: list[Layer] = [arrays[i : i + width] for i in range(0, len(arrays), width)]
+        step = DecodeStep(
+            lengths=lengths,
+            rotation=decoder.rope.decode(positions, lengths),
+            masks={w: decode_mask(lengths, arrays[0].shape[2], w) for w in decoder.windows},
+            format=self._format,
+        )
+        h = decoder.scale_embeddings(decoder.embed(tokens))
+        h, written = decoder.decode(h, layers, step)
+        return h, decoder.logits(h), *(a for layer in written for a in layer)
+
+    def _one_token_outputs(self, hidden: mx.array, logits: mx.array) -> ModelOutputs:
+        """Every row has one active token, so all the ways of returning logits coincide."""
+        offsets = None
+        if self.return_logits is not ReturnLogits.LAST_TOKEN:
+            kind = mx.uint32 if self.return_logits is ReturnLogits.ALL else mx.int64
+            offsets = mx.arange(logits.shape[0] + 1, dtype=kind)
+        return ModelOutputs(logits, logits, offsets, self._hidden(hidden, hidden))
+
+    def _outputs(self, h: mx.array, bounds: np.ndarray, return_n_logits: mx.array) -> ModelOutputs:
+        last = h[mx.array((bounds[1:] - 1).astype(np.int32))]
+        hidden = self._hidden(h, last)
+        if self.return_logits is ReturnLogits.LAST_TOKEN:
+            logits = self.decoder.logits(last)
+            return ModelOutputs(logits, logits, None, hidden)
+        if self.return_logits is ReturnLogits.ALL:
+            logits = self.decoder.logits(h)
+            ends = mx.array((bounds[1:] - 1).astype(np.int32))
+            return ModelOutputs(logits, logits[ends], mx.array(bounds.astype(np.uint32)), hidden)
+        n = int(np.array(return_n_logits).reshape(-1)[0])
+        shortest = int(np.diff(bounds).min())
+        if shortest < n:
+            raise InputError(f"return_n_logits {n} for a row of {shortest} active tokens")
+        wanted = bounds[1:, None] - n + np.arange(n)  # [B, n], oldest first
+        logits = self.decoder.logits(h[mx.array(wanted.reshape(-1).astype(np.int32))])
+        offsets = mx.array(np.arange(len(bounds)) * n)
+        return ModelOutputs(logits, logits[n - 1 :: n], offsets, hidden)
+
+    def _hidden(self, h: mx.array, last: mx.array) -> mx.array | None:
+        kind = self.return_hidden_states
+        if kind is ReturnHiddenStates.ALL:
+            return h
+        if kind is ReturnHiddenStates.ALL_NORMALIZED:
+            return self.decoder.norm(h)
+        return None if kind is ReturnHiddenStates.NONE else last

@@ -1,0 +1,75 @@
+"""Ragged batches: several rows on one flat token axis, and where vision rows go in it.
+
+Host side only (numpy in, small arrays out); nothing here waits for the device (spec, section 2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_vlm_pipes.contexts import TextAndVisionContext, TextContext
+from mlx_vlm_pipes.errors import ConfigError, ImageTokenMismatch
+
+DROP = np.iinfo(np.int32).min  # an image row that has no place among the active tokens
+
+
+def single_replica(replica_batches: Sequence[Sequence[TextContext]], degree: int = 1) -> None:
+    """Raises: ConfigError unless there are exactly `degree` replicas."""
+    if len(replica_batches) != degree:
+        raise ConfigError(f"{len(replica_batches)} replica batches, expected {degree}")
+
+
+def flat_tokens(contexts: Sequence[TextContext]) -> mx.array:
+    """Active tokens of all rows, int32 [T]."""
+    parts = [context.tokens.active for context in contexts]
+    flat = np.concatenate([np.zeros(0, np.int64), *parts])
+    return mx.array(flat.astype(np.int32))
+
+
+def row_offsets(contexts: Sequence[TextContext]) -> mx.array:
+    """uint32 [B + 1]: row i is tokens offsets[i]:offsets[i+1]."""
+    lengths = [context.tokens.active_length for context in contexts]
+    return mx.array(np.cumsum([0, *lengths]).astype(np.uint32))
+
+
+def image_token_indices(contexts: Sequence[TextAndVisionContext]) -> np.ndarray:
+    """Destination of every vision row of the images encoded now, int32 [vision rows].
+
+    Counts all placeholders of each context's `next_images`; rows outside the active tokens
+    (already processed, or in a later chunk) get DROP.
+    """
+    pieces, begin = [np.zeros(0, np.int32)], 0
+    for context in contexts:
+        done, active = context.tokens.processed_length, context.tokens.active_length
+        for image in context.next_images:
+            place = context.placeholder_positions(image) - done
+            inside = (place >= 0) & (place < active)
+            pieces.append(np.where(inside, place + begin, DROP).astype(np.int32))
+        begin += active
+    return np.concatenate(pieces)
+
+
+def merge_image_features(x: mx.array, features: mx.array, indices: mx.array) -> mx.array:
+    """Write vision rows over the placeholder embeddings.
+
+    Args: x [T, E]; features [M, E], cast to x's dtype; indices int32 [M], rows of x, where
+    those outside 0..T-1 are skipped. Returns: [T, E]; the caller's x is unchanged.
+    Raises: ImageTokenMismatch if features and indices differ in number.
+    Source: transformers modeling_idefics3.py, inputs_merger.
+    """
+    if features.shape[0] != indices.shape[0]:
+        raise ImageTokenMismatch(
+            f"{features.shape[0]} vision rows for {indices.shape[0]} image tokens; "
+            "process prompt and images in one call"
+        )
+    where = np.array(indices)
+    kept = np.flatnonzero((where >= 0) & (where < x.shape[0]))
+    if not len(kept):
+        return x
+    rows = features if len(kept) == len(where) else features[mx.array(kept)]
+    merged = mx.array(x)  # index assignment writes into the array it is given
+    merged[mx.array(where[kept])] = rows.astype(x.dtype)
+    return merged
