@@ -233,6 +233,13 @@ class PipelineModel(ABC, Generic[ContextT]):
     ) -> ModelInputs:
         """Inputs of the decode step after `prev`; next_tokens [B], not synchronised."""
 
+    def encode_images(self, images: Sequence[ImageMetadata]) -> list[Buffer]:
+        """Vision rows [M_i, E] of each image, independent of its neighbours. Lazy.
+
+        The engine caches them and hands them back as `image_embeddings` of the step's inputs.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no vision model")
+
     def compute_log_probabilities(
         self,
         session: InferenceSession,

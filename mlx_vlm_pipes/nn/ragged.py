@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 import numpy as np
 
-from mlx_vlm_pipes.contexts import TextAndVisionContext, TextContext
+from mlx_vlm_pipes.contexts import ImageMetadata, TextAndVisionContext, TextContext
 from mlx_vlm_pipes.errors import ConfigError, ImageTokenMismatch
 
 DROP = np.iinfo(np.int32).min  # an image row that has no place among the active tokens
@@ -35,16 +35,25 @@ def row_offsets(contexts: Sequence[TextContext]) -> mx.array:
     return mx.array(np.cumsum([0, *lengths]).astype(np.uint32))
 
 
-def image_token_indices(contexts: Sequence[TextAndVisionContext]) -> np.ndarray:
-    """Destination of every vision row of the images encoded now, int32 [vision rows].
+def active_images(contexts: Sequence[TextAndVisionContext]) -> list[ImageMetadata]:
+    """The images that this step encodes: those with tokens among the active ones, in order."""
+    return [
+        image
+        for context in contexts
+        for image in context.next_images
+        if image.start_idx < context.tokens.current_position
+    ]
 
-    Counts all placeholders of each context's `next_images`; rows outside the active tokens
-    (already processed, or in a later chunk) get DROP.
+
+def image_token_indices(contexts: Sequence[TextAndVisionContext]) -> np.ndarray:
+    """Destination of every vision row of `active_images`, int32 [vision rows].
+
+    Rows outside the active tokens (already processed, or in a later chunk) get DROP.
     """
     pieces, begin = [np.zeros(0, np.int32)], 0
     for context in contexts:
         done, active = context.tokens.processed_length, context.tokens.active_length
-        for image in context.next_images:
+        for image in active_images([context]):
             place = context.placeholder_positions(image) - done
             inside = (place >= 0) & (place < active)
             pieces.append(np.where(inside, place + begin, DROP).astype(np.int32))

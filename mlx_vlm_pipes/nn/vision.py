@@ -1,0 +1,60 @@
+"""What several vision towers share: attention within segments, rotation, pixel shuffle."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+import numpy as np
+
+
+def segment_attention(
+    q: mx.array, k: mx.array, v: mx.array, lengths: Sequence[int], scale: float
+) -> mx.array:
+    """Bidirectional attention inside each of consecutive segments.
+
+    Segments of equal length are attended together, so that the work is linear in their number
+    and no mask of all patches squared is ever made.
+
+    Args: q, k, v [P, H, D]; lengths of the segments in order, summing to P. Returns: [P, H, D].
+    """
+    sizes = np.asarray(lengths)
+    starts = np.cumsum(sizes) - sizes
+    if len(set(sizes.tolist())) == 1:
+        return _equal_segments(q, k, v, len(sizes), scale)
+    order, outs = [], []
+    for length in np.unique(sizes):
+        own = starts[sizes == length]
+        index = (own[:, None] + np.arange(length)).reshape(-1)
+        place = mx.array(index.astype(np.int32))
+        outs.append(_equal_segments(q[place], k[place], v[place], len(own), scale))
+        order.append(index)
+    inverse = np.argsort(np.concatenate(order))
+    return mx.concatenate(outs)[mx.array(inverse.astype(np.int32))]
+
+
+def _equal_segments(q: mx.array, k: mx.array, v: mx.array, count: int, scale: float) -> mx.array:
+    """q, k, v [count * L, H, D] -> [count * L, H, D]."""
+    q, k, v = (x.reshape(count, -1, *x.shape[1:]).transpose(0, 2, 1, 3) for x in (q, k, v))
+    out = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale)  # [count, H, L, D]
+    return out.transpose(0, 2, 1, 3).reshape(-1, out.shape[1], out.shape[3])
+
+
+def rotate_half_split(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
+    """Rotate pairs (i, i + D/2) in float32: x [P, H, D], cos and sin float32 [P, D/2]."""
+    cos, sin = cos[:, None], sin[:, None]  # [P, 1, D/2]
+    a, b = mx.split(x.astype(mx.float32), 2, axis=-1)
+    return mx.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def pixel_shuffle(x: mx.array, rows: int, columns: int, factor: int) -> mx.array:
+    """Fold blocks of factor x factor patches into channels.
+
+    Args: x [N, rows * columns, E], patches row-major. Returns: [N, rows * columns / factor^2,
+    factor^2 * E], channel index (row in block, column in block, feature), tokens row-major.
+    Source: transformers modeling_idefics3.py, pixel_shuffle; InternVL's ps_version v2.
+    """
+    n, _, size = x.shape
+    x = x.reshape(n, rows // factor, factor, columns // factor, factor, size)
+    x = x.transpose(0, 1, 3, 2, 4, 5)  # [N, R/f, C/f, f, f, E]
+    return x.reshape(n, rows * columns // factor**2, factor**2 * size)
