@@ -1,0 +1,49 @@
+"""Vision-language models on Apple Silicon through MLX.
+
+Importing the package costs nothing: each public name is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mlx_vlm_pipes.config import KVCacheConfig, ModelConfig, PipelineConfig
+    from mlx_vlm_pipes.contexts import SamplingParams
+    from mlx_vlm_pipes.engine.requests import Chunk, Timings, Usage
+    from mlx_vlm_pipes.engine.scheduler import EngineConfig
+    from mlx_vlm_pipes.errors import PipesError
+    from mlx_vlm_pipes.loading import load
+    from mlx_vlm_pipes.pipeline import GenerationResult, Pipeline
+
+__version__ = "0.1.0"
+__all__ = [
+    "Chunk", "EngineConfig", "GenerationResult", "KVCacheConfig", "ModelConfig", "Pipeline",
+    "PipelineConfig", "PipesError", "SamplingParams", "Timings", "Usage", "load",
+]  # fmt: skip
+
+_HOMES = {
+    "Chunk": "engine.requests",
+    "EngineConfig": "engine.scheduler",
+    "GenerationResult": "pipeline",
+    "KVCacheConfig": "config",
+    "ModelConfig": "config",
+    "Pipeline": "pipeline",
+    "PipelineConfig": "config",
+    "PipesError": "errors",
+    "SamplingParams": "contexts",
+    "Timings": "engine.requests",
+    "Usage": "engine.requests",
+    "load": "loading",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

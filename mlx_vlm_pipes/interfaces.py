@@ -256,6 +256,11 @@ class PipelineModelWithKVCache(PipelineModel[ContextT]):
 
     kv_params: KVCacheParams
 
+    @property
+    def cache_break_length(self) -> int | None:
+        """Rows that grow past this length must be prefilled again (LongRoPE), or None."""
+        return None
+
     def __init__(
         self,
         pipeline_config: PipelineConfig,

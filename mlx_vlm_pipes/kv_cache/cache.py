@@ -43,6 +43,7 @@ class CacheRow:
 
     def __init__(self, format: CacheFormat, params: KVCacheParams) -> None:
         self.length = 0
+        self.planned_length = 0  # tokens that prefill will reach in all, where it is chunked
         self.slot: int | None = None  # index in the batch arrays; None while staged
         self.format = format
         self._params = params
@@ -168,6 +169,15 @@ class KVCache:
             rows = row_bucket(len(self.placed))
             self._layers = [tuple(mx.contiguous(a[:rows]) for a in x) for x in self._layers]
 
+    def copy_row(self, row: CacheRow, length: int) -> CacheRow:
+        """A staged copy of a row's first `length` tokens, wherever the row lies."""
+        if row.slot is None:
+            return row.copy(length, length)
+        twin = self.new_row()
+        twin.length = length
+        twin.stage(self._cut(row.slot, length))
+        return twin
+
     def lengths(self) -> mx.array:
         """int32 [slots]: cached tokens of each slot, 0 for idle ones."""
         known = [row.length for row in self.placed]
@@ -262,18 +272,34 @@ class KVCacheInputsPerDevice(Generic[A, B]):
 
 
 class RowCacheInputs(KVCacheInputsPerDevice[mx.array, mx.array]):
-    """Rows of a `KVCache` that one step reads and extends (spec 15.7: no paging)."""
+    """Rows of a `KVCache` that one step reads and extends (spec 15.7: no paging).
+
+    The documented arrays are views made when somebody reads them; the step itself goes by rows.
+    """
 
     def __init__(self, cache: KVCache, rows: Sequence[CacheRow]) -> None:
         self.cache = cache
         self.rows = list(rows)
-        lengths = [row.length for row in self.rows]
-        super().__init__(
-            kv_blocks=mx.zeros((0, *cache.params.shape_per_block), cache.params.dtype.to_mx()),
-            cache_lengths=mx.array(lengths, dtype=mx.uint32),
-            lookup_table=mx.array([[i] for i in range(len(self.rows))], dtype=mx.uint32),
-            max_lengths=mx.array([[0, max(lengths, default=0)]], dtype=mx.uint32),
-        )
+        self.kv_scales = None
+        self.active_lengths = [0] * len(self.rows)
+
+    @property
+    def kv_blocks(self) -> mx.array:  # pyright: ignore[reportIncompatibleVariableOverride]  # a view
+        shape = (0, *self.cache.params.shape_per_block)
+        return mx.zeros(shape, self.cache.params.dtype.to_mx())
+
+    @property
+    def cache_lengths(self) -> mx.array:  # pyright: ignore[reportIncompatibleVariableOverride]  # a view
+        return mx.array([row.length for row in self.rows], dtype=mx.uint32)
+
+    @property
+    def lookup_table(self) -> mx.array:  # pyright: ignore[reportIncompatibleVariableOverride]  # a view
+        return mx.array([[i] for i in range(len(self.rows))], dtype=mx.uint32)
+
+    @property
+    def max_lengths(self) -> mx.array:  # pyright: ignore[reportIncompatibleVariableOverride]  # a view
+        longest = max((row.length for row in self.rows), default=0)
+        return mx.array([[max(self.active_lengths, default=0), longest]], dtype=mx.uint32)
 
 
 @dataclass
@@ -300,6 +326,4 @@ def increment_cache_lengths(inputs: KVCacheInputs, active_lengths: Sequence[int]
         assert isinstance(device, RowCacheInputs)
         for row, count in zip(device.rows, active_lengths, strict=True):
             row.length += count
-        lengths = [row.length for row in device.rows]
-        device.cache_lengths = mx.array(lengths, dtype=mx.uint32)
-        device.max_lengths = mx.array([[max(active_lengths), max(lengths)]], dtype=mx.uint32)
+        device.active_lengths = list(active_lengths)

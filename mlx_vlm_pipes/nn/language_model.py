@@ -88,7 +88,8 @@ class LanguageModel:
             stop = cache.length + end - begin
             cache.reserve(stop + 1)
             positions = None if position_ids is None else position_ids[:, begin:end]
-            rotation = self.decoder.rope.prefill(cache.length, stop, positions)
+            reach = max(stop, cache.planned_length)
+            rotation = self.decoder.rope.prefill(cache.length, stop, reach, positions)
             rows.append(PrefillRow(begin, end, cache, rotation))
         return rows
 
@@ -98,6 +99,7 @@ class LanguageModel:
         """The compiled step: hidden states [B, E] and logits [B, V], batch arrays updated."""
         cache, count = kv.cache, len(kv.rows)
         cache.place(kv.rows)
+        tokens = tokens.astype(mx.uint32)  # what argmax gives; another type would be traced again
         lengths = cache.lengths()
         positions = lengths if position_ids is None else position_ids[0].astype(mx.int32)
         if cache.slots > count:

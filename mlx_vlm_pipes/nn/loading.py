@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -48,8 +48,10 @@ def canonical_state(
     else:
         state = adapt(handles, detect_layout(handles, layouts), transforms)
     encoding = pipeline_config.model.quantization_encoding
-    if encoding in ("float32", "float16", "bfloat16"):
-        state = cast_floats(state, DType[encoding])
+    if encoding is not None:
+        wanted = encoding.removeprefix("mlx:")
+        if wanted in ("float32", "float16", "bfloat16"):
+            state = cast_floats(state, DType[wanted])
     return state
 
 
@@ -75,13 +77,18 @@ def resolve_head(state: dict[str, WeightData], *, tied: bool) -> bool:
 
 
 def load_module(
-    session: InferenceSession, module: nn.Module, state: Mapping[str, WeightData]
+    session: InferenceSession,
+    module: nn.Module,
+    state: Mapping[str, WeightData],
+    fuse: Callable[[], None] | None = None,
 ) -> Model:
-    """Install all tensors strictly and evaluate them.
+    """Install all tensors strictly, `fuse` what the module may join, and evaluate them.
 
     Raises: WeightsError naming missing, unexpected and mis-shaped tensors.
     """
     install_weights(module, state)
+    if fuse is not None:
+        fuse()
     return session.load(module)
 
 

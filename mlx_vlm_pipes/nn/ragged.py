@@ -5,7 +5,7 @@ Host side only (numpy in, small arrays out); nothing here waits for the device (
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import numpy as np
@@ -43,6 +43,24 @@ def active_images(contexts: Sequence[TextAndVisionContext]) -> list[ImageMetadat
         for image in context.next_images
         if image.start_idx < context.tokens.current_position
     ]
+
+
+def require_image_rows(
+    contexts: Sequence[TextAndVisionContext], count_rows: Callable[[ImageMetadata], int]
+) -> None:
+    """Check that each image has a placeholder token for each of its vision rows.
+
+    Raises: ImageTokenMismatch naming the image, its range and both counts.
+    """
+    for context in contexts:
+        for i, image in enumerate(context.images):
+            tokens, rows = len(context.placeholder_positions(image)), count_rows(image)
+            if tokens != rows:
+                raise ImageTokenMismatch(
+                    f"image {i + 1} of {len(context.images)}, tokens {image.start_idx} to "
+                    f"{image.end_idx}: {tokens} image tokens for {rows} vision rows; "
+                    "process prompt and images in one call"
+                )
 
 
 def image_token_indices(contexts: Sequence[TextAndVisionContext]) -> np.ndarray:

@@ -122,14 +122,19 @@ class Rope:
         """Keys made for rows up to this length are wrong for longer rows (LongRoPE), or None."""
         return self.spec.longrope.original_max_position if self.spec.longrope else None
 
-    def prefill(self, start: int, stop: int, positions: mx.array | None = None) -> Rotation:
-        """For one row's tokens start..stop-1; positions [axes, T] replaces them (M-RoPE)."""
+    def prefill(
+        self, start: int, stop: int, reach: int, positions: mx.array | None = None
+    ) -> Rotation:
+        """For one row's tokens start..stop-1; positions [axes, T] replaces them (M-RoPE).
+
+        reach: length of the row after its last chunk, which decides LongRoPE's table.
+        """
         if positions is not None and self.spec.mrope_section is not None:
             angles = positions.astype(mx.float32)[:, :, None] * self._inv_freq  # [axes, T, D/2]
             angles = mx.take_along_axis(angles, self._axes[None, None, :], axis=0)[0]
             return self._by_angles(angles)
         if self.spec.longrope is not None:
-            is_long = stop > self.spec.longrope.original_max_position
+            is_long = reach > self.spec.longrope.original_max_position
             where = mx.arange(start, stop, dtype=mx.float32)
             return self._by_angles(where[:, None] * (self._long if is_long else self._short))
         return self._fast(start)

@@ -8,6 +8,12 @@ import mlx.core as mx
 import numpy as np
 
 
+def pixel_array(values: np.ndarray) -> mx.array:
+    """Pixels for the device, in their own dtype; uint16 are bit patterns of bfloat16."""
+    array = mx.array(values)
+    return array.view(mx.bfloat16) if array.dtype == mx.uint16 else array
+
+
 def segment_attention(
     q: mx.array, k: mx.array, v: mx.array, lengths: Sequence[int], scale: float
 ) -> mx.array:

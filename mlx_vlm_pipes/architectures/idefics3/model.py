@@ -1,0 +1,236 @@
+"""Idefics3Model: the documented pipeline model over the SigLIP tower and the shared decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_vlm_pipes.architectures.idefics3.model_config import Idefics3Config
+from mlx_vlm_pipes.architectures.idefics3.vision_model import Idefics3Vision
+from mlx_vlm_pipes.architectures.idefics3.weight_adapters import LAYOUTS, transforms
+from mlx_vlm_pipes.architectures.llama3.model_config import bounded_max_seq_len
+from mlx_vlm_pipes.config import KVCacheConfig, KVCacheParams, PipelineConfig
+from mlx_vlm_pipes.contexts import ImageMetadata, TextAndVisionContext
+from mlx_vlm_pipes.dtypes import Device, DeviceRef, DType
+from mlx_vlm_pipes.hf_config import AutoConfig, lookup, text_config
+from mlx_vlm_pipes.interfaces import (
+    Buffer,
+    InferenceSession,
+    LogProbabilitiesMixin,
+    Model,
+    ModelInputs,
+    ModelOutputs,
+    PipelineModelWithKVCache,
+    ReturnHiddenStates,
+    ReturnLogits,
+    require_inputs,
+)
+from mlx_vlm_pipes.kv_cache import KVCacheInputs
+from mlx_vlm_pipes.nn.language_model import LanguageModel
+from mlx_vlm_pipes.nn.loading import LANGUAGE, canonical_state, load_decoder, load_module, part
+from mlx_vlm_pipes.nn.ragged import (
+    active_images,
+    flat_tokens,
+    image_token_indices,
+    require_image_rows,
+    row_offsets,
+    single_replica,
+)
+from mlx_vlm_pipes.nn.vision import pixel_array
+from mlx_vlm_pipes.weights import Weights, WeightsAdapter
+
+MAX_POSITIONS = 4096  # where a text configuration names no max_position_embeddings
+
+
+@dataclass
+class Idefics3Inputs(ModelInputs):
+    """One step's inputs.
+
+    tokens int32 [T]; input_row_offsets uint32 [B + 1]; return_n_logits int64 [1]; pixel_values
+    float [N, 3, S, S], the frames of all rows; image_token_indices int32 [M], where each vision
+    row goes among the tokens (negative: nowhere); image_embeddings [M, E]: vision rows that are
+    encoded already, in place of pixel_values.
+    """
+
+    tokens: Buffer
+    input_row_offsets: Buffer
+    return_n_logits: Buffer
+    pixel_values: Buffer | None = None
+    image_token_indices: Buffer | None = None
+    image_embeddings: Buffer | None = field(default=None, kw_only=True)
+
+    @property
+    def has_vision_inputs(self) -> bool:
+        return self.pixel_values is not None
+
+
+def stack_frames(images: Sequence[ImageMetadata]) -> Buffer:
+    """[N, 3, S, S]: the frames of a checkpoint all have one size."""
+    return pixel_array(np.stack([image.pixel_values for image in images]))
+
+
+class Idefics3Model(LogProbabilitiesMixin, PipelineModelWithKVCache[TextAndVisionContext]):
+    """Idefics3 and SmolVLM."""
+
+    vision_model: Model
+    language_model: Model
+
+    def __init__(
+        self,
+        pipeline_config: PipelineConfig,
+        session: InferenceSession,
+        devices: list[Device],
+        kv_cache_config: KVCacheConfig,
+        weights: Weights,
+        adapter: WeightsAdapter | None = None,
+        return_logits: ReturnLogits = ReturnLogits.LAST_TOKEN,
+        return_hidden_states: ReturnHiddenStates = ReturnHiddenStates.NONE,
+    ) -> None:
+        super().__init__(
+            pipeline_config,
+            session,
+            devices,
+            kv_cache_config,
+            weights,
+            adapter,
+            return_logits,
+            return_hidden_states,
+        )
+        self.vision_model, self.language_model = self.load_model()
+
+    @staticmethod
+    def calculate_max_seq_len(  # pyright: ignore[reportIncompatibleMethodOverride]  # documented as static
+        pipeline_config: PipelineConfig, huggingface_config: AutoConfig
+    ) -> int:
+        """Raises: ConfigError if max_length exceeds the decoder's limit."""
+        text = text_config(huggingface_config)
+        limit = lookup(text, "max_position_embeddings", default=MAX_POSITIONS)
+        return bounded_max_seq_len("idefics3", limit, pipeline_config.model.max_length)
+
+    @classmethod
+    def get_kv_params(
+        cls,
+        huggingface_config: AutoConfig,
+        pipeline_config: PipelineConfig,
+        devices: list[DeviceRef],
+        kv_cache_config: KVCacheConfig,
+        cache_dtype: DType,
+    ) -> KVCacheParams:
+        return Idefics3Config.construct_kv_params(
+            huggingface_config, pipeline_config, devices, kv_cache_config, cache_dtype
+        )
+
+    def load_model(self) -> tuple[Model, Model]:
+        """Read the weights through the adapter; vision and language model, evaluated.
+
+        Raises: WeightsError naming missing, unexpected and mis-shaped tensors.
+        """
+        config = Idefics3Config.initialize(self.pipeline_config)
+        state = canonical_state(
+            self.weights,
+            self.adapter,
+            LAYOUTS,
+            self.pipeline_config,
+            transforms(config.vision_config),
+        )
+        language = part(state, LANGUAGE)
+        config.finalize(
+            self.huggingface_config, language, self.return_logits, self.return_hidden_states
+        )
+        self.model_config = config
+        tower = Idefics3Vision(config.vision_config)
+        vision = {k: v for k, v in state.items() if not k.startswith(LANGUAGE)}
+        vision_model = load_module(self.session, tower, vision, tower.fuse)
+        decoder, loaded = load_decoder(self.session, config.text_config.decoder_config(), language)
+        self.language = LanguageModel(
+            decoder,
+            self.kv_params,
+            self.return_logits,
+            self.return_hidden_states,
+            compile=self.session.compile,
+        )
+        return vision_model, Model(self.language, loaded.weights)
+
+    @property
+    def cache_break_length(self) -> int | None:
+        return self.language.decoder.rope.break_length
+
+    def prepare_initial_token_inputs(
+        self,
+        replica_batches: Sequence[Sequence[TextAndVisionContext]],
+        kv_cache_inputs: KVCacheInputs[Buffer, Buffer] | None = None,
+        return_n_logits: int = 1,
+        *,
+        image_embeddings: Buffer | None = None,
+    ) -> Idefics3Inputs:
+        """Ragged inputs; the frames with tokens among the active ones are encoded in this step.
+
+        image_embeddings [M, E]: the vision rows of exactly these frames, encoded before.
+        """
+        single_replica(replica_batches)
+        contexts = [context for batch in replica_batches for context in batch]
+        require_image_rows(contexts, self.count_rows)
+        images = active_images(contexts)
+        pixels = None
+        if images and image_embeddings is None:
+            pixels = stack_frames(images)
+        return Idefics3Inputs(
+            tokens=flat_tokens(contexts),
+            input_row_offsets=row_offsets(contexts),
+            return_n_logits=mx.array([return_n_logits]),
+            pixel_values=pixels,
+            image_token_indices=mx.array(image_token_indices(contexts)) if images else None,
+            kv_cache_inputs=kv_cache_inputs,
+            image_embeddings=image_embeddings if images else None,
+        )
+
+    def count_rows(self, image: ImageMetadata) -> int:
+        """Vision rows that a frame gives."""
+        config = self.model_config.vision_config
+        rows, columns = (size // config.patch_size for size in image.pixel_values.shape[1:])
+        return rows * columns // config.scale_factor**2
+
+    def encode_images(self, images: Sequence[ImageMetadata]) -> list[Buffer]:
+        """Vision rows [image_seq_len, E] of each frame, all of them in one batch. Lazy."""
+        if not images:
+            return []
+        pixels = stack_frames(images)
+        return mx.split(self.vision_model(pixels), len(images))
+
+    def execute(self, model_inputs: ModelInputs) -> ModelOutputs:
+        """One step.
+
+        Raises: TypeError for other inputs, ConfigError without a cache, ImageTokenMismatch if
+        vision rows and image_token_indices differ in number.
+        """
+        require_inputs(model_inputs, Idefics3Inputs)
+        assert isinstance(model_inputs, Idefics3Inputs)
+        embeddings = model_inputs.image_embeddings
+        if embeddings is None and model_inputs.has_vision_inputs:
+            embeddings = self.vision_model(model_inputs.pixel_values)
+        return self.language_model(
+            model_inputs.tokens,
+            model_inputs.input_row_offsets,
+            model_inputs.return_n_logits,
+            model_inputs.kv_cache_inputs,
+            embeddings,
+            model_inputs.image_token_indices,
+        )
+
+    def prepare_next_token_inputs(
+        self, next_tokens: Buffer, prev_model_inputs: ModelInputs
+    ) -> Idefics3Inputs:
+        """The decode step's inputs, lazily: next_tokens [B] becomes the tokens."""
+        if not isinstance(prev_model_inputs, Idefics3Inputs):
+            raise TypeError(f"expected Idefics3Inputs, got {type(prev_model_inputs).__name__}")
+        return replace(
+            prev_model_inputs,
+            tokens=next_tokens,
+            input_row_offsets=mx.arange(next_tokens.shape[0] + 1, dtype=mx.uint32),
+            pixel_values=None,
+            image_token_indices=None,
+            image_embeddings=None,
+        )

@@ -1,0 +1,197 @@
+"""Idefics3Config: a SigLIP tower, a connector and a Llama decoder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mlx_vlm_pipes.architectures.llama3.model_config import Llama3Config, NormMethod
+from mlx_vlm_pipes.config import (
+    KVCacheConfig,
+    KVCacheParams,
+    MAXModelConfig,
+    PipelineConfig,
+)
+from mlx_vlm_pipes.dtypes import DeviceRef, DType
+from mlx_vlm_pipes.errors import ConfigError, UnsupportedModel
+from mlx_vlm_pipes.hf_config import AutoConfig, lookup, require_int, text_config, tie_flag
+from mlx_vlm_pipes.interfaces import ArchConfigWithKVCache, ReturnHiddenStates, ReturnLogits
+from mlx_vlm_pipes.nn.activations import activation
+from mlx_vlm_pipes.weights import WeightData
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+IMAGE_TOKEN_ID = 128257  # where config.json names none
+_VISION_TYPES = ("idefics3", "idefics3_vision", "smolvlm", "smolvlm_vision")
+_TEXT_TYPES = ("llama", "mistral", "granite", "phi3", "qwen2", "qwen3")
+
+
+@dataclass
+class Idefics3VisionConfig:
+    """What tower and connector read. Sizes in elements, image_size and patch_size in pixels.
+
+    initializer_range is kept for people who train; inference does not look at it.
+    """
+
+    dtype: DType
+    hidden_size: int
+    intermediate_size: int
+    image_size: int
+    patch_size: int
+    num_channels: int
+    num_attention_heads: int
+    head_dim: int
+    layer_norm_eps: float
+    hidden_act: str
+    num_hidden_layers: int
+    initializer_range: float
+    scale_factor: int
+    text_config_hidden_size: int
+
+    @classmethod
+    def initialize_from_config(
+        cls,
+        pipeline_config: PipelineConfig,
+        huggingface_config: AutoConfig,
+        text_config_hidden_size: int,
+    ) -> Self:
+        """From the outer configuration.
+
+        Raises: ConfigError for sizes that do not divide, UnsupportedModel for another tower.
+        """
+        vision = lookup(huggingface_config, "vision_config")
+        if vision is None:
+            raise ConfigError("idefics3: config.json lacks 'vision_config'")
+        _check_type("vision", vision, _VISION_TYPES)
+        hidden = require_int(vision, "hidden_size")
+        heads = require_int(vision, "num_attention_heads")
+        if hidden % heads:
+            raise ConfigError(f"vision hidden_size {hidden} does not divide among {heads} heads")
+        hidden_act = lookup(vision, "hidden_act", default="gelu_pytorch_tanh")
+        activation(hidden_act)  # refuse unknown ones here
+        config = cls(
+            dtype=pipeline_config.model.dtype,
+            hidden_size=hidden,
+            intermediate_size=_optional_int(vision, "intermediate_size", 3072),
+            image_size=require_int(vision, "image_size"),
+            patch_size=require_int(vision, "patch_size"),
+            num_channels=_optional_int(vision, "num_channels", 3),
+            num_attention_heads=heads,
+            head_dim=hidden // heads,
+            layer_norm_eps=float(lookup(vision, "layer_norm_eps", default=1e-6)),
+            hidden_act=hidden_act,
+            num_hidden_layers=_optional_int(vision, "num_hidden_layers", 12),
+            initializer_range=float(lookup(vision, "initializer_range", default=0.02)),
+            scale_factor=_optional_int(huggingface_config, "scale_factor", 2),
+            text_config_hidden_size=text_config_hidden_size,
+        )
+        side = config.patches_per_side
+        if side == 0 or side % config.scale_factor:
+            raise ConfigError(
+                f"{side} patches a side do not divide by scale_factor {config.scale_factor}; "
+                "image_size, patch_size and scale_factor do not fit together"
+            )
+        return config
+
+    @property
+    def patches_per_side(self) -> int:
+        return self.image_size // self.patch_size
+
+
+@dataclass(kw_only=True)
+class Idefics3Config(ArchConfigWithKVCache):
+    """Tower, connector and decoder. scale_factor: patches a side that become one token."""
+
+    devices: list[DeviceRef]
+    scale_factor: int
+    image_token_id: int
+    vision_config: Idefics3VisionConfig
+    text_config: Llama3Config
+
+    @property
+    def image_seq_len(self) -> int:
+        """Tokens of one frame."""
+        return self.vision_config.patches_per_side**2 // self.scale_factor**2
+
+    @classmethod
+    def initialize(
+        cls, pipeline_config: PipelineConfig, model_config: MAXModelConfig | None = None
+    ) -> Self:
+        """Raises: ConfigError or UnsupportedModel for what the two parts refuse."""
+        model_config = model_config or pipeline_config.model
+        cfg = model_config.require_huggingface_config()
+        _check_type("text", text_config(cfg), _TEXT_TYPES)
+        text = Llama3Config.initialize_from_config(pipeline_config, text_config(cfg), model_config)
+        vision = Idefics3VisionConfig.initialize_from_config(pipeline_config, cfg, text.hidden_size)
+        return cls(
+            devices=model_config.devices,
+            scale_factor=vision.scale_factor,
+            image_token_id=require_int(cfg, "image_token_id", minimum=0)
+            if lookup(cfg, "image_token_id") is not None
+            else IMAGE_TOKEN_ID,
+            vision_config=vision,
+            text_config=text,
+        )
+
+    def finalize(
+        self,
+        huggingface_config: AutoConfig,
+        llm_state_dict: dict[str, WeightData],
+        return_logits: ReturnLogits,
+        return_hidden_states: ReturnHiddenStates = ReturnHiddenStates.NONE,
+        norm_method: NormMethod = "rms_norm",
+    ) -> None:
+        """Read what only the decoder's weights can say. Looks at names and dtypes, not values."""
+        text = text_config(huggingface_config)
+        self.text_config.finalize(
+            text,
+            llm_state_dict,
+            return_logits,
+            return_hidden_states,
+            norm_method,
+            attention_bias=False,
+        )
+        if tie_flag(huggingface_config, text):  # the outer configuration may be the one to say it
+            self.text_config.tie_word_embeddings = True
+
+    @staticmethod
+    def calculate_max_seq_len(
+        pipeline_config: PipelineConfig, huggingface_config: AutoConfig
+    ) -> int:
+        """The decoder's limit, or the smaller one asked for. Raises: ConfigError above it."""
+        return Llama3Config.calculate_max_seq_len(pipeline_config, text_config(huggingface_config))
+
+    @staticmethod
+    def construct_kv_params(
+        huggingface_config: AutoConfig,
+        pipeline_config: PipelineConfig,
+        devices: list[DeviceRef],
+        kv_cache_config: KVCacheConfig,
+        cache_dtype: DType,
+    ) -> KVCacheParams:
+        return Llama3Config.construct_kv_params(
+            text_config(huggingface_config), pipeline_config, devices, kv_cache_config, cache_dtype
+        )
+
+    @staticmethod
+    def get_num_layers(huggingface_config: AutoConfig) -> int:
+        return Llama3Config.get_num_layers(huggingface_config)
+
+    def get_kv_params(self) -> KVCacheParams:
+        return self.text_config.get_kv_params()
+
+    def get_max_seq_len(self) -> int:
+        return self.text_config.get_max_seq_len()
+
+
+def _check_type(part: str, config: Any, known: tuple[str, ...]) -> None:
+    kind = lookup(config, "model_type", default=known[0])
+    if kind not in known:
+        raise UnsupportedModel(
+            f"idefics3: {part}_config of model_type {kind!r}; supported: {', '.join(known)}"
+        )
+
+
+def _optional_int(config: Any, name: str, default: int) -> int:
+    return default if lookup(config, name) is None else require_int(config, name)

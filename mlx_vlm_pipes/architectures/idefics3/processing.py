@@ -1,0 +1,318 @@
+"""Idefics3 and SmolVLM: pictures cut into frames, each a run of <image> tokens.
+
+Source: transformers image_processing_pil_idefics3.py, processing_idefics3.py,
+processing_smolvlm.py and video_processing_smolvlm.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mlx_vlm_pipes.errors import InputError
+from mlx_vlm_pipes.processing.base import EncodedMedia, Unit, VisionProcessor
+from mlx_vlm_pipes.processing.messages import Message
+from mlx_vlm_pipes.processing.settings import (
+    HALF,
+    PixelSettings,
+    ProcessorFiles,
+    Settings,
+)
+from mlx_vlm_pipes.processing.transforms import resize, to_array
+from mlx_vlm_pipes.processing.types import PromptRequest
+from mlx_vlm_pipes.processing.video import Clip, ClipPlan, VideoInfo, load_clip
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from typing_extensions import Self
+
+IMAGE, VIDEO = "<image>", "<video>"
+FAKE, GLOBAL = "<fake_token_around_image>", "<global-img>"
+MAX_SIDE_PX = 4096  # whatever `size` says
+MAX_FRAME_PX = 2048
+LANCZOS = 1
+SKIP_S = 1  # of a long clip, at either end
+SMALL_NUMBERS = (
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten",
+    "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen",
+    "nineteen",
+)  # fmt: skip
+TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
+
+
+@dataclass(frozen=True)
+class Idefics3Settings:
+    """longest_edge: of the resized picture; None where `size` gives height and width instead."""
+
+    pixels: PixelSettings
+    size: tuple[tuple[str, int], ...]
+    frame_px: int
+    do_image_splitting: bool
+
+    @classmethod
+    def read(cls, settings: Settings) -> Idefics3Settings:
+        edges = settings.edges("size", ("longest_edge", "height", "width"))
+        frame = settings.edges("max_image_size", ("longest_edge",)).get("longest_edge", 364)
+        if frame > MAX_FRAME_PX:
+            raise settings.error("max_image_size", frame, f"at most {MAX_FRAME_PX}")
+        if "longest_edge" not in edges and len(edges) != 2:
+            edges = {"longest_edge": 4 * 364}
+        return cls(
+            pixels=PixelSettings.read(settings, LANCZOS, HALF, HALF),
+            size=tuple(sorted(edges.items())),
+            frame_px=frame,
+            do_image_splitting=settings.flag("do_image_splitting", default=True),
+        )
+
+
+@dataclass(frozen=True)
+class VideoSampling:
+    """How SmolVLM takes frames from a file. size_px: longest edge before the square frame."""
+
+    fps: float
+    max_frames: int
+    size_px: int
+
+
+class Idefics3Processor(VisionProcessor):
+    """Frames of `frame_px` squared, `image_seq_len` tokens each; one ImageMetadata a frame."""
+
+    @classmethod
+    def from_folder(cls, folder: Path, config: Mapping[str, Any]) -> Self:
+        """Read tokenizer, chat template and picture settings of a checkpoint.
+
+        Args: config, the parsed config.json.
+        Raises: ProcessorError when a file or special token is missing.
+        """
+        return cls(folder, config)
+
+    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
+        super().__init__(folder, config)
+        files = ProcessorFiles.read(self.folder)
+        self.settings = Idefics3Settings.read(files.image)
+        self.image_seq_len = files.processor.integer("image_seq_len", default_seq_len(config))
+        self.sampling = read_sampling(files)
+        self.image_token_id = self.tokenizer.require_token_id(IMAGE)
+        for token in (FAKE, GLOBAL):
+            self.tokenizer.require_token_id(token)
+        self.vision_token_ids = [self.image_token_id]
+        self.markers = {"image": (IMAGE,), "video": (VIDEO,)}
+        self.text_markers = {}
+        self.digest = f"idefics3|{self.settings}"
+
+    def forms(self, messages: list[Message]) -> list[list[Message]]:
+        """Clips are written as the text <video>: older templates know no part of type video."""
+        return super().forms([{**m, "content": _videos_as_text(m["content"])} for m in messages])
+
+    def encode_image(self, source: Any, request: PromptRequest) -> EncodedMedia:
+        image = self.load(source, request)
+        frames, rows, columns = split(image, self.settings)
+        arrays = [to_array(frame, self.settings.pixels) for frame in frames]
+        side = self.settings.frame_px
+        return EncodedMedia(
+            kind="image",
+            replacement=image_text(rows, columns, self.image_seq_len),
+            units=[Unit(a, self.image_token_id, self.image_seq_len) for a in arrays],
+            source_size=image.size,
+            resized_size=(max(columns, 1) * side, max(rows, 1) * side),
+            grid=(rows, columns),
+        )
+
+    def encode_clip(self, source: Any, request: PromptRequest) -> EncodedMedia:
+        if self.sampling is None:
+            raise InputError(
+                f"{self.architecture}: this checkpoint was not made for video; "
+                "give frames of it as images"
+            )
+        sampling = self.sampling
+        limit = request.num_frames or sampling.max_frames
+
+        def choose(info: VideoInfo) -> np.ndarray:
+            return sample_frames(info, sampling.fps, limit)
+
+        def prepare(frame: Image, first: tuple[int, int], count: int) -> Image:
+            del first, count
+            side, pixels = self.settings.frame_px, self.settings.pixels
+            width, height = longest_edge_size(frame.size, sampling.size_px)
+            return resize(resize(frame, width, height, pixels), side, side, pixels)
+
+        plan = ClipPlan(request.fps, choose, prepare, request.local_files)
+        clip = load_clip(source, plan)
+        arrays = [to_array(frame, self.settings.pixels) for frame in clip.frames]
+        side = self.settings.frame_px
+        return EncodedMedia(
+            kind="video",
+            replacement=clip_text(clip, self.image_seq_len),
+            units=[Unit(a, self.image_token_id, self.image_seq_len) for a in arrays],
+            source_size=clip.source_size,
+            resized_size=(side, side),
+            grid=(0, 0),
+            num_frames=len(arrays),
+        )
+
+    def arrays(self, media: Sequence[EncodedMedia]) -> dict[str, np.ndarray]:
+        """pixel_values float32 [1, F, 3, S, S]; pixel_attention_mask int64 [1, F, S, S]."""
+        frames = [unit.pixel_values for item in media for unit in item.units]
+        if not frames:
+            return {}
+        pixels = np.stack(frames)[None]
+        mask = np.ones((1, len(frames), *pixels.shape[-2:]), np.int64)
+        return {"pixel_values": pixels, "pixel_attention_mask": mask}
+
+
+def default_seq_len(config: Mapping[str, Any]) -> int:
+    """Tokens of a frame by the model's own sizes; 169 where these are not given."""
+    vision = config.get("vision_config") or {}
+    image, patch = vision.get("image_size"), vision.get("patch_size")
+    scale = config.get("scale_factor", 2)
+    if not (isinstance(image, int) and isinstance(patch, int) and isinstance(scale, int)):
+        return 169
+    return int((image // max(patch, 1)) ** 2 / max(scale, 1) ** 2)
+
+
+def longest_edge_size(size: tuple[int, int], longest: int) -> tuple[int, int]:
+    """(width, height) with the longer side at `longest`, the other kept in ratio and made even."""
+    width, height = size
+    ratio = width / height
+    if width >= height:
+        width, height = longest, int(longest / ratio)
+        height += height % 2
+    else:
+        width, height = int(longest * ratio), longest
+        width += width % 2
+    return max(width, 1), max(height, 1)
+
+
+def bounded_size(size: tuple[int, int]) -> tuple[int, int]:
+    """(width, height) with the longer side at most MAX_SIDE_PX, the other kept in ratio."""
+    width, height = size
+    ratio = width / height
+    if max(width, height) <= MAX_SIDE_PX:
+        return size
+    if width >= height:
+        return MAX_SIDE_PX, max(int(MAX_SIDE_PX / ratio), 1)
+    return max(int(MAX_SIDE_PX * ratio), 1), MAX_SIDE_PX
+
+
+def split(image: Image, settings: Idefics3Settings) -> tuple[list[Image], int, int]:
+    """Square frames of an RGB picture, row by row, the whole picture last; rows and columns.
+
+    rows = columns = 0 when the picture is a single frame.
+    """
+    pixels, side = settings.pixels, settings.frame_px
+    if pixels.do_resize:
+        edges = dict(settings.size)
+        if "longest_edge" in edges:
+            size = longest_edge_size(image.size, edges["longest_edge"])
+        else:
+            size = (edges["width"], edges["height"])
+        image = resize(image, *bounded_size(size), pixels)
+    if not settings.do_image_splitting:
+        return [resize(image, side, side, pixels)], 0, 0
+    width, height = frame_multiples(image.size, side)
+    image = resize(image, width, height, pixels)
+    if (width, height) == (side, side):
+        return [image], 0, 0
+    frames = [
+        image.crop((x, y, x + side, y + side))
+        for y in range(0, height, side)
+        for x in range(0, width, side)
+    ]
+    return [*frames, resize(image, side, side, pixels)], height // side, width // side
+
+
+def frame_multiples(size: tuple[int, int], side: int) -> tuple[int, int]:
+    """(width, height) rounded up to multiples of a frame, the shorter by the rounded longer one."""
+    width, height = size
+    ratio = width / height
+    if width >= height:
+        width = math.ceil(width / side) * side
+        height = math.ceil(int(width / ratio) / side) * side
+    else:
+        height = math.ceil(height / side) * side
+        width = math.ceil(int(height * ratio) / side) * side
+    return max(width, side), max(height, side)
+
+
+def image_text(rows: int, columns: int, seq_len: int) -> str:
+    """What stands for a picture in the prompt."""
+    run = IMAGE * seq_len
+    lines = [
+        "".join(f"{FAKE}<row_{r + 1}_col_{c + 1}>{run}" for c in range(columns)) + "\n"
+        for r in range(rows)
+    ]
+    gap = "\n" if rows else ""
+    return "".join(lines) + f"{gap}{FAKE}{GLOBAL}{run}{FAKE}"
+
+
+def clip_text(clip: Clip, seq_len: int) -> str:
+    """What stands for a clip in SmolVLM's prompt: an introduction, then each frame's time."""
+    duration = timedelta(seconds=int(clip.duration_s))
+    text = (
+        f"You are provided the following series of {in_words(len(clip.frames))} frames "
+        f"from a {duration} [H:MM:SS] video.\n"
+    )
+    for stamp in clip.timestamps_s:
+        time = f"{int(stamp // 60):02d}:{int(stamp % 60):02d}"
+        text += f"\nFrame from {time}:{image_text(0, 0, seq_len)}"
+    return text + "\n\n"
+
+
+def in_words(number: int) -> str:
+    """English words for 0 to 999999, as num2words writes them."""
+    if number < 20:
+        return SMALL_NUMBERS[number]
+    if number < 100:
+        ten, one = divmod(number, 10)
+        return TENS[ten - 2] + (f"-{SMALL_NUMBERS[one]}" if one else "")
+    size, name = (1000, "thousand") if number >= 1000 else (100, "hundred")
+    many, rest = divmod(number, size)
+    joint = " and " if rest < 100 else ", "
+    return f"{in_words(many)} {name}" + (f"{joint}{in_words(rest)}" if rest else "")
+
+
+def read_sampling(files: ProcessorFiles) -> VideoSampling | None:
+    """SmolVLM2's sampling of clips; None for checkpoints without it (Idefics3, SmolVLM 1)."""
+    nested = files.processor.section("video_processor")
+    old = files.image.section("video_sampling") or files.video.section("video_sampling")
+    if old is not None:
+        size = old.edges("video_size", ("longest_edge",))
+        frames = old.integer("max_frames", 64)
+        fps = old.number("fps", 1.0)
+    elif nested is not None or files.processor.get("processor_class") == "SmolVLMProcessor":
+        source = nested or files.video
+        size = source.edges("size", ("longest_edge",)) if nested else {}
+        frames = source.integer("num_frames", 64)
+        fps = source.number("fps", 1.0)
+    else:
+        return None
+    frame = files.image.edges("max_image_size", ("longest_edge",)).get("longest_edge", 364)
+    return VideoSampling(fps, frames, min(size.get("longest_edge", frame), MAX_SIDE_PX))
+
+
+def sample_frames(info: VideoInfo, fps: float, max_frames: int) -> np.ndarray:
+    """Frame numbers, evenly over the clip without its first and last second if it is long.
+
+    Source: transformers video_processing_smolvlm.py, sample_frames.
+    """
+    last = info.num_frames - 1
+    count = max(min(round(fps * info.duration_s), max_frames), 1)
+    start, end = 0, last
+    if info.duration_s - 2 * SKIP_S > max_frames * fps:
+        start = int(SKIP_S * info.fps)
+        end = min(int(info.num_frames - SKIP_S * info.fps), last)
+    if start >= end:
+        start, end = 0, last
+    return np.unique(np.linspace(start, end, count, dtype=np.int64))
+
+
+def _videos_as_text(content: Any) -> Any:
+    if isinstance(content, str):
+        return content
+    return [{"type": "text", "text": VIDEO} if p["type"] == "video" else p for p in content]

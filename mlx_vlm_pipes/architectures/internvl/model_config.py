@@ -1,0 +1,344 @@
+"""InternVLConfig and VisionConfig, from either configuration dialect.
+
+The original InternVLChatModel has `llm_config` and keys such as `qk_normalization`; transformers
+has `text_config` and `use_qk_norm`, with other defaults (spec, section 7.1).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from mlx_vlm_pipes.architectures.llama3 import Llama3Config
+from mlx_vlm_pipes.architectures.qwen3 import Qwen3Config
+from mlx_vlm_pipes.config import KVCacheConfig, KVCacheParams, MAXModelConfig, PipelineConfig
+from mlx_vlm_pipes.dtypes import DeviceRef, DType
+from mlx_vlm_pipes.errors import ConfigError, UnsupportedModel
+from mlx_vlm_pipes.hf_config import AutoConfig, lookup, require_int, text_config
+from mlx_vlm_pipes.interfaces import ArchConfigWithKVCache, ReturnHiddenStates, ReturnLogits
+from mlx_vlm_pipes.nn.activations import activation
+from mlx_vlm_pipes.weights import WeightData
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+NormType = Literal["rms_norm", "layer_norm"]
+O_PROJ_BIASES = (".attn.o_proj.bias", ".attn.proj.bias", ".attention.projection_layer.bias")
+STACKED_QKV = ".attn.qkv.weight"
+ORIGINAL = "InternVLChatModel"
+ORIGINAL_LAYERS = 48  # of InternVisionConfig, where the key is missing
+QK_NORM_EPS = 1e-6  # transformers' module takes no other; the original reads layer_norm_eps
+
+_QWEN3 = ("qwen3", "Qwen3ForCausalLM")
+_QWEN2 = ("qwen2", "Qwen2ForCausalLM")
+_LLAMA = ("llama", "LlamaForCausalLM")
+
+
+@dataclass
+class VisionConfig:
+    """What the vision tower reads. Sizes in elements, image_size and patch_size in pixels.
+
+    The fields below `o_proj_bias` are ours; the documented ones stand above.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    norm_type: NormType
+    image_size: int
+    patch_size: int
+    num_attention_heads: int
+    head_dim: int
+    layer_norm_eps: float
+    qk_normalization: bool
+    qkv_bias: bool
+    num_hidden_layers: int
+    dtype: DType = DType.bfloat16
+    o_proj_bias: bool = False  # found in finalize
+    stacked_qkv: bool = field(default=False, kw_only=True)  # found in finalize
+    qk_norm_eps: float = field(default=QK_NORM_EPS, kw_only=True)
+    final_norm: bool = field(default=False, kw_only=True)
+    hidden_act: str = field(default="gelu", kw_only=True)
+    num_channels: int = field(default=3, kw_only=True)
+
+    @classmethod
+    def initialize_from_config(
+        cls, hf_vision_config: AutoConfig, *, original: bool | None = None
+    ) -> Self:
+        """From the vision part alone. original: which dialect, None to tell by its keys.
+
+        Raises: ConfigError for missing keys, UnsupportedModel for towers that we do not have.
+        """
+        cfg = hf_vision_config
+        if original is None:
+            original = _has_original_vision_keys(cfg)
+        _refuse_unknown_tower(cfg)
+        hidden, heads = _size(cfg, "hidden_size", 1024), _size(cfg, "num_attention_heads", 16)
+        if hidden % heads:
+            raise ConfigError(f"vision hidden_size {hidden} does not divide among {heads} heads")
+        eps = float(lookup(cfg, "layer_norm_eps", default=1e-6))
+        return cls(
+            hidden_size=hidden,
+            intermediate_size=_size(cfg, "intermediate_size", 4096),
+            norm_type=_norm_type(cfg, "rms_norm" if original else "layer_norm"),
+            image_size=_square(cfg, "image_size", 448),
+            patch_size=_square(cfg, "patch_size", 14),
+            num_attention_heads=heads,
+            head_dim=hidden // heads,
+            layer_norm_eps=eps,
+            qk_normalization=bool(
+                lookup(cfg, "qk_normalization", default=True)
+                if original
+                else lookup(cfg, "use_qk_norm", default=False)
+            ),
+            qkv_bias=bool(lookup(cfg, "qkv_bias" if original else "attention_bias", default=False)),
+            num_hidden_layers=_size(cfg, "num_hidden_layers", ORIGINAL_LAYERS if original else 24),
+            qk_norm_eps=eps if original else QK_NORM_EPS,
+            final_norm=not original and lookup(cfg, "use_mean_pooling", default=True) is False,
+            hidden_act=lookup(cfg, "hidden_act", default="gelu"),
+            num_channels=lookup(cfg, "num_channels", default=3),
+        )
+
+    def finalize(self, dtype: DType, state_dict: dict[str, WeightData]) -> None:
+        """Read what only the weights can say: names, never values."""
+        self.dtype = dtype
+        self.o_proj_bias = any(name.endswith(O_PROJ_BIASES) for name in state_dict)
+        self.stacked_qkv = any(name.endswith(STACKED_QKV) for name in state_dict)
+
+
+@dataclass(kw_only=True)
+class InternVLConfig(ArchConfigWithKVCache):
+    """What the whole model reads.
+
+    num_image_token: vision rows of one tile. The fields below `llm_config` are ours.
+    """
+
+    devices: list[DeviceRef]
+    downsample_ratio: float
+    num_image_token: int
+    vision_config: VisionConfig
+    llm_config: Llama3Config | Qwen3Config
+    vision_feature_layer: int = -1  # index of a hidden state; 0 is the embeddings
+    projector_hidden_act: str = "gelu"
+
+    @property
+    def shuffle_factor(self) -> int:
+        """1 / downsample_ratio: patches in a row of the block that becomes one vision row."""
+        return round(1 / self.downsample_ratio)
+
+    @classmethod
+    def initialize(
+        cls, pipeline_config: PipelineConfig, model_config: MAXModelConfig | None = None
+    ) -> Self:
+        model_config = model_config or pipeline_config.model
+        config = model_config.require_huggingface_config()
+        return cls.initialize_from_config(pipeline_config, config, model_config)
+
+    @classmethod
+    def initialize_from_config(
+        cls,
+        pipeline_config: PipelineConfig,
+        huggingface_config: AutoConfig,
+        model_config: MAXModelConfig | None = None,
+    ) -> Self:
+        """From the whole configuration, of either dialect.
+
+        Raises: ConfigError for missing or contradictory keys, UnsupportedModel for a text model,
+        pixel shuffle or feature selection that we do not have.
+        """
+        cfg = huggingface_config
+        model_config = model_config or pipeline_config.model
+        vision = VisionConfig.initialize_from_config(
+            require_vision_config(cfg), original=is_original(cfg)
+        )
+        text = text_config(cfg)
+        ratio = _downsample_ratio(cfg, vision)
+        _refuse_unknown_projection(cfg)
+        return cls(
+            devices=model_config.devices,
+            downsample_ratio=ratio,
+            num_image_token=_num_image_token(cfg, vision, ratio),
+            vision_config=vision,
+            llm_config=llm_config_class(text).initialize_from_config(
+                pipeline_config, text, model_config
+            ),
+            vision_feature_layer=_feature_layer(cfg, vision.num_hidden_layers),
+            projector_hidden_act=lookup(cfg, "projector_hidden_act", default="gelu"),
+        )
+
+    def finalize(
+        self,
+        huggingface_config: AutoConfig,
+        llm_state_dict: dict[str, WeightData],
+        vision_state_dict: dict[str, WeightData],
+        dtype: DType,
+        return_logits: ReturnLogits,
+        norm_method: NormType = "rms_norm",
+    ) -> None:
+        """Read what only the weights can say. Looks at names and dtypes, never at values."""
+        text = text_config(huggingface_config)
+        self.vision_config.finalize(dtype, vision_state_dict)
+        self.llm_config.finalize(
+            text,
+            llm_state_dict,
+            return_logits,
+            ReturnHiddenStates.NONE,
+            norm_method,
+            attention_bias=_is_one_of(text, _QWEN2),
+        )
+
+    @staticmethod
+    def calculate_max_seq_len(
+        pipeline_config: PipelineConfig, huggingface_config: AutoConfig
+    ) -> int:
+        """The text model's own limit, or the smaller one asked for. Raises: ConfigError above."""
+        text = text_config(huggingface_config)
+        return llm_config_class(text).calculate_max_seq_len(pipeline_config, text)
+
+    @staticmethod
+    def construct_kv_params(
+        huggingface_config: AutoConfig,
+        pipeline_config: PipelineConfig,
+        devices: list[DeviceRef],
+        kv_cache_config: KVCacheConfig,
+        cache_dtype: DType,
+    ) -> KVCacheParams:
+        text = text_config(huggingface_config)
+        return llm_config_class(text).construct_kv_params(
+            text, pipeline_config, devices, kv_cache_config, cache_dtype
+        )
+
+    @staticmethod
+    def get_num_layers(huggingface_config: AutoConfig) -> int:
+        text = text_config(huggingface_config)
+        return llm_config_class(text).get_num_layers(text)
+
+    def get_kv_params(self) -> KVCacheParams:
+        return self.llm_config.get_kv_params()
+
+    def get_max_seq_len(self) -> int:
+        return self.llm_config.get_max_seq_len()
+
+
+def is_original(config: AutoConfig) -> bool:
+    """Whether a whole configuration is written in the dialect of InternVLChatModel."""
+    if lookup(config, "llm_config") is not None:
+        return True
+    if ORIGINAL in lookup(config, "architectures", default=[]):
+        return True
+    if lookup(config, "model_type") == "internvl":
+        return False
+    return _has_original_vision_keys(lookup(config, "vision_config"))
+
+
+def llm_config_class(text: AutoConfig) -> type[Llama3Config]:
+    """The config class of a text model. Raises: UnsupportedModel naming another kind of it."""
+    if _is_one_of(text, _QWEN3):
+        return Qwen3Config
+    if _is_one_of(text, _QWEN2) or _is_one_of(text, _LLAMA):
+        return Llama3Config
+    kind = lookup(text, "model_type") or lookup(text, "architectures")
+    raise UnsupportedModel(
+        f"InternVL with a text model of type {kind!r}; supported: llama, qwen2, qwen3"
+    )
+
+
+def require_vision_config(config: AutoConfig) -> AutoConfig:
+    """Raises: ConfigError if there is none."""
+    vision = lookup(config, "vision_config")
+    if vision is None:
+        raise ConfigError("InternVL: config.json lacks 'vision_config'; is it a text-only model?")
+    return vision
+
+
+def _is_one_of(text: AutoConfig, names: tuple[str, str]) -> bool:
+    """By model_type; by `architectures` only where there is no model_type."""
+    kind = lookup(text, "model_type")
+    return kind == names[0] if kind else names[1] in lookup(text, "architectures", default=[])
+
+
+def _has_original_vision_keys(vision: AutoConfig) -> bool:
+    if lookup(vision, "model_type") == "internvl_vision":
+        return False
+    if lookup(vision, "qk_normalization", "qkv_bias") is not None:
+        return True
+    return lookup(vision, "use_qk_norm", "attention_bias") is None
+
+
+def _size(config: AutoConfig, key: str, default: int) -> int:
+    return default if lookup(config, key) is None else require_int(config, key)
+
+
+def _square(config: AutoConfig, key: str, default: int) -> int:
+    """A side in pixels. Raises: UnsupportedModel where height and width differ."""
+    value = lookup(config, key, default=default)
+    if isinstance(value, (list, tuple)) and len(set(value)) > 1:
+        raise UnsupportedModel(f"vision {key} {list(value)}; only square ones are supported")
+    return _size(config, key, default)
+
+
+def _norm_type(vision: AutoConfig, default: NormType) -> NormType:
+    value = lookup(vision, "norm_type", default=default)
+    if value not in ("rms_norm", "layer_norm"):
+        raise UnsupportedModel(f"vision norm_type {value!r}; supported: rms_norm, layer_norm")
+    return value
+
+
+def _refuse_unknown_tower(vision: AutoConfig) -> None:
+    activation(lookup(vision, "hidden_act", default="gelu"))  # refuse unknown ones here
+    channels = lookup(vision, "num_channels", default=3)
+    if channels != 3:
+        raise UnsupportedModel(f"vision num_channels {channels}; only RGB (3) is supported")
+    if lookup(vision, "use_absolute_position_embeddings", default=True) is False:
+        raise UnsupportedModel(
+            "vision use_absolute_position_embeddings false; only towers with a position table"
+            " are supported"
+        )
+
+
+def _refuse_unknown_projection(config: AutoConfig) -> None:
+    activation(lookup(config, "projector_hidden_act", default="gelu"))
+    version = lookup(config, "ps_version", default="v2")
+    if version != "v2":
+        raise UnsupportedModel(f"ps_version {version!r}; only pixel shuffle 'v2' is supported")
+    strategy = lookup(config, "vision_feature_select_strategy", default="default")
+    if strategy != "default":
+        raise UnsupportedModel(
+            f"vision_feature_select_strategy {strategy!r}; only 'default' (without the class"
+            " token) is supported"
+        )
+
+
+def _downsample_ratio(config: AutoConfig, vision: VisionConfig) -> float:
+    """Raises: ConfigError unless 1 / ratio is whole and divides the rows of patches."""
+    ratio = float(lookup(config, "downsample_ratio", default=0.5))
+    factor = round(1 / ratio) if ratio > 0 else 0
+    if factor < 1 or abs(1 / ratio - factor) > 1e-6:
+        raise ConfigError(f"downsample_ratio {ratio}; expected 1 over a whole number, e.g. 0.5")
+    side = _tile_side(config, vision)
+    if side % vision.patch_size or side // vision.patch_size % factor:
+        raise ConfigError(
+            f"tiles of {side} pixels in patches of {vision.patch_size} do not divide into blocks"
+            f" of {factor} x {factor} patches (downsample_ratio {ratio})"
+        )
+    return ratio
+
+
+def _tile_side(config: AutoConfig, vision: VisionConfig) -> int:
+    return _size(config, "force_image_size", vision.image_size)
+
+
+def _num_image_token(config: AutoConfig, vision: VisionConfig, ratio: float) -> int:
+    patches = (_tile_side(config, vision) // vision.patch_size) ** 2
+    computed = round(patches * ratio**2)
+    given = lookup(config, "num_image_token", "image_seq_length")
+    return computed if given is None else require_int(config, "num_image_token", "image_seq_length")
+
+
+def _feature_layer(config: AutoConfig, layers: int) -> int:
+    """Raises: UnsupportedModel for several layers, ConfigError for one that is not there."""
+    layer = lookup(config, "vision_feature_layer", "select_layer", default=-1)
+    if isinstance(layer, bool) or not isinstance(layer, int):
+        raise UnsupportedModel(f"vision_feature_layer {layer!r}; expected one layer number")
+    if not -layers - 1 <= layer <= layers:
+        raise ConfigError(f"vision_feature_layer {layer} of a tower of {layers} layers")
+    return layer

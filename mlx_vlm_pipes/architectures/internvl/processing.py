@@ -1,0 +1,239 @@
+"""InternVL, in the layout of transformers and in that of the original InternVLChatModel.
+
+A picture is cut into tiles chosen by its aspect ratio; each tile is a run of <IMG_CONTEXT>.
+Source: transformers image_processing_pil_got_ocr2.py, processing_internvl.py and
+video_processing_internvl.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mlx_vlm_pipes.errors import ProcessorError
+from mlx_vlm_pipes.processing.base import EncodedMedia, Unit, VisionProcessor
+from mlx_vlm_pipes.processing.settings import (
+    CLIP_MEAN,
+    CLIP_STD,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    PixelSettings,
+    ProcessorFiles,
+    Settings,
+)
+from mlx_vlm_pipes.processing.transforms import cut_tiles, resize, to_array
+from mlx_vlm_pipes.processing.types import PromptRequest
+from mlx_vlm_pipes.processing.video import ClipPlan, VideoInfo, arange_indices, load_clip
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from typing_extensions import Self
+
+BICUBIC = 3
+DEFAULT_TILES = 12
+DEFAULT_FRAMES = 8  # of a clip, as in the original code's examples
+MAX_TILES = 256
+MAX_TILE_PX = 2048
+
+
+@dataclass(frozen=True)
+class TileSettings:
+    """side_px and patch_px of a tile; how many tiles; whether a thumbnail follows several."""
+
+    side_px: int
+    patch_px: int
+    min_tiles: int
+    max_tiles: int
+    use_thumbnail: bool
+    tokens: int
+
+
+class InternVLProcessor(VisionProcessor):
+    """All tiles of a picture are one ImageMetadata; each frame of a clip is one tile."""
+
+    @classmethod
+    def from_folder(cls, folder: Path, config: Mapping[str, Any]) -> Self:
+        """Read tokenizer, chat template and picture settings of a checkpoint.
+
+        Args: config, the parsed config.json. Neither layout runs code from the folder.
+        Raises: ProcessorError when a file or special token is missing.
+        """
+        return cls(folder, config)
+
+    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
+        super().__init__(folder, config)
+        files = ProcessorFiles.read(self.folder)
+        original = is_original(config)
+        names = self.tokenizer.named_tokens
+        self.start_token = names.get("start_image_token", "<img>")
+        self.end_token = names.get("end_image_token", "</img>")
+        self.image_token = names.get("context_image_token", "<IMG_CONTEXT>")
+        self.image_token_id = self.tokenizer.require_token_id(self.image_token)
+        for token in (self.start_token, self.end_token):
+            self.tokenizer.require_token_id(token)
+        self.vision_token_ids = [self.image_token_id]
+        video = names.get("video_token", "<video>")
+        self.markers = {"image": (self.image_token, "<image>"), "video": (video,)}
+        self.text_markers = {"image": "<image>\n", "video": f"{video}\n"} if original else {}
+        mean, std = (IMAGENET_MEAN, IMAGENET_STD) if original else (CLIP_MEAN, CLIP_STD)
+        settings = without_crop(files.image) if original else files.image
+        self.pixels = PixelSettings.read(settings, BICUBIC, mean, std)
+        self.tiles = read_tiles(files, config, original=original)
+        self.digest = f"internvl|{self.pixels}|{self.tiles}"
+
+    def encode_image(self, source: Any, request: PromptRequest) -> EncodedMedia:
+        image = self.load(source, request)
+        tiles, rows, columns = cut(image, self.tiles, self.pixels)
+        array = np.stack([to_array(tile, self.pixels) for tile in tiles])  # [tiles, 3, S, S]
+        run = len(tiles) * self.tiles.tokens
+        side = self.tiles.side_px
+        return EncodedMedia(
+            kind="image",
+            replacement=self.run_text(run),
+            units=[Unit(cut_tiles(array, self.tiles.patch_px), self.image_token_id, run)],
+            source_size=image.size,
+            resized_size=(columns * side, rows * side),
+            grid=(rows, columns),
+            facts={"tiles": array},
+        )
+
+    def encode_clip(self, source: Any, request: PromptRequest) -> EncodedMedia:
+        side, count = self.tiles.side_px, request.num_frames or DEFAULT_FRAMES
+
+        def choose(info: VideoInfo) -> np.ndarray:
+            return sample_frames(info, count)
+
+        def prepare(frame: Image, first: tuple[int, int], num_frames: int) -> Image:
+            del first, num_frames
+            return resize(frame, side, side, self.pixels)
+
+        clip = load_clip(source, ClipPlan(request.fps, choose, prepare, request.local_files))
+        array = np.stack([to_array(frame, self.pixels) for frame in clip.frames])
+        patches = cut_tiles(array, self.tiles.patch_px)
+        tokens = self.tiles.tokens
+        lines = [f"Frame{i + 1}: {self.run_text(tokens)}" for i in range(len(array))]
+        return EncodedMedia(
+            kind="video",
+            replacement="\n".join(lines),
+            units=[Unit(tile[None], self.image_token_id, tokens) for tile in patches],
+            source_size=clip.source_size,
+            resized_size=(side, side),
+            grid=(1, 1),
+            num_frames=len(array),
+            facts={"tiles": array},
+        )
+
+    def run_text(self, num_tokens: int) -> str:
+        return self.start_token + self.image_token * num_tokens + self.end_token
+
+    def arrays(self, media: Sequence[EncodedMedia]) -> dict[str, np.ndarray]:
+        """pixel_values float32 [tiles, 3, S, S]; num_patches int64, tiles of each picture."""
+        if not media:
+            return {}
+        tiles = [item.facts["tiles"] for item in media]
+        counts = np.array([len(array) for array in tiles], np.int64)
+        return {"pixel_values": np.concatenate(tiles), "num_patches": counts}
+
+
+def is_original(config: Mapping[str, Any]) -> bool:
+    """Whether config.json is that of InternVLChatModel (spec, section 7.1)."""
+    names = config.get("architectures") or []
+    return "llm_config" in config or "InternVLChatModel" in names
+
+
+def without_crop(settings: Settings) -> Settings:
+    """The original folders carry a CLIP extractor's file, whose crop and size are not used."""
+    unused = ("do_center_crop", "crop_size", "size")
+    return Settings(settings.source, {k: v for k, v in settings.values.items() if k not in unused})
+
+
+def read_tiles(files: ProcessorFiles, config: Mapping[str, Any], *, original: bool) -> TileSettings:
+    """Tile sizes and numbers. Raises: ProcessorError for sizes that do not fit each other."""
+    top = Settings("config.json", config)
+    vision = top.section("vision_config") or Settings("config.json: vision_config")
+    patch = _side(vision, "patch_size", 14)
+    side = top.integer("force_image_size", _side(vision, "image_size", 448))
+    if not original:
+        side = files.image.edges("size", ("height",)).get("height", side)
+    ratio = top.number("downsample_ratio", 0.5)
+    tokens = int((side // patch) ** 2 * ratio**2)
+    tokens = top.integer("image_seq_length", top.integer("num_image_token", tokens))
+    tokens = files.processor.integer("image_seq_length", tokens)
+    low = top.integer("min_dynamic_patch", files.image.integer("min_patches", 1))
+    high = top.integer("max_dynamic_patch", files.image.integer("max_patches", DEFAULT_TILES))
+    if not top.flag("dynamic_image_size", default=True):
+        low = high = 1
+    if side > MAX_TILE_PX or side % patch or high > MAX_TILES or low > high:
+        raise ProcessorError(
+            f"{files.image.source}: {low} to {high} tiles of {side} pixels in patches of {patch}; "
+            f"expected whole patches, at most {MAX_TILE_PX} pixels and {MAX_TILES} tiles"
+        )
+    thumbnail = top.flag("use_thumbnail", default=True)
+    return TileSettings(side, patch, low, high, thumbnail, tokens)
+
+
+def cut(
+    image: Image, settings: TileSettings, pixels: PixelSettings
+) -> tuple[list[Image], int, int]:
+    """Tiles of an RGB picture, row by row, the thumbnail last; rows and columns."""
+    side = settings.side_px
+    columns, rows = 1, 1
+    if settings.max_tiles > 1:
+        columns, rows = best_grid(image.size, side, settings.min_tiles, settings.max_tiles)
+    canvas = resize(image, columns * side, rows * side, pixels)
+    tiles = [
+        canvas.crop((x * side, y * side, (x + 1) * side, (y + 1) * side))
+        for y in range(rows)
+        for x in range(columns)
+    ]
+    if settings.use_thumbnail and len(tiles) > 1:
+        tiles.append(resize(image, side, side, pixels))
+    return tiles, rows, columns
+
+
+def best_grid(size: tuple[int, int], side: int, low: int, high: int) -> tuple[int, int]:
+    """(columns, rows) closest to the picture's aspect ratio.
+
+    Of equally close grids, a larger one wins while the picture covers more than half of it.
+    """
+    width, height = size
+    best, smallest = (1, 1), float("inf")
+    for columns, rows in grids(low, high):
+        distance = abs(width / height - columns / rows)
+        larger = distance == smallest and width * height > 0.5 * side * side * columns * rows
+        if distance < smallest or larger:
+            best, smallest = (columns, rows), distance
+    return best
+
+
+@lru_cache(maxsize=16)
+def grids(low: int, high: int) -> list[tuple[int, int]]:
+    """All (columns, rows) with low to high tiles: by columns, then rows, then stably by number."""
+    every = [
+        (columns, rows)
+        for columns in range(1, high + 1)
+        for rows in range(1, high // columns + 1)
+        if columns * rows >= low
+    ]
+    return sorted(every, key=lambda grid: grid[0] * grid[1])
+
+
+def sample_frames(info: VideoInfo, num_frames: int) -> np.ndarray:
+    """Frame numbers at the middle of num_frames equal parts, at most all frames.
+
+    Source: transformers video_processing_internvl.py, sample_frames.
+    """
+    step = info.num_frames / min(num_frames, info.num_frames)
+    return arange_indices(step / 2, info.num_frames, step)
+
+
+def _side(settings: Settings, key: str, default: int) -> int:
+    value = settings.get(key)
+    if isinstance(value, (list, tuple)) and value:
+        return settings.checked_int(key, value[0], 1, MAX_TILE_PX)
+    return settings.integer(key, default, high=MAX_TILE_PX)

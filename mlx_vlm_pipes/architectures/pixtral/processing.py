@@ -1,0 +1,129 @@
+"""Pixtral: a picture of any size as rows of [IMG] tokens.
+
+Source: transformers image_processing_pil_pixtral.py and processing_pixtral.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mlx_vlm_pipes.errors import InputError
+from mlx_vlm_pipes.processing.base import EncodedMedia, Unit, VisionProcessor
+from mlx_vlm_pipes.processing.settings import (
+    CLIP_MEAN,
+    CLIP_STD,
+    PixelSettings,
+    ProcessorFiles,
+    Settings,
+)
+from mlx_vlm_pipes.processing.transforms import pad_to_common_size, resize, to_array
+from mlx_vlm_pipes.processing.types import PromptRequest
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+BICUBIC = 3
+MAX_PATCH_PX = 1024
+
+
+class PixtralProcessor(VisionProcessor):
+    """h x w patches of `patch_px` a picture; each row of tokens ends in a break token."""
+
+    @classmethod
+    def from_folder(cls, folder: Path, config: Mapping[str, Any]) -> Self:
+        """Read tokenizer, chat template and picture settings of a checkpoint.
+
+        Args: config, the parsed config.json.
+        Raises: ProcessorError when a file or special token is missing.
+        """
+        return cls(folder, config)
+
+    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
+        super().__init__(folder, config)
+        files = ProcessorFiles.read(self.folder)
+        names = files.processor
+        self.image_token = names.text("image_token", "[IMG]")
+        self.break_token = names.text("image_break_token", "[IMG_BREAK]")
+        self.end_token = names.text("image_end_token", "[IMG_END]")
+        self.image_token_id = self.tokenizer.require_token_id(self.image_token)
+        break_id = self.tokenizer.require_token_id(self.break_token)
+        self.tokenizer.require_token_id(self.end_token)
+        self.vision_token_ids = [self.image_token_id, break_id]
+        self.markers = {"image": (self.image_token,)}
+        self.text_markers = {}
+        self.pixels = PixelSettings.read(files.image, BICUBIC, CLIP_MEAN, CLIP_STD)
+        self.patch_px = read_patch(files, config)
+        self.max_size = read_size(files.image)
+        self.digest = f"pixtral|{self.pixels}|{self.patch_px}|{self.max_size}"
+
+    def encode_image(self, source: Any, request: PromptRequest) -> EncodedMedia:
+        image = self.load(source, request)
+        resized = image
+        if self.pixels.do_resize:
+            size = fitting_size(image.size, self.max_size, self.patch_px)
+            resized = resize(image, *size, self.pixels)
+        rows, columns = resized.height // self.patch_px, resized.width // self.patch_px
+        if not rows or not columns:
+            raise InputError(f"a picture of {image.size} pixels is smaller than one patch")
+        lines = [self.image_token * columns] * rows
+        return EncodedMedia(
+            kind="image",
+            replacement=self.break_token.join(lines) + self.end_token,
+            units=[Unit(to_array(resized, self.pixels), self.image_token_id, rows * columns)],
+            source_size=image.size,
+            resized_size=resized.size,
+            grid=(rows, columns),
+        )
+
+    def encode_clip(self, source: Any, request: PromptRequest) -> EncodedMedia:
+        raise InputError(f"{self.architecture} takes no video; give frames of it as images")
+
+    def arrays(self, media: Sequence[EncodedMedia]) -> dict[str, np.ndarray]:
+        """pixel_values float32 [N, 3, max H, max W], zero-padded; image_sizes int64 [N, 2]."""
+        images = [unit.pixel_values for item in media for unit in item.units]
+        if not images:
+            return {}
+        sizes = np.array([image.shape[1:] for image in images], np.int64)
+        return {"pixel_values": pad_to_common_size(images), "image_sizes": sizes}
+
+
+def fitting_size(size: tuple[int, int], limit: tuple[int, int], patch: int) -> tuple[int, int]:
+    """(width, height) shrunk into the limit (width, height), then up to multiples of a patch."""
+    width, height = size
+    ratio = max(width / limit[0], height / limit[1])
+    if ratio > 1:
+        # An extreme ratio floors a side to 0; one patch is the least.
+        width, height = max(math.floor(width / ratio), 1), max(math.floor(height / ratio), 1)
+    return math.ceil(width / patch) * patch, math.ceil(height / patch) * patch
+
+
+def read_patch(files: ProcessorFiles, config: Mapping[str, Any]) -> int:
+    """Side in pixels of the square that one token stands for."""
+    default = 16
+    vision = config.get("vision_config")
+    if isinstance(vision, Mapping) and isinstance(vision.get("patch_size"), int):
+        default = vision["patch_size"]
+    if isinstance(files.image.get("patch_size"), Mapping):
+        edges = files.image.edges("patch_size", ("height", "width"))
+        if len(set(edges.values())) != 1:
+            raise files.image.error("patch_size", edges, "equal height and width")
+        default = edges.popitem()[1]
+    elif files.image.get("patch_size") is not None:
+        default = files.image.integer("patch_size", default, high=MAX_PATCH_PX)
+    patch = files.processor.integer("patch_size", default, high=MAX_PATCH_PX)
+    return patch * files.processor.integer("spatial_merge_size", 1, high=16)
+
+
+def read_size(settings: Settings) -> tuple[int, int]:
+    """The largest (width, height) a picture may have."""
+    edges = settings.edges("size", ("longest_edge", "height", "width"))
+    if "longest_edge" in edges:
+        return edges["longest_edge"], edges["longest_edge"]
+    if "height" in edges and "width" in edges:
+        return edges["width"], edges["height"]
+    return 1024, 1024

@@ -1,0 +1,315 @@
+"""Qwen2_5VLConfig and VisionConfig: what Qwen2.5-VL reads from config.json and the weights.
+
+A released (transformers 4) config.json keeps its text keys at the top; transformers 5 nests them
+in `text_config`. Source: transformers configuration_qwen2_5_vl.py (spec, section 8.1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+from mlx_vlm_pipes.architectures.llama3.model_config import Llama3Config
+from mlx_vlm_pipes.config import KVCacheConfig, KVCacheParams, MAXModelConfig, PipelineConfig
+from mlx_vlm_pipes.dtypes import DeviceRef, DType
+from mlx_vlm_pipes.errors import ConfigError
+from mlx_vlm_pipes.hf_config import (
+    AutoConfig,
+    head_dim,
+    lookup,
+    require_int,
+    rope_dictionary,
+    rope_theta,
+    text_config,
+    tie_flag,
+)
+from mlx_vlm_pipes.interfaces import ArchConfigWithKVCache, ReturnLogits
+from mlx_vlm_pipes.nn.activations import activation
+from mlx_vlm_pipes.quantization import QuantConfig, QuantizationConfig
+from mlx_vlm_pipes.weights import WeightData, parse_quantization, record_scales
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+IMAGE_TOKEN_ID, VIDEO_TOKEN_ID, VISION_START_TOKEN_ID = 151655, 151656, 151652
+MROPE_SECTION = [16, 24, 24]
+FULL_ATTENTION_BLOCKS = [7, 15, 23, 31]
+WINDOW_SIZE = 112
+RMS_NORM_EPS = 1e-6  # written into the reference's code, in no config.json
+
+
+@dataclass
+class VisionConfig:
+    """What the vision tower reads. patch_size and window_size in pixels.
+
+    The fields below `quant_config` are ours; the documented ones stand above.
+    """
+
+    dtype: DType
+    llm_dtype: DType
+    devices: list[DeviceRef]
+    patch_size: int
+    temporal_patch_size: int
+    in_channels: int
+    hidden_size: int
+    num_attention_heads: int
+    depth: int
+    intermediate_size: int
+    out_hidden_size: int
+    fullatt_block_indexes: list[int]
+    rms_norm_eps: float
+    window_size: int
+    spatial_merge_size: int
+    quant_config: QuantConfig | None = None
+    hidden_act: str = "silu"
+    rope_theta: float = 10000.0
+
+    @classmethod
+    def initialize_from_config(
+        cls, pipeline_config: PipelineConfig, hf_vision_config: AutoConfig
+    ) -> Self:
+        """From `vision_config`.
+
+        Raises: ConfigError for missing keys, heads that do not divide the width, a window smaller
+        than a merged patch, or an activation or rope type that we do not have.
+        """
+        cfg = hf_vision_config
+        blocks = lookup(cfg, "fullatt_block_indexes", default=FULL_ATTENTION_BLOCKS)
+        act = lookup(cfg, "hidden_act", default="silu")
+        activation(act)  # refuse unknown ones here
+        config = cls(
+            dtype=DType.bfloat16,
+            llm_dtype=DType.bfloat16,
+            devices=pipeline_config.model.devices,
+            patch_size=_size(cfg, "patch_size", 14),
+            temporal_patch_size=_size(cfg, "temporal_patch_size", 2),
+            in_channels=require_int(cfg, "in_channels", "in_chans")
+            if lookup(cfg, "in_channels", "in_chans") is not None
+            else 3,
+            hidden_size=require_int(cfg, "hidden_size"),
+            num_attention_heads=require_int(cfg, "num_heads", "num_attention_heads"),
+            depth=require_int(cfg, "depth"),
+            intermediate_size=require_int(cfg, "intermediate_size"),
+            out_hidden_size=require_int(cfg, "out_hidden_size"),
+            fullatt_block_indexes=[int(block) for block in blocks],
+            rms_norm_eps=RMS_NORM_EPS,
+            window_size=_size(cfg, "window_size", WINDOW_SIZE),
+            spatial_merge_size=_size(cfg, "spatial_merge_size", 2),
+            hidden_act=act,
+            rope_theta=_axial_theta(cfg),
+        )
+        config._check()
+        return config
+
+    def finalize(
+        self,
+        huggingface_config: AutoConfig,
+        vision_state_dict: dict[str, WeightData],
+        vision_dtype: DType,
+        llm_dtype: DType,
+    ) -> None:
+        """Take the two dtypes, and a record of scaled (FP8, FP4) weights of the vision tower."""
+        self.dtype, self.llm_dtype = vision_dtype, llm_dtype
+        declared = {
+            name: lookup(huggingface_config, name)
+            for name in ("quantization_config", "quantization")
+        }
+        scaled = parse_quantization({k: _plain(v) for k, v in declared.items() if v is not None})
+        if scaled is None or isinstance(scaled, QuantizationConfig):
+            self.quant_config = None
+        else:
+            self.quant_config = record_scales(vision_state_dict, scaled)
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def patch_elements(self) -> int:
+        """Numbers in one patch: channels, frames, rows and columns."""
+        return self.in_channels * self.temporal_patch_size * self.patch_size**2
+
+    @property
+    def merge_unit(self) -> int:
+        """Patches that become one row for the decoder."""
+        return self.spatial_merge_size**2
+
+    def _check(self) -> None:
+        if self.hidden_size % self.num_attention_heads or self.head_dim % 4:
+            raise ConfigError(
+                f"vision hidden_size {self.hidden_size} with {self.num_attention_heads} heads; "
+                "expected heads of a multiple of 4 elements"
+            )
+        if self.window_size < self.spatial_merge_size * self.patch_size:
+            raise ConfigError(
+                f"vision window_size {self.window_size} is smaller than a merged patch of "
+                f"{self.spatial_merge_size * self.patch_size} pixels"
+            )
+
+
+@dataclass(kw_only=True)
+class Qwen2_5VLConfig(ArchConfigWithKVCache):
+    """Both halves of the model. tokens_per_second: time positions a second of a clip takes."""
+
+    devices: list[DeviceRef]
+    image_token_id: int
+    video_token_id: int
+    vision_start_token_id: int
+    spatial_merge_size: int
+    tokens_per_second: int
+    mrope_section: list[int]
+    vision_config: VisionConfig
+    llm_config: Llama3Config
+
+    @classmethod
+    def initialize(
+        cls, pipeline_config: PipelineConfig, model_config: MAXModelConfig | None = None
+    ) -> Self:
+        model_config = model_config or pipeline_config.model
+        if model_config is not pipeline_config.model:
+            pipeline_config = replace(pipeline_config, model=model_config)
+        config = model_config.require_huggingface_config()
+        return cls.initialize_from_config(pipeline_config, config)
+
+    @classmethod
+    def initialize_from_config(
+        cls, pipeline_config: PipelineConfig, huggingface_config: AutoConfig
+    ) -> Self:
+        """From the outer configuration.
+
+        Raises: ConfigError without a vision_config, for missing or contradicting keys, and for
+        values that we do not run.
+        """
+        cfg, vision_cfg = huggingface_config, require_vision_config(huggingface_config)
+        text_cfg = text_config(cfg)
+        vision = VisionConfig.initialize_from_config(pipeline_config, vision_cfg)
+        section = _mrope_section(text_cfg)
+        llm = Llama3Config.initialize_from_config(pipeline_config, text_cfg)
+        if vision.out_hidden_size != llm.hidden_size:
+            raise ConfigError(
+                f"vision out_hidden_size {vision.out_hidden_size}, expected the text hidden_size "
+                f"{llm.hidden_size}"
+            )
+        return cls(
+            devices=pipeline_config.model.devices,
+            image_token_id=lookup(cfg, "image_token_id", default=IMAGE_TOKEN_ID),
+            video_token_id=lookup(cfg, "video_token_id", default=VIDEO_TOKEN_ID),
+            vision_start_token_id=lookup(
+                cfg, "vision_start_token_id", default=VISION_START_TOKEN_ID
+            ),
+            spatial_merge_size=vision.spatial_merge_size,
+            tokens_per_second=lookup(vision_cfg, "tokens_per_second", default=4),
+            mrope_section=section,
+            vision_config=vision,
+            llm_config=replace(llm, mrope_section=tuple(section)),
+        )
+
+    def finalize(
+        self,
+        huggingface_config: AutoConfig,
+        pipeline_config: PipelineConfig,
+        llm_state_dict: dict[str, WeightData],
+        vision_state_dict: dict[str, WeightData],
+        return_logits: ReturnLogits,
+        norm_method: Literal["rms_norm"] | Literal["layer_norm"] = "rms_norm",
+    ) -> None:
+        """Read what only the weights can say: dtypes, biases, the tied head.
+
+        Raises: ConfigError without a vision_config, without one of the two tensors whose dtype
+        decides, or for a quantisation that we do not know.
+        """
+        del pipeline_config  # the encoding that it names has been applied to the state dicts
+        require_vision_config(huggingface_config)
+        text_cfg = text_config(huggingface_config)
+        self.vision_config.finalize(
+            huggingface_config,
+            vision_state_dict,
+            stored_dtype(vision_state_dict, "patch_embed.proj"),
+            stored_dtype(llm_state_dict, "embed_tokens"),
+        )
+        self.llm_config.finalize(
+            text_cfg,
+            llm_state_dict,
+            return_logits,
+            norm_method=norm_method,
+            attention_bias=True,
+        )
+        if tie_flag(huggingface_config, text_cfg):
+            self.llm_config.tie_word_embeddings = True
+
+    @staticmethod
+    def calculate_max_seq_len(
+        pipeline_config: PipelineConfig, huggingface_config: AutoConfig
+    ) -> int:
+        """The decoder's limit, or the smaller one asked for. Raises: ConfigError above it."""
+        return Llama3Config.calculate_max_seq_len(pipeline_config, text_config(huggingface_config))
+
+    @staticmethod
+    def construct_kv_params(
+        huggingface_config: AutoConfig,
+        pipeline_config: PipelineConfig,
+        devices: list[DeviceRef],
+        kv_cache_config: KVCacheConfig,
+        cache_dtype: DType,
+    ) -> KVCacheParams:
+        return Llama3Config.construct_kv_params(
+            text_config(huggingface_config), pipeline_config, devices, kv_cache_config, cache_dtype
+        )
+
+    @staticmethod
+    def get_num_layers(huggingface_config: AutoConfig) -> int:
+        return Llama3Config.get_num_layers(huggingface_config)
+
+    def get_kv_params(self) -> KVCacheParams:
+        return self.llm_config.get_kv_params()
+
+    def get_max_seq_len(self) -> int:
+        return self.llm_config.get_max_seq_len()
+
+
+def require_vision_config(huggingface_config: AutoConfig) -> AutoConfig:
+    """Raises: ConfigError without a `vision_config`."""
+    vision = lookup(huggingface_config, "vision_config")
+    if vision is None:
+        raise ConfigError("config.json has no vision_config; is it a Qwen2.5-VL checkpoint?")
+    return vision
+
+
+def stored_dtype(state_dict: Mapping[str, WeightData], module: str) -> DType:
+    """The dtype of a module's weight, of its scales where the weight is packed.
+
+    module: path below any prefix. Raises: ConfigError when no tensor has that name.
+    """
+    for name in (f"{module}.scales", f"{module}.weight"):
+        for key, weight in state_dict.items():
+            if key == name or key.endswith("." + name):
+                return weight.dtype
+    raise ConfigError(f"the weights have no {module}.weight; its dtype decides the model's")
+
+
+def _size(cfg: AutoConfig, name: str, default: int) -> int:
+    return default if lookup(cfg, name) is None else require_int(cfg, name)
+
+
+def _axial_theta(cfg: AutoConfig) -> float:
+    kind = rope_dictionary(cfg).get("rope_type", "axial")
+    if kind not in ("axial", "default"):
+        raise ConfigError(f"vision rope_type {kind!r} is not supported; supported: axial")
+    return rope_theta(cfg)
+
+
+def _mrope_section(text_cfg: AutoConfig) -> list[int]:
+    """Rotary pairs of the time, height and width axis."""
+    given = rope_dictionary(text_cfg).get("mrope_section")
+    section = [int(n) for n in (MROPE_SECTION if given is None else given)]
+    half = head_dim(text_cfg) // 2
+    if len(section) != 3 or sum(section) != half:
+        raise ConfigError(
+            f"mrope_section {section}; expected three numbers that sum to half of head_dim, {half}"
+        )
+    return section
+
+
+def _plain(value: object) -> object:
+    return value.to_dict() if isinstance(value, AutoConfig) else value

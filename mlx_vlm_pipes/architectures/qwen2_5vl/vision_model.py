@@ -1,0 +1,212 @@
+"""The vision tower of Qwen2.5-VL: windowed attention over packed pictures and clips.
+
+All pictures lie one behind the other on one axis of P patches, in blocks of merge x merge that
+become one row for the decoder. Most layers attend within windows, a few within whole frames.
+Source: transformers modeling_qwen2_5_vl.py (spec, section 8.3).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_vlm_pipes.architectures.qwen2_5vl.model_config import VisionConfig
+from mlx_vlm_pipes.nn.activations import activation
+from mlx_vlm_pipes.nn.decoder import project_into
+from mlx_vlm_pipes.nn.rope import inverse_frequencies
+from mlx_vlm_pipes.nn.vision import rotate_half_split, segment_attention
+from mlx_vlm_pipes.weights import fuse_linears
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Which patches see each other, for patches in one particular order.
+
+    lengths: of consecutive segments, in patches; cos, sin: float32 [P, D/2] in the same order.
+    """
+
+    lengths: list[int]
+    cos: mx.array
+    sin: mx.array
+
+
+def window_order(
+    window_index: np.ndarray, cu_window_seqlens: np.ndarray, unit: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The windows put in order of their length, so that equal ones lie side by side.
+
+    Args: window_index int [P/unit]; cu_window_seqlens [windows + 1] in patches.
+    Returns: int [P/unit], merged patches in the new order; int [windows], lengths in patches.
+    """
+    lengths = np.diff(cu_window_seqlens.astype(np.int64))
+    of_unit = np.repeat(lengths, lengths // unit)  # length of the window that a unit is in
+    return window_index[np.argsort(of_unit, kind="stable")], np.sort(lengths)
+
+
+class PatchEmbed(nn.Module):
+    """A convolution with kernel = stride, as a matrix: [P, C*tp*p*p] -> [P, E]."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.proj = nn.Linear(config.patch_elements, config.hidden_size, bias=False)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.proj(x)
+
+
+class Attention(nn.Module):
+    """Bidirectional attention within segments: [P, E] -> [P, E], added to the residual."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        size = config.hidden_size
+        self.num_heads, self.head_dim = config.num_attention_heads, config.head_dim
+        self.scale = self.head_dim**-0.5
+        self.qkv = nn.Linear(size, 3 * size)
+        self.proj = nn.Linear(size, size)
+
+    def __call__(self, x: mx.array, residual: mx.array, segments: Segments) -> mx.array:
+        qkv = self.qkv(x).reshape(x.shape[0], 3 * self.num_heads, self.head_dim)
+        roped = 2 * self.num_heads
+        qk = rotate_half_split(qkv[:, :roped], segments.cos, segments.sin)  # [P, 2H, D]
+        q, k = mx.split(qk, 2, axis=1)
+        out = segment_attention(q, k, qkv[:, roped:], segments.lengths, self.scale)
+        return project_into(self.proj, out.reshape(x.shape), residual, 1.0)
+
+
+class MLP(nn.Module):
+    """Gated feed-forward: [P, E] -> [P, E], added to the residual."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        size, inner = config.hidden_size, config.intermediate_size
+        self.act = activation(config.hidden_act)
+        self.gate_proj = nn.Linear(size, inner)
+        self.up_proj = nn.Linear(size, inner)
+        self.down_proj = nn.Linear(inner, size)
+
+    def fuse(self) -> None:
+        """Make one matrix of gate and up, where their formats agree."""
+        fused = fuse_linears([self.gate_proj, self.up_proj])
+        if fused is not None:
+            self.gate_up_proj = fused
+            for name in ("gate_proj", "up_proj"):
+                self.pop(name)
+
+    def __call__(self, x: mx.array, residual: mx.array) -> mx.array:
+        if "gate_up_proj" in self:
+            gate, up = mx.split(self.gate_up_proj(x), 2, axis=-1)
+        else:
+            gate, up = self.gate_proj(x), self.up_proj(x)
+        return project_into(self.down_proj, self.act(gate) * up, residual, 1.0)
+
+
+class Block(nn.Module):
+    """One layer: [P, E] -> [P, E]; the segments decide how far it sees."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.norm1 = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm2 = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attn = Attention(config)
+        self.mlp = MLP(config)
+
+    def __call__(self, h: mx.array, segments: Segments) -> mx.array:
+        h = self.attn(self.norm1(h), h, segments)
+        return self.mlp(self.norm2(h), h)
+
+
+class PatchMerger(nn.Module):
+    """merge x merge patches to one row for the decoder: [P, E] -> [P/u, out_hidden_size]."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.width = config.hidden_size * config.merge_unit
+        self.ln_q = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = [
+            nn.Linear(self.width, self.width),
+            nn.GELU(),
+            nn.Linear(self.width, config.out_hidden_size),
+        ]
+
+    def __call__(self, x: mx.array) -> mx.array:
+        x = self.ln_q(x).reshape(-1, self.width)  # [P/u, u * E]
+        for layer in self.mlp:
+            x = layer(x)
+        return x
+
+
+class VisionModel(nn.Module):
+    """Patches of all pictures of a step to rows for the decoder."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.unit = config.merge_unit
+        self.dtype, self.out_dtype = config.dtype.to_mx(), config.llm_dtype.to_mx()
+        self.full_blocks = frozenset(config.fullatt_block_indexes)
+        # each axis takes half of the rotary pairs
+        self._inv_freq = mx.array(inverse_frequencies(config.head_dim // 2, config.rope_theta))
+        self.patch_embed = PatchEmbed(config)
+        self.blocks = [Block(config) for _ in range(config.depth)]
+        self.merger = PatchMerger(config)
+
+    def fuse(self) -> None:
+        """Fewer, larger matrix products. Call it once, after the weights are in."""
+        for block in self.blocks:
+            block.mlp.fuse()
+
+    def __call__(
+        self,
+        pixel_values: mx.array,
+        vision_position_ids: mx.array,
+        window_index: mx.array,
+        cu_seqlens: mx.array,
+        cu_window_seqlens: mx.array,
+        max_seqlen: mx.array,
+        max_window_seqlen: mx.array,
+        max_grid_size: mx.array,
+    ) -> mx.array:
+        """The decoder's rows of all pictures, in the order of the pictures.
+
+        Args: pixel_values float [P, C*tp*p*p]; vision_position_ids int [P, 2], row and column;
+        window_index int [P/u]; cu_seqlens, cu_window_seqlens: boundaries of frames and windows in
+        patches; max_seqlen, max_window_seqlen [1]; max_grid_size scalar. All but the pixels were
+        made on the host and are read there. Returns: [P/u, out_hidden_size], the decoder's dtype.
+        """
+        del max_seqlen, max_window_seqlen  # longest segments, for kernels that pad: ours do not
+        order, windows = window_order(
+            np.array(window_index), np.array(cu_window_seqlens), self.unit
+        )
+        frames = np.diff(np.array(cu_seqlens).astype(np.int64)).tolist()
+        angles = self._angles(vision_position_ids, max_grid_size)  # [P, D/2]
+        to_windows = mx.array(order.astype(np.int32))
+        to_frames = mx.array(np.argsort(order).astype(np.int32))
+        in_windows = self._permute(angles, to_windows)
+        windowed = Segments(windows.tolist(), mx.cos(in_windows), mx.sin(in_windows))
+        # one frame alone sees itself in any order: no need to go back to its own
+        lone = len(frames) == 1
+        full = Segments(frames, mx.cos(angles), mx.sin(angles))
+        if lone:
+            full = Segments(frames, windowed.cos, windowed.sin)
+        h = self._permute(self.patch_embed(pixel_values.astype(self.dtype)), to_windows)
+        for i, block in enumerate(self.blocks):
+            if i not in self.full_blocks:
+                h = block(h, windowed)
+            elif lone:
+                h = block(h, full)
+            else:
+                h = self._permute(block(self._permute(h, to_frames), full), to_windows)
+        return self.merger(h)[to_frames].astype(self.out_dtype)
+
+    def _angles(self, positions: mx.array, max_grid_size: mx.array) -> mx.array:
+        """float32 [P, D/2]: row angles, then column angles."""
+        places = mx.arange(int(np.array(max_grid_size)), dtype=mx.float32)
+        table = places[:, None] * self._inv_freq  # [max grid size, D/4]
+        return table[positions].reshape(positions.shape[0], -1)
+
+    def _permute(self, x: mx.array, order: mx.array) -> mx.array:
+        """Rows of x [P, ...] rearranged in whole units of merge x merge patches."""
+        return x.reshape(-1, self.unit, *x.shape[1:])[order].reshape(x.shape)

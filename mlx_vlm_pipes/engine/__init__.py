@@ -1,0 +1,1 @@
+"""Scheduling, the decode loop, sampling and caches. Knows no architecture."""

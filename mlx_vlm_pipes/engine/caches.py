@@ -1,0 +1,122 @@
+"""What the engine remembers between requests: prefixes of the KV cache, features of images.
+
+Both are least-recently-used under a byte budget and hold evaluated arrays only.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_vlm_pipes.contexts import TextAndVisionContext, TextContext
+from mlx_vlm_pipes.kv_cache import CacheRow
+
+
+def prefix_keys(context: TextContext, salt: int = 0) -> np.ndarray:
+    """One int64 for each token, equal only where the cached keys and values would be equal.
+
+    Text counts by its token id; an image's tokens also by its content hash and their place in
+    it. salt separates what must not be shared (adapters, LongRoPE tables).
+    """
+    keys = context.tokens.all.astype(np.int64)
+    if isinstance(context, TextAndVisionContext):
+        for image in context.images:
+            span = np.arange(image.end_idx - image.start_idx, dtype=np.int64)
+            digest = np.int64((image.image_hash or id(image)) & (2**62 - 1))
+            keys[image.start_idx : image.end_idx] += -digest * 4099 - span * 65537
+    if salt:
+        keys += salt * 1_000_003
+    return keys
+
+
+def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
+    """Length of the longest common prefix of two int64 arrays."""
+    size = min(len(a), len(b))
+    different = np.flatnonzero(a[:size] != b[:size])
+    return int(different[0]) if len(different) else size
+
+
+@dataclass
+class _Prefix:
+    keys: np.ndarray
+    row: CacheRow
+
+
+class PrefixCache:
+    """Finished sequences whose keys and values may serve as a prefix of later ones."""
+
+    def __init__(self, budget_bytes: int) -> None:
+        self.budget_bytes = budget_bytes
+        self._entries: OrderedDict[int, _Prefix] = OrderedDict()
+        self._next = 0
+
+    @property
+    def nbytes(self) -> int:
+        return sum(entry.row.nbytes for entry in self._entries.values())
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def match(self, keys: np.ndarray) -> tuple[int, CacheRow | None]:
+        """The longest cached prefix of `keys` and the row that holds it; (0, None) if none."""
+        best, found = 0, None
+        for number, entry in self._entries.items():
+            length = common_prefix(keys, entry.keys)
+            if length > best:
+                best, found = length, number
+        if found is None:
+            return 0, None
+        self._entries.move_to_end(found)
+        return best, self._entries[found].row
+
+    def store(self, keys: np.ndarray, row: CacheRow) -> None:
+        """Keep a staged, evaluated row; entries that are a prefix of it make way."""
+        keys = keys[: row.length].copy()
+        for number, entry in list(self._entries.items()):
+            shared = common_prefix(keys, entry.keys)
+            if shared == len(keys):  # already covered
+                self._entries.move_to_end(number)
+                return
+            if shared == len(entry.keys):
+                del self._entries[number]
+        self._entries[self._next] = _Prefix(keys, row)
+        self._next += 1
+        self.shrink(self.budget_bytes)
+
+    def shrink(self, budget_bytes: int) -> None:
+        """Forget the least recently used entries until the rest fits."""
+        while self._entries and self.nbytes > budget_bytes:
+            self._entries.popitem(last=False)
+
+
+class ImageCache:
+    """Vision rows of images by content hash. encoded counts the images that were computed."""
+
+    def __init__(self, budget_bytes: int) -> None:
+        self.budget_bytes = budget_bytes
+        self._rows: OrderedDict[int, mx.array] = OrderedDict()
+
+    @property
+    def nbytes(self) -> int:
+        return sum(rows.nbytes for rows in self._rows.values())
+
+    def get(self, image_hash: int | None) -> mx.array | None:
+        if image_hash is None or image_hash not in self._rows:
+            return None
+        self._rows.move_to_end(image_hash)
+        return self._rows[image_hash]
+
+    def put(self, hashes: Sequence[int | None], rows: Sequence[mx.array]) -> None:
+        for image_hash, own in zip(hashes, rows, strict=True):
+            if image_hash is not None:
+                self._rows[image_hash] = own
+        self.shrink(self.budget_bytes)
+
+    def shrink(self, budget_bytes: int) -> None:
+        """Forget the least recently used images until the rest fits."""
+        while self._rows and self.nbytes > budget_bytes:
+            self._rows.popitem(last=False)

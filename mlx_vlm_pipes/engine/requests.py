@@ -1,0 +1,175 @@
+"""What goes into the engine and what comes out: requests, chunks, and the handle between them."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from mlx_vlm_pipes.contexts import TextContext
+from mlx_vlm_pipes.engine.sampling import RowSampler
+from mlx_vlm_pipes.engine.text import StreamDecoder, TextStream
+from mlx_vlm_pipes.interfaces import LogProbabilities
+from mlx_vlm_pipes.kv_cache import CacheRow
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Counts of one request. cached_tokens came from the prefix cache."""
+
+    prompt_tokens: int
+    image_tokens: int
+    cached_tokens: int
+    images_encoded: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds. prompt_s runs from the first slice of work to the first token."""
+
+    queued_s: float
+    prompt_s: float
+    generation_s: float
+
+    @property
+    def time_to_first_token_s(self) -> float:
+        return self.queued_s + self.prompt_s
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What one token adds. The last chunk carries finish_reason, usage and timings.
+
+    text may be empty while a character is incomplete or a stop string may be coming.
+    """
+
+    text: str
+    token: int | None = None
+    logprobs: LogProbabilities | None = None
+    finish_reason: str | None = None
+    usage: Usage | None = None
+    timings: Timings | None = None
+    prompt_logprobs: LogProbabilities | None = None
+
+
+@dataclass
+class Clock:
+    """When things happened to a request, by time.perf_counter()."""
+
+    submitted: float = field(default_factory=time.perf_counter)
+    started: float | None = None
+    first_token: float | None = None
+
+    def timings(self) -> Timings:
+        now = time.perf_counter()
+        started = self.started or now
+        first = self.first_token or now
+        return Timings(started - self.submitted, first - started, now - first)
+
+
+class Handle:
+    """The caller's end of a request: iterate it for chunks; close it to cancel.
+
+    Safe from any thread. An exception in the request is raised where it is iterated.
+    """
+
+    def __init__(self) -> None:
+        self._queue: queue.SimpleQueue[Chunk | BaseException | None] = queue.SimpleQueue()
+        self._closed = threading.Event()
+        self._done = False
+
+    def put(self, item: Chunk | BaseException | None) -> None:
+        """Engine's side: a chunk, a failure, or None at the end."""
+        self._queue.put(item)
+
+    @property
+    def is_closed(self) -> bool:
+        return self._closed.is_set()
+
+    def close(self) -> None:
+        """Cancel; the engine frees the row before its next step but one."""
+        self._closed.set()
+
+    def __iter__(self) -> Iterator[Chunk]:
+        try:
+            while not self._done:
+                chunk = self._take(self._queue.get())
+                if chunk is not None:
+                    yield chunk
+        finally:
+            self.close()
+
+    async def __aiter__(self) -> AsyncIterator[Chunk]:
+        loop = asyncio.get_running_loop()
+        try:
+            while not self._done:
+                chunk = self._take(await loop.run_in_executor(None, self._queue.get))
+                if chunk is not None:
+                    yield chunk
+        finally:
+            self.close()
+
+    def _take(self, item: Chunk | BaseException | None) -> Chunk | None:
+        if item is None or isinstance(item, BaseException):
+            self._done = True
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+
+@dataclass
+class Job:
+    """One request inside the engine. It owns its arrays; nothing else holds per-request state."""
+
+    context: TextContext
+    handle: Handle
+    sampler: RowSampler
+    stream: TextStream
+    keys: np.ndarray  # int64 [prompt], what the prefix cache compares
+    need_bytes: int
+    clock: Clock = field(default_factory=Clock)
+    row: CacheRow | None = None
+    cached_tokens: int = 0
+    images_encoded: int = 0
+    prompt_logprobs: LogProbabilities | None = None
+    echoed: list[LogProbabilities] = field(default_factory=list)
+
+    @property
+    def top_logprobs(self) -> int:
+        return self.context.log_probabilities
+
+    @property
+    def remaining_prompt(self) -> int:
+        return len(self.context.tokens) - self.context.tokens.processed_length
+
+    def usage(self) -> Usage:
+        images = getattr(self.context, "images", [])
+        tokens = self.context.tokens
+        return Usage(
+            prompt_tokens=tokens.prompt_length,
+            image_tokens=sum(len(self.context.placeholder_positions(i)) for i in images),  # pyright: ignore[reportAttributeAccessIssue]  # only vision contexts have images
+            cached_tokens=self.cached_tokens,
+            images_encoded=self.images_encoded,
+            completion_tokens=tokens.generated_length,
+        )
+
+
+def new_job(
+    context: TextContext,
+    decoder: StreamDecoder,
+    vocab_size: int,
+    keys: np.ndarray,
+    need_bytes: int,
+) -> Job:
+    """A job around a processed context. Raises: InputError for sampling values out of range."""
+    params = context.sampling_params
+    ends = [] if context.ignore_eos else sorted(context.eos_tracker.eos_token_ids)
+    sampler = RowSampler(params, context.tokens.prompt, vocab_size, ends)
+    stops = (*params.stop, *context.eos_tracker.eos_stop_strings)
+    return Job(context, Handle(), sampler, TextStream(decoder, stops), keys, need_bytes)

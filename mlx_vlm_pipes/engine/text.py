@@ -1,0 +1,59 @@
+"""From tokens to the text a user sees: whole characters, and nothing of a stop string."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+
+class StreamDecoder(Protocol):
+    """Turns tokens into text as they come; holds incomplete characters back."""
+
+    def add(self, token: int) -> str: ...
+
+    def flush(self) -> str: ...
+
+
+class TextStream:
+    """One request's text. A stop string ends it and never appears, also across token borders."""
+
+    def __init__(self, decoder: StreamDecoder, stops: Sequence[str] = ()) -> None:
+        self._decoder = decoder
+        self._stops = [stop for stop in stops if stop]
+        self._held = ""  # the longest tail that may still become a stop string
+        self.stopped = False
+
+    def add(self, token: int) -> str:
+        """The text that is safe to show after this token."""
+        return self._release(self._decoder.add(token))
+
+    def finish(self) -> str:
+        """What was held back, at the end of the tokens."""
+        if self.stopped:
+            return ""
+        shown = self._release(self._decoder.flush())
+        if self.stopped:
+            return shown
+        shown, self._held = shown + self._held, ""
+        return shown
+
+    def _release(self, piece: str) -> str:
+        if not self._stops or self.stopped:
+            return "" if self.stopped else piece
+        text = self._held + piece
+        found = [at for at in (text.find(stop) for stop in self._stops) if at >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)]
+        keep = max(_overlap(text, stop) for stop in self._stops)
+        cut = len(text) - keep
+        self._held = text[cut:]
+        return text[:cut]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest tail of `text` that begins `stop`."""
+    for size in range(min(len(text), len(stop) - 1), 0, -1):
+        if stop.startswith(text[-size:]):
+            return size
+    return 0

@@ -1,0 +1,76 @@
+"""The thread that owns the model: MLX streams belong to the thread that made them.
+
+Everything that touches an array runs here, callable from any thread.
+"""
+
+from __future__ import annotations
+
+import atexit
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+_LIVE: weakref.WeakSet[OwnerThread] = weakref.WeakSet()
+
+
+class OwnerThread:
+    """Runs calls in order and, between them, `idle_work` for as long as it returns True."""
+
+    def __init__(self) -> None:
+        self._calls: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
+        self._wake = threading.Condition()
+        self._stopping = False
+        self.idle_work: Callable[[], bool] | None = None
+        self._thread = threading.Thread(target=self._run, name="mlx_vlm_pipes", daemon=True)
+        self._thread.start()
+        _LIVE.add(self)
+
+    def call(self, function: Callable[[], T]) -> T:
+        """Run on the owning thread and wait for the result, or its exception."""
+        if threading.current_thread() is self._thread:
+            return function()
+        return self.post(function).result()
+
+    def post(self, function: Callable[[], T]) -> Future[T]:
+        """As call, without waiting."""
+        future: Future[T] = Future()
+        with self._wake:
+            if self._stopping:
+                raise RuntimeError("the pipeline is closed")
+            self._calls.append((future, function))
+            self._wake.notify()
+        return future
+
+    def stop(self) -> None:
+        """End the thread after the step it is in."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        if threading.current_thread() is not self._thread:
+            self._thread.join(timeout=10)
+
+    def _run(self) -> None:
+        busy = False
+        while True:
+            with self._wake:
+                while not (self._calls or busy or self._stopping):
+                    self._wake.wait()
+                if self._stopping:
+                    return
+                calls, self._calls = self._calls, deque()
+            for future, function in calls:
+                try:
+                    future.set_result(function())
+                except BaseException as error:  # handed to the caller, who raises it
+                    future.set_exception(error)
+            busy = self.idle_work() if self.idle_work is not None else False
+
+
+@atexit.register
+def _stop_all() -> None:
+    for worker in list(_LIVE):
+        worker.stop()

@@ -1,0 +1,193 @@
+"""From a folder or a hub id to a Pipeline."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import mlx.core as mx
+
+from mlx_vlm_pipes.architectures.registry import Room, find_room
+from mlx_vlm_pipes.config import KVCacheConfig, ModelConfig, PipelineConfig
+from mlx_vlm_pipes.dtypes import Device, DeviceSpec
+from mlx_vlm_pipes.engine.engine import Engine, default_engine_config, machine_memory
+from mlx_vlm_pipes.engine.scheduler import EngineConfig
+from mlx_vlm_pipes.engine.worker import OwnerThread
+from mlx_vlm_pipes.errors import CheckpointNotFound, ConfigError
+from mlx_vlm_pipes.hf_config import HuggingFaceConfig, read_json, text_config
+from mlx_vlm_pipes.interfaces import InferenceSession, PipelineModelWithKVCache, ReturnLogits
+from mlx_vlm_pipes.pipeline import Pipeline
+from mlx_vlm_pipes.quantization import QuantizationConfig
+from mlx_vlm_pipes.weights import Weights, find_weight_files, load_weights
+from mlx_vlm_pipes.weights.quantized import parse_quantization
+
+BUNDLED = Path(__file__).parent / "assets" / "tiny-idefics3"
+# Never a pickle, never code: what is not listed is not downloaded.
+_HUB_FILES = [
+    "*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model",
+    "merges.txt", "vocab.txt",
+]  # fmt: skip
+_FLOATS = ("float32", "float16", "bfloat16")
+
+
+def load(
+    path: str | Path | None = None,
+    *,
+    dtype: str = "auto",
+    device: str | None = None,
+    revision: str | None = None,
+    max_length: int | None = None,
+    kv_bits: int | None = None,
+    engine: EngineConfig | None = None,
+    compile: bool = True,
+) -> Pipeline:
+    """Open a checkpoint: a folder, a hub id, or (None) the small model in the package.
+
+    Args: dtype "auto" is the checkpoint's own on a GPU and float32 on a CPU; device "cpu" or
+    "gpu"; max_length in tokens; kv_bits 8 or 4 quantises the KV cache.
+    Raises: CheckpointError, one line saying what is wrong with the checkpoint.
+    """
+    folder = resolve_folder(path, revision)
+    config = HuggingFaceConfig(read_json(folder / "config.json"))
+    room = find_room(config)
+    processor = room.processor_class().from_folder(folder, config.to_dict())
+    worker = OwnerThread()
+    try:
+        model = worker.call(
+            lambda: load_model(
+                room,
+                folder,
+                config,
+                LoadOptions(dtype, device, max_length, KVCacheConfig(bits=kv_bits), compile),
+            )
+        )
+        limits = engine or default_engine_config(machine_memory())
+        vocab = text_config(config).vocab_size
+        return Pipeline(model, processor, Engine(worker, model, limits, vocab))
+    except BaseException:
+        worker.stop()
+        raise
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """What a user may say about loading a model."""
+
+    dtype: str = "auto"
+    device: str | None = None
+    max_length: int | None = None
+    kv_cache: KVCacheConfig = field(default_factory=KVCacheConfig)
+    compile: bool = True
+
+
+def load_model(
+    room: Room, folder: Path, config: HuggingFaceConfig, options: LoadOptions
+) -> PipelineModelWithKVCache:
+    """The documented pipeline model of a folder, on the calling thread."""
+    device = select_device(options.device)
+    weights = load_weights(find_weight_files(folder))
+    model_config = model_config_for(folder, config, weights, options)
+    return room.model_class()(
+        PipelineConfig(model=model_config),
+        InferenceSession([device], compile=options.compile),
+        [device],
+        model_config.kv_cache,
+        weights,
+        return_logits=ReturnLogits.VARIABLE,
+    )
+
+
+def model_config_for(
+    folder: Path, config: HuggingFaceConfig, weights: Weights, options: LoadOptions
+) -> ModelConfig:
+    """A ModelConfig with its encoding resolved from config.json and the weight headers.
+
+    Raises: ConfigError for a dtype that is not a float type we compute with.
+    """
+    if options.dtype not in ("auto", *_FLOATS):
+        raise ConfigError(f"dtype {options.dtype!r}; use auto, {', '.join(_FLOATS)}")
+    quantization = parse_quantization(config.to_dict())
+    on_gpu = mx.default_device().type == mx.DeviceType.gpu
+    wanted = options.dtype if options.dtype != "auto" else None
+    if wanted is None:
+        wanted = dominant_float(weights) if on_gpu else "float32"
+    encoding = wanted
+    if isinstance(quantization, QuantizationConfig) and quantization.quant_method == "mlx":
+        encoding = f"mlx:{wanted}"
+    return ModelConfig(
+        model_path=str(folder),
+        weight_path=find_weight_files(folder),
+        quantization_encoding=encoding,
+        device_specs=[DeviceSpec(0, "gpu" if on_gpu else "cpu")],
+        max_length=options.max_length,
+        kv_cache=options.kv_cache,
+        huggingface_config=config,
+        _quant=quantization if isinstance(quantization, QuantizationConfig) else None,
+    )
+
+
+def dominant_float(weights: Weights) -> str:
+    """The floating type that most of the checkpoint's elements have."""
+    counts = dict.fromkeys(_FLOATS, 0)
+    for _, handle in weights.items():
+        data = handle.data()
+        if data.dtype.name in counts:
+            counts[data.dtype.name] += math.prod(data.shape)
+    return max(counts, key=lambda name: counts[name]) if any(counts.values()) else "float32"
+
+
+def select_device(name: str | None) -> Device:
+    """The MLX device to run on. Raises: ConfigError for one that is not there."""
+    if name is not None:
+        if name not in ("cpu", "gpu"):
+            raise ConfigError(f"device {name!r}; use 'cpu' or 'gpu'")
+        kind = mx.cpu if name == "cpu" else mx.gpu
+        if not mx.is_available(kind):
+            raise ConfigError(f"MLX has no {name} here; install mlx for it or leave device out")
+        mx.set_default_device(kind)
+    return Device(mx.default_device())
+
+
+def resolve_folder(path: str | Path | None, revision: str | None = None) -> Path:
+    """The checkpoint's folder, downloaded from the hub where `path` is not a folder.
+
+    Raises: CheckpointNotFound if there is neither.
+    """
+    if path is None:
+        return BUNDLED
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.suffix == ".gguf":
+        raise CheckpointNotFound(
+            f"{folder} is a GGUF file, which is not read; use the safetensors version of the model"
+        )
+    name = str(path)
+    if folder.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise CheckpointNotFound(f"no model folder at {name}; expected a folder or a hub id")
+    return _download(name, revision)
+
+
+def _download(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        try:
+            return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES))
+        except (OSError, LocalEntryNotFoundError) as error:
+            if isinstance(error, HfHubHTTPError):
+                raise
+            return Path(
+                snapshot_download(
+                    name, revision=revision, allow_patterns=_HUB_FILES, local_files_only=True
+                )
+            )
+    except HFValidationError:
+        raise CheckpointNotFound(f"{name!r} is neither a folder nor a hub id") from None
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else repr(error)
+        raise CheckpointNotFound(
+            f"no folder {name!r} here, and the hub did not give it ({type(error).__name__}: {reason})"
+        ) from None

@@ -1,0 +1,366 @@
+"""A request's way to tokens and pixels, the same for every family.
+
+messages -> text by the chat template -> pictures and clips encoded by the family -> placeholders
+expanded -> token ids -> the token range of each picture -> a context for the engine.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlx_vlm_pipes.contexts import (
+    EOSTracker,
+    ImageMetadata,
+    SamplingParams,
+    TextAndVisionContext,
+    TextContext,
+    TokenBuffer,
+)
+from mlx_vlm_pipes.errors import InputError, ProcessorError
+from mlx_vlm_pipes.processing.images import load_image
+from mlx_vlm_pipes.processing.messages import (
+    KINDS,
+    Message,
+    as_lists,
+    as_texts,
+    conversation,
+    user_texts,
+)
+from mlx_vlm_pipes.processing.settings import read_json
+from mlx_vlm_pipes.processing.tokenizer import Tokenizer
+from mlx_vlm_pipes.processing.transforms import image_hash
+from mlx_vlm_pipes.processing.types import MediaRecord, ProcessedPrompt, PromptRequest
+
+QWEN_ONLY = ("min_pixels", "max_pixels")
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What becomes one ImageMetadata: its pixels, and its num_tokens placeholders of token_id."""
+
+    pixel_values: np.ndarray
+    token_id: int
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class EncodedMedia:
+    """A picture or clip ready for the model.
+
+    replacement: the text that takes the place of its marker. hf_arrays: what it adds to the
+    Hugging Face layout; the family puts these together. Sizes (width, height) in pixels.
+    """
+
+    kind: str
+    replacement: str
+    units: list[Unit]
+    source_size: tuple[int, int]
+    resized_size: tuple[int, int]
+    grid: tuple[int, ...] = ()
+    num_frames: int = 1
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+class TextProcessor:
+    """Tokenizer, chat template and end tokens; the processor of a model without vision.
+
+    Args: folder, the checkpoint; config, its parsed config.json.
+    Raises: ProcessorError if the tokenizer or generation_config.json cannot be used.
+    """
+
+    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
+        self.folder = Path(folder)
+        self.tokenizer = Tokenizer(self.folder)
+        self.eos_token_ids = read_eos_token_ids(self.folder, config, self.tokenizer)
+        names = config.get("architectures") or [config.get("model_type")]
+        self.architecture = str(names[0] if isinstance(names, list) else names)
+
+    def process(self, request: PromptRequest) -> ProcessedPrompt:
+        """Tokens of a request.
+
+        Raises: InputError for pictures, clips or malformed messages; ProcessorError for a chat
+        template that is missing or fails.
+        """
+        chat = None if self.is_raw(request) else conversation(request)
+        media = chat or request
+        if media.images or media.videos:
+            raise InputError(
+                f"{self.architecture} reads text only; it cannot take "
+                f"{len(media.images)} images and {len(media.videos)} videos"
+            )
+        self.refuse(request, QWEN_ONLY)
+        if chat is None:
+            text = str(request.prompt)
+            ids = self.tokenize(text)
+        else:
+            text = self.render([*_text_forms(chat.messages), chat.messages])
+            # As in tokenizer.apply_chat_template: the template alone decides about BOS.
+            ids = self.tokenizer.encode(text, add_special_tokens=False)
+        return ProcessedPrompt(text, ids, [], [])
+
+    def new_context(
+        self,
+        processed: ProcessedPrompt,
+        *,
+        max_length: int,
+        sampling_params: SamplingParams | None = None,
+        eos_tracker: EOSTracker | None = None,
+        request_id: str = "",
+        log_probabilities: int = 0,
+        log_probabilities_echo: bool = False,
+        ignore_eos: bool = False,
+    ) -> TextContext:
+        """The engine's context of a processed prompt.
+
+        Raises: ContextTooLong if the prompt exceeds max_length; InputError if it is empty.
+        """
+        sampling = sampling_params or SamplingParams()
+        ends = self.eos_token_ids | frozenset(sampling.stop_token_ids)
+        fields = {
+            "max_length": max_length,
+            "tokens": TokenBuffer(np.array(processed.input_ids, np.int64)),
+            "sampling_params": sampling,
+            "eos_tracker": eos_tracker or EOSTracker(ends, (), tuple(sampling.stop)),
+            "request_id": request_id,
+            "log_probabilities": log_probabilities,
+            "log_probabilities_echo": log_probabilities_echo,
+            "ignore_eos": ignore_eos,
+        }
+        return self.make_context(processed, fields)
+
+    def make_context(self, processed: ProcessedPrompt, fields: dict[str, Any]) -> TextContext:
+        """Build the family's context class from the fields that all contexts share."""
+        del processed
+        return TextContext(**fields)
+
+    def is_raw(self, request: PromptRequest) -> bool:
+        if request.raw and not isinstance(request.prompt, str):
+            raise InputError("raw takes a text prompt, not messages")
+        if request.raw and request.system is not None:
+            raise InputError("raw takes no system prompt; write it into the text")
+        return request.raw
+
+    def refuse(self, request: PromptRequest, names: Sequence[str]) -> None:
+        given = [name for name in names if getattr(request, name) is not None]
+        if given:
+            raise InputError(
+                f"{' and '.join(given)}: only Qwen2.5-VL takes them, not {self.architecture}"
+            )
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids with the tokenizer's special tokens, but no second BOS."""
+        bos = self.tokenizer.bos_token
+        has_bos = bool(bos) and text.startswith(str(bos))
+        return self.tokenizer.encode(text, add_special_tokens=not has_bos)
+
+    def render(self, forms: Sequence[list[Message]]) -> str:
+        """The prompt text, from the first form of the messages that the template handles.
+
+        Templates differ in whether content is a text or a list of parts: one that is given the
+        wrong form fails, or loses the text. Raises: what the first form raised, if all fail.
+        """
+        failures: list[ProcessorError] = []
+        lossy: str | None = None
+        for messages in forms:
+            try:
+                text = self.tokenizer.apply_chat_template(messages)
+            except ProcessorError as error:
+                failures.append(error)
+                continue
+            if all(part in text for part in user_texts(messages)):
+                return text
+            lossy = text if lossy is None else lossy
+        if lossy is None:
+            raise failures[0]
+        return lossy
+
+
+class VisionProcessor(TextProcessor, ABC):
+    """The processor of a model with vision; a family says how its media are encoded.
+
+    Attributes set by the family: markers, texts that stand for a picture or clip in a prompt, by
+    kind; the first is what the chat template writes. text_markers: markers to put into contents
+    that are flattened to text, for templates that take no lists. vision_token_ids: as in
+    TextAndVisionContext. digest: names every setting that changes pixels.
+    """
+
+    markers: Mapping[str, tuple[str, ...]]
+    text_markers: Mapping[str, str]
+    vision_token_ids: list[int]
+    digest: str
+
+    @abstractmethod
+    def encode_image(self, source: Any, request: PromptRequest) -> EncodedMedia:
+        """Load and process one picture. Raises: InputError, MediaError."""
+
+    @abstractmethod
+    def encode_clip(self, source: Any, request: PromptRequest) -> EncodedMedia:
+        """Load and process one clip. Raises: InputError, MediaError."""
+
+    @abstractmethod
+    def arrays(self, media: Sequence[EncodedMedia]) -> dict[str, np.ndarray]:
+        """All media, in token order, in the layout of the Hugging Face processor."""
+
+    def process(self, request: PromptRequest) -> ProcessedPrompt:
+        """Tokens and pixels of a request.
+
+        Raises: InputError when placeholders and media differ in number, or messages are malformed;
+        MediaError for a picture that cannot be read; ProcessorError for the chat template.
+        """
+        if self.is_raw(request):
+            text, images, videos = str(request.prompt), request.images, request.videos
+        else:
+            chat = conversation(request)
+            text, images, videos = self.render(self.forms(chat.messages)), chat.images, chat.videos
+        self.check(request)
+        order = self.place(text, len(images), len(videos))
+        encoded = {
+            "image": [self.encode_image(source, request) for source in images],
+            "video": [self.encode_clip(source, request) for source in videos],
+        }
+        queues = {kind: iter(items) for kind, items in encoded.items()}
+        media = [next(queues[kind]) for kind, _, _ in order]
+        ids = self.tokenize(expand(text, order, media))
+        metadata, records = self.locate(ids, media)
+        return ProcessedPrompt(text, ids, metadata, records, lambda: self.arrays(media))
+
+    def check(self, request: PromptRequest) -> None:
+        """Raises: InputError for options that the family does not take."""
+        self.refuse(request, QWEN_ONLY)
+
+    def forms(self, messages: list[Message]) -> list[list[Message]]:
+        """The messages in the forms that templates may want, best first."""
+        flat = as_texts(messages, self.text_markers)
+        if self.text_markers:
+            return [flat, messages, as_lists(messages)]
+        return [messages, as_lists(messages), flat]
+
+    def place(self, text: str, num_images: int, num_videos: int) -> list[tuple[str, int, int]]:
+        """(kind, start, end) of every marker in the text, in order.
+
+        Raises: InputError if there are more or fewer than pictures and clips. Without media only
+        the model's own placeholder token counts: another marker may be plain text.
+        """
+        counts = {"image": num_images, "video": num_videos}
+        found: list[tuple[str, int, int]] = []
+        own = set(self.vision_token_ids)
+        for kind in KINDS:
+            markers = self.markers.get(kind, ())
+            if not counts[kind]:
+                markers = [m for m in markers if self.tokenizer.token_id(m) in own]
+            spots = [
+                (kind, match.start(), match.end())
+                for match in re.finditer("|".join(map(re.escape, markers)) or r"(?!)", text)
+            ]
+            if len(spots) != counts[kind]:
+                raise InputError(
+                    f"{counts[kind]} {kind}s for {len(spots)} placeholders "
+                    f"({' or '.join(markers) or 'none known'}) in the prompt; "
+                    f"give one {kind} for each"
+                )
+            found += spots
+        return sorted(found, key=lambda spot: spot[1])
+
+    def locate(
+        self, ids: list[int], media: Sequence[EncodedMedia]
+    ) -> tuple[list[ImageMetadata], list[MediaRecord]]:
+        """The token range of every unit. Raises: InputError for placeholders without a picture."""
+        tokens = np.array(ids, np.int64)
+        kinds = {unit.token_id for item in media for unit in item.units} | {
+            self.vision_token_ids[0]
+        }
+        spots = {kind: np.flatnonzero(tokens == kind) for kind in kinds}
+        used = dict.fromkeys(kinds, 0)
+        metadata, records = [], []
+        for item in media:
+            first = len(metadata)
+            for unit in item.units:
+                at = used[unit.token_id]
+                run = spots[unit.token_id][at : at + unit.num_tokens]
+                if len(run) < unit.num_tokens:
+                    raise InputError(
+                        f"the prompt holds {len(spots[unit.token_id])} image tokens, fewer than "
+                        "its pictures need; the tokenizer splits the placeholder"
+                    )
+                used[unit.token_id] = at + unit.num_tokens
+                span = (int(run[0]), int(run[-1]) + 1)
+                metadata.append(self.make_metadata(item, unit, span))
+            records.append(_record(item, metadata[first:]))
+        for kind, spot in spots.items():
+            if len(spot) != used[kind]:
+                raise InputError(
+                    f"the prompt holds {len(spot)} image tokens (id {kind}) but its pictures fill "
+                    f"{used[kind]}; remove the placeholder from the text"
+                )
+        return metadata, records
+
+    def make_metadata(self, item: EncodedMedia, unit: Unit, span: tuple[int, int]) -> ImageMetadata:
+        """The metadata of one unit, hashed."""
+        del item
+        pixels = unit.pixel_values
+        return ImageMetadata(*span, pixels, image_hash(pixels, self.digest))
+
+    def make_context(self, processed: ProcessedPrompt, fields: dict[str, Any]) -> TextContext:
+        return TextAndVisionContext(
+            **fields, vision_token_ids=list(self.vision_token_ids), images=processed.images
+        )
+
+    def load(self, source: Any, request: PromptRequest) -> Any:
+        return load_image(source, local_files=request.local_files)
+
+
+def expand(text: str, order: Sequence[tuple[str, int, int]], media: Sequence[EncodedMedia]) -> str:
+    """The text with each marker replaced by its picture's placeholder run."""
+    pieces, end = [], 0
+    for (_, start, stop), item in zip(order, media, strict=True):
+        pieces += [text[end:start], item.replacement]
+        end = stop
+    return "".join([*pieces, text[end:]])
+
+
+def read_eos_token_ids(
+    folder: Path, config: Mapping[str, Any], tokenizer: Tokenizer
+) -> frozenset[int]:
+    """End tokens: generation_config.json, else config.json (or its text part), else the tokenizer.
+
+    Raises: ProcessorError if a value is neither a whole number nor a list of them.
+    """
+    generation = read_json(Path(folder) / "generation_config.json") or {}
+    sections = [config.get(key) for key in ("text_config", "llm_config")]
+    places = [generation, config, *[s for s in sections if isinstance(s, Mapping)]]
+    for place in places:
+        value = place.get("eos_token_id")
+        if value is None:
+            continue
+        numbers = value if isinstance(value, list) else [value]
+        if not numbers or not all(type(n) is int and n >= 0 for n in numbers):
+            raise ProcessorError(f"{folder}: eos_token_id is {value!r}; expected token ids")
+        return frozenset(numbers)
+    return frozenset() if tokenizer.eos_token_id is None else frozenset({tokenizer.eos_token_id})
+
+
+def _text_forms(messages: list[Message]) -> list[list[Message]]:
+    """Contents as texts; lists of several parts first as they are, for templates that trim each."""
+    single = [m for m in messages if len(m["content"]) < 2 or isinstance(m["content"], str)]
+    flat = as_texts(messages, {})
+    return [flat] if len(single) == len(messages) else [messages, flat]
+
+
+def _record(item: EncodedMedia, metadata: Sequence[ImageMetadata]) -> MediaRecord:
+    return MediaRecord(
+        kind=item.kind,
+        source_size=item.source_size,
+        resized_size=item.resized_size,
+        grid=item.grid,
+        num_frames=item.num_frames,
+        num_tokens=sum(unit.num_tokens for unit in item.units),
+        start_idx=metadata[0].start_idx,
+        end_idx=metadata[-1].end_idx,
+    )

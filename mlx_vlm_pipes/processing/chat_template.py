@@ -1,0 +1,137 @@
+"""A checkpoint's chat template: found, compiled once, rendered within bounds."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mlx_vlm_pipes.errors import InputError, ProcessorError
+from mlx_vlm_pipes.processing.settings import read_json
+
+JSON_PLACES = ("chat_template.json", "processor_config.json", "tokenizer_config.json")
+MAX_TEMPLATE_BYTES = 2**20
+
+
+def find_template(folder: Path) -> tuple[str, str] | None:
+    """(template, file name) of a model folder, or None.
+
+    Looks in chat_template.jinja, chat_template.json, processor_config.json and
+    tokenizer_config.json, in that order. Of several named templates, `default` is taken, else the
+    only one. Raises: ProcessorError for a broken file.
+    """
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        try:
+            if path.stat().st_size > MAX_TEMPLATE_BYTES:
+                raise ProcessorError(f"{path}: larger than {MAX_TEMPLATE_BYTES} bytes")
+            return path.read_text(encoding="utf-8"), path.name
+        except (OSError, UnicodeDecodeError) as error:
+            raise ProcessorError(f"{path}: not readable as UTF-8 text") from error
+    for name in JSON_PLACES:
+        values = read_json(folder / name) or {}
+        template = _named(values.get("chat_template"), folder / name)
+        if template is not None:
+            return template, name
+    return None
+
+
+def _named(value: Any, path: Path) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, list) and all(isinstance(item, Mapping) for item in value):
+        value = {item.get("name"): item.get("template") for item in value}
+    if isinstance(value, Mapping):
+        if isinstance(value.get("default"), str):
+            return value["default"]
+        texts = [text for text in value.values() if isinstance(text, str)]
+        if len(texts) == 1:
+            return texts[0]
+    raise ProcessorError(f"{path}: chat_template is neither a text nor a list with a default")
+
+
+class ChatTemplate:
+    """One compiled template.
+
+    Raises: ProcessorError if the source is longer than 256 Ki characters or does not compile.
+    """
+
+    def __init__(self, source: str, origin: str) -> None:
+        self.source, self.origin = source, origin
+
+    @functools.cached_property
+    def _compiled(self) -> Any:
+        from mlx_vlm_pipes.processing import sandbox
+
+        if len(self.source) > sandbox.MAX_SOURCE_CHARS:
+            raise ProcessorError(
+                f"chat template in {self.origin}: {len(self.source)} characters; "
+                f"the limit is {sandbox.MAX_SOURCE_CHARS}"
+            )
+        environment = sandbox.BoundedEnvironment()
+        environment.start_clock()
+        try:
+            return environment.from_string(self.source)
+        except (Exception, RecursionError) as error:
+            raise ProcessorError(
+                f"chat template in {self.origin} does not compile: {_reason(error)}"
+            ) from error
+
+    def check(self) -> None:
+        """Compile without rendering. Raises: ProcessorError."""
+        _ = self._compiled
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        variables: Mapping[str, Any],
+        *,
+        add_generation_prompt: bool = True,
+    ) -> str:
+        """The prompt text.
+
+        Args: variables, what the template sees besides messages: bos_token, eos_token, tools, ...
+        Raises: InputError with the template's own message if it refuses the messages;
+        ProcessorError if it fails, prints more than 8 Mi characters or takes longer than 2 s.
+        """
+        from mlx_vlm_pipes.processing import sandbox
+
+        template = self._compiled
+        template.environment.start_clock()
+        scope = {
+            **{name: plain(value) for name, value in variables.items()},
+            "messages": plain(messages),
+            "add_generation_prompt": add_generation_prompt,
+        }
+        try:
+            return sandbox.bounded_concat(template.generate(scope))
+        except sandbox.RaisedByTemplate as error:
+            raise InputError(f"the model's chat template refuses: {_reason(error)}") from error
+        except (Exception, RecursionError) as error:
+            raise ProcessorError(
+                f"chat template in {self.origin} fails: {_reason(error)}"
+            ) from error
+
+
+def plain(value: Any) -> Any:
+    """The value rebuilt from plain JSON types, so that a template meets no object's methods."""
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, int):
+        return int.__int__(value)
+    if isinstance(value, float):
+        return float.__float__(value)
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return f"<{type(value).__name__}>"
+
+
+def _reason(error: BaseException) -> str:
+    text = " ".join(str(error).split())[:300]
+    line = getattr(error, "lineno", None)
+    return f"{text or type(error).__name__}{f' (line {line})' if line else ''}"

@@ -1,0 +1,171 @@
+"""Loading pictures from whatever people hold: paths, bytes, URLs, arrays, PIL images.
+
+All end as RGB images, upright, with transparency on white, as the processors of transformers 5
+make them.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mlx_vlm_pipes.errors import MediaError
+from mlx_vlm_pipes.processing.fetch import fetch, is_url
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+MAX_IMAGE_PIXELS = 178_956_970  # where Pillow itself refuses
+# Formats whose decoders are Pillow's own or well kept C libraries; EPS would start Ghostscript.
+FORMATS = (
+    "PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "MPO", "AVIF", "JPEG2000", "ICO", "TGA",
+    "QOI", "DIB", "PCX", "SGI",
+)  # fmt: skip
+
+
+def load_image(source: Any, *, local_files: bool = True) -> Image:
+    """One picture as an RGB PIL image.
+
+    Args: source, a path, an http(s) or data: URL, bytes, a binary file object, a PIL image, or an
+    array: uint8 [H, W], [H, W, 1], [H, W, 3] or [H, W, 4], or floats from 0 to 1. Animations give
+    their first frame; EXIF orientation is applied. local_files: whether a text may name a file.
+    Raises: MediaError naming the source.
+    """
+    from PIL import Image as pil
+
+    if isinstance(source, pil.Image):
+        return to_rgb(source, describe(source))
+    if isinstance(source, np.ndarray):
+        return to_rgb(_from_array(source), describe(source))
+    name = describe(source)
+    image = open_image(read_bytes(source, local_files=local_files), name)
+    return to_rgb(image, name)
+
+
+def read_bytes(source: Any, *, local_files: bool = True) -> bytes:
+    """The bytes behind a path, URL, bytes or file object. Raises: MediaError naming the source."""
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return bytes(source)
+    if isinstance(source, str) and is_url(source):
+        return fetch(source)
+    if isinstance(source, (str, os.PathLike)):
+        return _read_file(source, local_files=local_files)
+    if callable(getattr(source, "read", None)):
+        data = source.read()
+        if isinstance(data, bytes):
+            return data
+    raise MediaError(
+        f"{describe(source)} is not a picture; give a path, URL, bytes, PIL image or array"
+    )
+
+
+def open_image(data: bytes, name: str) -> Image:
+    """Decode the header of a picture. Raises: MediaError if it is no picture, or too large."""
+    from PIL import Image as pil
+
+    if not data:
+        raise MediaError(f"{name} is empty")
+    pil.init()
+    known = [kind for kind in FORMATS if kind in pil.OPEN]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", pil.DecompressionBombWarning)
+            image = pil.open(io.BytesIO(data), formats=known)
+    except pil.DecompressionBombError as error:
+        raise MediaError(f"{name}: more than {MAX_IMAGE_PIXELS} pixels") from error
+    except Exception as error:
+        raise MediaError(f"{name} cannot be read as a picture") from error
+    check_size(image.size, name)
+    return image
+
+
+def check_size(size: tuple[int, int], name: str) -> None:
+    """Raises: MediaError for an empty picture or one of more than MAX_IMAGE_PIXELS."""
+    width, height = size
+    if width < 1 or height < 1:
+        raise MediaError(f"{name} is {width}x{height} pixels; expected at least 1x1")
+    if width * height > MAX_IMAGE_PIXELS:
+        raise MediaError(
+            f"{name} is {width}x{height} = {width * height} pixels; "
+            f"the limit is {MAX_IMAGE_PIXELS}, make it smaller"
+        )
+
+
+def to_rgb(image: Image, name: str) -> Image:
+    """Upright RGB; transparency composited on white.
+
+    Raises: MediaError if the pixels cannot be decoded. Source: transformers image_transforms.py,
+    convert_to_rgb.
+    """
+    from PIL import Image as pil
+    from PIL import ImageOps
+
+    check_size(image.size, name)
+    try:
+        image.load()
+        image = ImageOps.exif_transpose(image)
+        if image.mode == "RGB" and image.info.get("transparency") is None:
+            return image
+        if "A" in image.getbands() or image.info.get("transparency") is not None:
+            image = image.convert("RGBA")
+            white = pil.new("RGBA", image.size, (255, 255, 255, 255))
+            return pil.alpha_composite(white, image).convert("RGB")
+        return image.convert("RGB")
+    except Exception as error:  # decoders raise anything from OSError to SyntaxError
+        reason = " ".join(str(error).split())[:120]
+        raise MediaError(f"{name} cannot be decoded as a picture: {reason}") from error
+
+
+def describe(source: Any) -> str:
+    """A short name of a source for error messages, never its content."""
+    if isinstance(source, str):
+        return f"data URL of {len(source)} characters" if source[:5] == "data:" else repr(source)
+    if isinstance(source, os.PathLike):
+        return repr(os.fspath(source))
+    if isinstance(source, (bytes, bytearray)):
+        return f"picture of {len(source)} bytes"
+    if isinstance(source, np.ndarray):
+        return f"array {source.dtype} {list(source.shape)}"
+    name = getattr(source, "filename", None) or getattr(source, "name", None)
+    return repr(name) if isinstance(name, str) and name else f"{type(source).__name__} object"
+
+
+def _read_file(source: str | os.PathLike[str], *, local_files: bool) -> bytes:
+    if isinstance(source, str) and not local_files:
+        raise MediaError(f"{source!r}: only http(s) and data: URLs are allowed here")
+    path = Path(source).expanduser()
+    try:
+        if not path.is_file():
+            raise MediaError(f"{describe(source)}: no such file")
+        return path.read_bytes()
+    except (OSError, ValueError) as error:
+        if isinstance(error, MediaError):
+            raise
+        raise MediaError(f"{describe(source)} cannot be opened") from error
+
+
+def _from_array(array: np.ndarray) -> Image:
+    from PIL import Image as pil
+
+    name = describe(array)
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
+        raise MediaError(f"{name}: expected [H, W], [H, W, 1], [H, W, 3] or [H, W, 4]")
+    check_size((array.shape[1], array.shape[0]), name)
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[..., 0]
+    if array.dtype == np.bool_:
+        array = array.astype(np.uint8) * 255
+    if np.issubdtype(array.dtype, np.floating):
+        if not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1):
+            raise MediaError(f"{name}: floats must lie between 0 and 1; divide by 255")
+        array = np.round(array.astype(np.float64) * 255).astype(np.uint8)
+    if array.dtype != np.uint8:
+        if not np.issubdtype(array.dtype, np.integer) or array.min() < 0 or array.max() > 255:
+            raise MediaError(f"{name}: expected uint8, or floats from 0 to 1")
+        array = array.astype(np.uint8)
+    return pil.fromarray(np.ascontiguousarray(array))

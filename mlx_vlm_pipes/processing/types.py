@@ -1,0 +1,89 @@
+"""What goes into a processor, and what comes out of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from mlx_vlm_pipes.contexts import ImageMetadata
+
+
+@dataclass(frozen=True)
+class PromptRequest:
+    """One request as a user makes it.
+
+    prompt: text, or chat messages in the Hugging Face / OpenAI content-list form. images, videos:
+    whatever `images.load_image` and `video.load_clip` take; they fill the `{"type": "image"}`
+    parts that carry no picture, in order. raw: take a text prompt verbatim, placeholders included.
+    fps: frames a second that a list of frames holds, and that are sampled from a video file.
+    min_pixels, max_pixels: limits of one picture or frame (Qwen2.5-VL). num_frames: how many
+    frames to take from a video file, instead of `fps`. local_files: whether text may name files.
+    """
+
+    prompt: str | Sequence[Mapping[str, Any]]
+    images: Sequence[Any] = ()
+    videos: Sequence[Any] = ()
+    raw: bool = False
+    system: str | None = None
+    fps: float = 2.0
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    num_frames: int | None = None
+    local_files: bool = True
+
+
+@dataclass(frozen=True)
+class MediaRecord:
+    """What the model saw of one picture or clip. Sizes are (width, height) in pixels.
+
+    grid: rows and columns of frames or patches (Qwen2.5-VL: time, rows, columns in patches).
+    start_idx, end_idx: half-open token range from its first to its last placeholder.
+    """
+
+    kind: str
+    source_size: tuple[int, int]
+    resized_size: tuple[int, int]
+    grid: tuple[int, ...]
+    num_frames: int
+    num_tokens: int
+    start_idx: int
+    end_idx: int
+
+
+@dataclass
+class ProcessedPrompt:
+    """Token ids with placeholders expanded, and the pictures that belong to them.
+
+    text: the prompt as the chat template wrote it, before expansion. images: in token order, one
+    for each run of placeholders. arrays: makes the Hugging Face layout, called at most once.
+    """
+
+    text: str
+    input_ids: list[int]
+    images: list[ImageMetadata]
+    media: list[MediaRecord]
+    arrays: Callable[[], dict[str, np.ndarray]] = field(default=dict, repr=False)
+
+    @cached_property
+    def hf_arrays(self) -> dict[str, np.ndarray]:
+        return self.arrays()
+
+    @property
+    def pixel_values(self) -> np.ndarray | None:
+        """float32, laid out as the Hugging Face processor does; None without pictures."""
+        return self.hf_arrays.get("pixel_values")
+
+    @property
+    def pixel_values_videos(self) -> np.ndarray | None:
+        """float32 patches of the clips (Qwen2.5-VL); None elsewhere."""
+        return self.hf_arrays.get("pixel_values_videos")
+
+    @property
+    def extra(self) -> dict[str, np.ndarray]:
+        """All other arrays: grids, image sizes, masks."""
+        skip = ("pixel_values", "pixel_values_videos")
+        return {name: value for name, value in self.hf_arrays.items() if name not in skip}

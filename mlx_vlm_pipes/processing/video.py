@@ -1,0 +1,210 @@
+"""Frames of a clip: from a list, a folder, an animated GIF/WebP/PNG, or a film through PyAV.
+
+A list of frames counts as sampled already; files are sampled as the family's plan says. Frames are
+prepared (resized) one by one as they are decoded, so that a long film never lies in memory whole.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mlx_vlm_pipes.errors import MediaError
+from mlx_vlm_pipes.processing.images import (
+    check_size,
+    describe,
+    load_image,
+    open_image,
+    read_bytes,
+    to_rgb,
+)
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+MAX_FILE_FRAMES = 200_000
+MAX_LIST_FRAMES = 4096
+STILL_DURATION_MS = 100  # what browsers assume where an animation names none
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif")
+# Containers that hold their own frames; a playlist would open other files and addresses.
+FILM_FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,ogg,flv,mpegts,mpeg"
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What a file says of itself before frames are chosen."""
+
+    num_frames: int
+    fps: float
+
+    @property
+    def duration_s(self) -> float:
+        return self.num_frames / self.fps
+
+
+@dataclass(frozen=True)
+class ClipPlan:
+    """How a family wants its frames.
+
+    list_fps: frames a second of a list of frames. choose: ascending frame numbers to take from a
+    file. prepare: (RGB frame, size (width, height) of the first frame, number of frames) -> frame.
+    """
+
+    list_fps: float
+    choose: Callable[[VideoInfo], np.ndarray]
+    prepare: Callable[[Image, tuple[int, int], int], Image]
+    local_files: bool = True
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Prepared RGB frames; fps of what was sampled; timestamps_s of each frame."""
+
+    frames: list[Image]
+    fps: float
+    timestamps_s: list[float]
+    duration_s: float
+    source_size: tuple[int, int]
+
+
+def load_clip(source: Any, plan: ClipPlan) -> Clip:
+    """Read, sample and prepare one clip.
+
+    Args: source, a sequence of frames (whatever `load_image` takes), an array [T, H, W, 3], a
+    folder of pictures, or the path, URL or bytes of an animation or a film.
+    Raises: MediaError naming the source.
+    """
+    if isinstance(source, np.ndarray) and source.ndim == 4:
+        source = list(source)
+    if isinstance(source, (list, tuple)):
+        return _from_list(source, plan, "list of frames")
+    name = describe(source)
+    if isinstance(source, (str, os.PathLike)) and Path(source).expanduser().is_dir():
+        if isinstance(source, str) and not plan.local_files:
+            raise MediaError(f"{name}: only http(s) and data: URLs are allowed here")
+        return _from_list(_pictures_in(Path(source).expanduser(), name), plan, name)
+    data = read_bytes(source, local_files=plan.local_files)
+    if data[:4] == b"GIF8" or data[:4] == b"\x89PNG" or data[8:12] == b"WEBP":
+        return _from_animation(open_image(data, name), plan, name)
+    return _from_film(data, plan, name)
+
+
+def arange_indices(start: float, total: int, step: float) -> np.ndarray:
+    """Frame numbers start, start + step, ... below total, rounded as torch's float32 arange does.
+
+    Returns: int64 [ceil((total - start) / step)].
+    """
+    count = max(math.ceil((total - start) / step), 0)
+    return (start + step * np.arange(count)).astype(np.float32).astype(np.int64)
+
+
+def _from_list(source: Sequence[Any], plan: ClipPlan, name: str) -> Clip:
+    if not 1 <= len(source) <= MAX_LIST_FRAMES:
+        raise MediaError(f"{name} has {len(source)} frames; expected 1 to {MAX_LIST_FRAMES}")
+    frames = (load_image(frame, local_files=plan.local_files) for frame in source)
+    stamps = [i / plan.list_fps for i in range(len(source))]
+    return _prepared(frames, len(source), VideoInfo(len(source), plan.list_fps), stamps, plan)
+
+
+def _pictures_in(folder: Path, name: str) -> list[Path]:
+    def natural(path: Path) -> list[tuple[int, str]]:
+        parts = re.split(r"(\d+)", path.name.lower())
+        return [(int(part), "") if part.isdigit() else (-1, part) for part in parts]
+
+    pictures = [path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
+    if not pictures:
+        raise MediaError(f"{name}: no pictures in this folder")
+    return sorted(pictures, key=natural)
+
+
+def _from_animation(image: Image, plan: ClipPlan, name: str) -> Clip:
+    try:
+        count = min(getattr(image, "n_frames", 1), MAX_FILE_FRAMES)
+        total_ms = 0.0
+        for i in range(count):
+            image.seek(i)
+            total_ms += image.info.get("duration") or STILL_DURATION_MS
+    except Exception as error:
+        raise MediaError(f"{name} cannot be decoded as an animation") from error
+    info = VideoInfo(count, count / total_ms * 1000)
+    chosen = plan.choose(info)
+
+    def frames() -> Iterator[Image]:
+        for i in chosen.tolist():
+            try:
+                image.seek(i)
+                frame = image.copy()
+            except Exception as error:
+                raise MediaError(f"{name} cannot be decoded at frame {i}") from error
+            yield to_rgb(frame, name)
+
+    return _sampled(frames(), chosen, info, plan, name)
+
+
+def _from_film(data: bytes, plan: ClipPlan, name: str) -> Clip:
+    try:
+        import av
+        from av.error import FFmpegError
+    except ImportError as error:
+        raise MediaError(
+            f'{name}: films need PyAV; pip install "mlx-vlm-pipes[video]", or give a list of frames'
+        ) from error
+    options = {"format_whitelist": FILM_FORMATS}
+    try:
+        with av.open(io.BytesIO(data), options=options) as film:
+            if not film.streams.video:
+                raise MediaError(f"{name} holds no video stream")
+            stream = film.streams.video[0]
+            check_size((stream.width, stream.height), name)
+            rate = stream.average_rate or stream.guessed_rate
+            count = stream.frames or sum(1 for p in film.demux(stream) if p.size)
+            if not rate or not 1 <= count <= MAX_FILE_FRAMES:
+                raise MediaError(f"{name}: {count} frames at {rate} a second cannot be sampled")
+            film.seek(0)
+            info = VideoInfo(count, float(rate))
+            chosen = plan.choose(info)
+            return _sampled(_decoded(film, chosen), chosen, info, plan, name)
+    except (FFmpegError, EOFError, OverflowError) as error:
+        raise MediaError(f"{name} cannot be decoded as a film") from error
+
+
+def _decoded(film: Any, chosen: np.ndarray) -> Iterator[Image]:
+    from PIL import Image as pil
+
+    wanted = set(chosen.tolist())
+    for i, frame in enumerate(film.decode(video=0)):
+        if i in wanted:
+            yield pil.fromarray(frame.to_ndarray(format="rgb24"))
+        if i >= max(wanted):
+            return
+
+
+def _sampled(
+    frames: Iterable[Image], chosen: np.ndarray, info: VideoInfo, plan: ClipPlan, name: str
+) -> Clip:
+    if not len(chosen):
+        raise MediaError(f"{name}: none of its {info.num_frames} frames was chosen")
+    stamps = [i / info.fps for i in chosen.tolist()]
+    return _prepared(frames, len(chosen), info, stamps, plan)
+
+
+def _prepared(
+    frames: Iterable[Image], count: int, info: VideoInfo, stamps: list[float], plan: ClipPlan
+) -> Clip:
+    first: tuple[int, int] | None = None
+    ready: list[Image] = []
+    for frame in frames:
+        first = first or frame.size
+        ready.append(plan.prepare(frame, first, count))
+    if first is None:
+        raise MediaError("the clip has no frame that can be decoded")
+    fps = count / info.num_frames * info.fps
+    return Clip(ready, fps, stamps[: len(ready)], info.duration_s, first)

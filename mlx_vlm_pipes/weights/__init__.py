@@ -1,0 +1,86 @@
+"""Checkpoint files in: headers, names, layouts, quantisation, LoRA."""
+
+from mlx_vlm_pipes.weights.checkpoint import (
+    SafetensorWeights,
+    WeightData,
+    Weights,
+    WeightsAdapter,
+    cast_floats,
+    load_state_dict,
+    load_weights,
+)
+from mlx_vlm_pipes.weights.fuse import fuse_linears
+from mlx_vlm_pipes.weights.install import install_weights, parameter_shapes
+from mlx_vlm_pipes.weights.layout import (
+    ConvToChannelsLast,
+    ConvToMatrix,
+    Layout,
+    Prefix,
+    Reshape,
+    SplitRows,
+    adapt,
+    decoder,
+    detect_layout,
+    map_names,
+)
+from mlx_vlm_pipes.weights.lora import (
+    LoRAAdapter,
+    LoRAPair,
+    check_against_base,
+    dora_factor,
+    linear_shapes,
+    merge_into,
+    read_adapter,
+    split_lora_path,
+)
+from mlx_vlm_pipes.weights.quantized import (
+    ScaledFormat,
+    canonical_overrides,
+    parse_quantization,
+    quantize_modules,
+)
+from mlx_vlm_pipes.weights.repack import drop_dummy_biases
+from mlx_vlm_pipes.weights.safetensors import Header, TensorInfo, find_weight_files, read_header
+from mlx_vlm_pipes.weights.scaled import record_scales, unpack_checkpoint
+
+__all__ = [
+    "ConvToChannelsLast",
+    "ConvToMatrix",
+    "Header",
+    "Layout",
+    "LoRAAdapter",
+    "LoRAPair",
+    "Prefix",
+    "Reshape",
+    "SafetensorWeights",
+    "ScaledFormat",
+    "SplitRows",
+    "TensorInfo",
+    "WeightData",
+    "Weights",
+    "WeightsAdapter",
+    "adapt",
+    "canonical_overrides",
+    "cast_floats",
+    "check_against_base",
+    "decoder",
+    "detect_layout",
+    "dora_factor",
+    "drop_dummy_biases",
+    "find_weight_files",
+    "fuse_linears",
+    "install_weights",
+    "linear_shapes",
+    "load_state_dict",
+    "load_weights",
+    "map_names",
+    "merge_into",
+    "parameter_shapes",
+    "parse_quantization",
+    "quantize_modules",
+    "read_adapter",
+    "read_header",
+    "record_scales",
+    "split_lora_path",
+    "unpack_checkpoint",
+]

@@ -1,0 +1,58 @@
+"""Projections of the same input joined into one matmul: fewer kernels, the same numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+import mlx.nn as nn
+
+AnyLinear = nn.Linear | nn.QuantizedLinear
+
+
+def fuse_linears(parts: Sequence[AnyLinear]) -> AnyLinear | None:
+    """One projection that computes all of `parts` on the same input, outputs side by side.
+
+    Rows are concatenated lazily: weight, scales, biases, and bias, where a part without a bias
+    gets zeros if another has one. Returns None if the parts differ in kind, dtype, quantisation
+    settings or input width: they then stay separate.
+    """
+    if len({_fuse_key(part) for part in parts}) != 1 or None in map(_fuse_key, parts):
+        return None
+    first = parts[0]
+    weight = mx.concatenate([part.weight for part in parts])
+    fused: AnyLinear
+    if isinstance(first, nn.QuantizedLinear):
+        fused = nn.QuantizedLinear(
+            weight.shape[1] * 32 // first.bits,
+            len(weight),
+            bias=False,
+            group_size=first.group_size,
+            bits=first.bits,
+            mode=first.mode,
+        )
+        fused.scales = mx.concatenate([part["scales"] for part in parts])
+        if first.get("biases") is not None:
+            fused.biases = mx.concatenate([part["biases"] for part in parts])
+    else:
+        fused = nn.Linear(1, 1, bias=False)
+    fused.weight = weight
+    biases = [part["bias"] for part in parts if "bias" in part]
+    if biases:
+        fused.bias = mx.concatenate([_bias_or_zeros(part, biases[0].dtype) for part in parts])
+    return fused
+
+
+def _fuse_key(part: AnyLinear) -> tuple[object, ...] | None:
+    """What two projections must share to be one; None for anything that is not a projection."""
+    if type(part) is nn.QuantizedLinear:
+        settings = (part.group_size, part.bits, part.mode, part.scales.dtype)
+    elif type(part) is nn.Linear:
+        settings = (part.weight.dtype,)
+    else:
+        return None
+    return (type(part), part.weight.shape[1], *settings)
+
+
+def _bias_or_zeros(part: AnyLinear, dtype: mx.Dtype) -> mx.array:
+    return part["bias"] if "bias" in part else mx.zeros((len(part.weight),), dtype)
