@@ -13,6 +13,8 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
+import mlx.core as mx
+
 T = TypeVar("T")
 _LIVE: weakref.WeakSet[OwnerThread] = weakref.WeakSet()
 
@@ -60,7 +62,7 @@ class OwnerThread:
                 while not (self._calls or busy or self._stopping):
                     self._wake.wait()
                 if self._stopping:
-                    return
+                    break
                 calls, self._calls = self._calls, deque()
             for future, function in calls:
                 try:
@@ -68,6 +70,9 @@ class OwnerThread:
                 except BaseException as error:  # handed to the caller, who raises it
                     future.set_exception(error)
             busy = self.idle_work() if self.idle_work is not None else False
+        self.idle_work = None
+        mx.synchronize()
+        mx.clear_streams()
 
 
 @atexit.register
