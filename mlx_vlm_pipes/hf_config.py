@@ -178,6 +178,13 @@ def require_int(config: Any, *names: str, minimum: int = 1) -> int:
     return value
 
 
+def optional_int(config: Any, *names: str, default: int, minimum: int = 1) -> int:
+    """As require_int, with a default where none of the names is there."""
+    if lookup(config, *names) is None:
+        return default
+    return require_int(config, *names, minimum=minimum)
+
+
 def text_config(config: Any) -> Any:
     """The part that describes the decoder: `llm_config`, `text_config`, or the config itself."""
     return lookup(config, "llm_config", "text_config", default=config)

@@ -251,15 +251,31 @@ class PipelineModel(ABC, Generic[ContextT]):
     ) -> list[LogProbabilities | None]:
         raise NotImplementedError(f"{type(self).__name__} computes no log-probabilities")
 
+class TextSide(Protocol):
+    """What the engine may ask of a model's text side beyond running it."""
+
+    @property
+    def break_length(self) -> int | None: ...
+
+    @property
+    def adapters(self) -> tuple[str, ...]: ...
+
+
 class PipelineModelWithKVCache(PipelineModel[ContextT]):
     """A model whose attention reads a KV cache; `kv_params` says of what shape."""
 
     kv_params: KVCacheParams
+    language: TextSide
 
     @property
     def cache_break_length(self) -> int | None:
         """Rows that grow past this length must be prefilled again (LongRoPE), or None."""
-        return None
+        return self.language.break_length
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the loaded LoRA adapters; their slots count from 1."""
+        return self.language.adapters
 
     def __init__(
         self,

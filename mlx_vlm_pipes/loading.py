@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from mlx_vlm_pipes.errors import CheckpointNotFound, ConfigError
 from mlx_vlm_pipes.hf_config import HuggingFaceConfig, read_json, text_config
 from mlx_vlm_pipes.interfaces import InferenceSession, PipelineModelWithKVCache, ReturnLogits
 from mlx_vlm_pipes.pipeline import Pipeline
-from mlx_vlm_pipes.quantization import QuantizationConfig
+from mlx_vlm_pipes.quantization import LoRAConfig, QuantizationConfig
 from mlx_vlm_pipes.weights import Weights, find_weight_files, load_weights
 from mlx_vlm_pipes.weights.quantized import parse_quantization
 
@@ -37,6 +38,7 @@ def load(
     dtype: str = "auto",
     device: str | None = None,
     revision: str | None = None,
+    adapter: str | Path | Sequence[str | Path] | None = None,
     max_length: int | None = None,
     kv_bits: int | None = None,
     engine: EngineConfig | None = None,
@@ -45,13 +47,15 @@ def load(
     """Open a checkpoint: a folder, a hub id, or (None) the small model in the package.
 
     Args: dtype "auto" is the checkpoint's own on a GPU and float32 on a CPU; device "cpu" or
-    "gpu"; max_length in tokens; kv_bits 8 or 4 quantises the KV cache.
+    "gpu"; adapter a LoRA folder, or several (`name=folder`), of which each request names one;
+    max_length in tokens; kv_bits 8 or 4 quantises the KV cache.
     Raises: CheckpointError, one line saying what is wrong with the checkpoint.
     """
     folder = resolve_folder(path, revision)
     config = HuggingFaceConfig(read_json(folder / "config.json"))
     room = find_room(config)
     processor = room.processor_class().from_folder(folder, config.to_dict())
+    lora = lora_config(adapter)
     worker = OwnerThread()
     try:
         model = worker.call(
@@ -59,7 +63,9 @@ def load(
                 room,
                 folder,
                 config,
-                LoadOptions(dtype, device, max_length, KVCacheConfig(bits=kv_bits), compile),
+                LoadOptions(
+                    dtype, device, max_length, KVCacheConfig(bits=kv_bits), compile, lora
+                ),
             )
         )
         limits = engine or default_engine_config(machine_memory())
@@ -79,6 +85,16 @@ class LoadOptions:
     max_length: int | None = None
     kv_cache: KVCacheConfig = field(default_factory=KVCacheConfig)
     compile: bool = True
+    lora: LoRAConfig | None = None
+
+
+def lora_config(adapter: str | Path | Sequence[str | Path] | None) -> LoRAConfig | None:
+    """The adapters to load, as the documented record; any rank is taken."""
+    if adapter is None:
+        return None
+    listed = [adapter] if isinstance(adapter, (str, Path)) else list(adapter)
+    paths = [str(path) for path in listed]
+    return LoRAConfig(True, paths, max_lora_rank=4096, max_num_loras=max(1, len(paths)))
 
 
 def load_model(
@@ -89,7 +105,7 @@ def load_model(
     weights = load_weights(find_weight_files(folder))
     model_config = model_config_for(folder, config, weights, options)
     return room.model_class()(
-        PipelineConfig(model=model_config),
+        PipelineConfig(model=model_config, lora=options.lora),
         InferenceSession([device], compile=options.compile),
         [device],
         model_config.kv_cache,

@@ -47,7 +47,8 @@ class GenerateOptions(PromptOptions, total=False):
 
     temperature 0 is greedy. stop: strings that end the answer and are not shown. logprobs: how
     many of the best tokens to score at each place; prompt_logprobs: the prompt's tokens too.
-    logit_bias: token id -> added to its logit. adapter: the name of a loaded LoRA adapter.
+    logit_bias: token id -> added to its logit. adapter: the name of a loaded LoRA
+    adapter, or "base"; by default the only one that is loaded.
     """
 
     max_tokens: int | None
@@ -237,8 +238,15 @@ class Pipeline:
             log_probabilities_echo=options.get("prompt_logprobs", False),
             ignore_eos=params.ignore_eos,
         )
-        context.model_name = options.get("adapter") or ""
+        context.model_name = self._adapter(options.get("adapter"))
         return context
+
+    def _adapter(self, name: str | None) -> str:
+        """The adapter of a request: the one named; the only one loaded; "base" means none."""
+        loaded = self.model.adapters
+        if name is None:
+            return loaded[0] if len(loaded) == 1 else ""
+        return "" if name == "base" else name
 
     def _check_length(self, processed: ProcessedPrompt, new_tokens: int) -> None:
         total = len(processed.input_ids) + new_tokens

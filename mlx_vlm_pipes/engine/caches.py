@@ -15,6 +15,10 @@ import numpy as np
 from mlx_vlm_pipes.contexts import TextAndVisionContext, TextContext
 from mlx_vlm_pipes.kv_cache import CacheRow
 
+_SALT = 1 << 40  # above any token id
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_SIGN = np.uint64(1 << 63)
+
 
 def prefix_keys(context: TextContext, salt: int = 0) -> np.ndarray:
     """One int64 for each token, equal only where the cached keys and values would be equal.
@@ -22,14 +26,14 @@ def prefix_keys(context: TextContext, salt: int = 0) -> np.ndarray:
     Text counts by its token id; an image's tokens also by its content hash and their place in
     it. salt separates what must not be shared (adapters, LongRoPE tables).
     """
-    keys = context.tokens.all.astype(np.int64)
+    keys = context.tokens.all.astype(np.int64) + salt * _SALT
     if isinstance(context, TextAndVisionContext):
         for image in context.images:
-            span = np.arange(image.end_idx - image.start_idx, dtype=np.int64)
-            digest = np.int64((image.image_hash or id(image)) & (2**62 - 1))
-            keys[image.start_idx : image.end_idx] += -digest * 4099 - span * 65537
-    if salt:
-        keys += salt * 1_000_003
+            place = np.arange(image.end_idx - image.start_idx, dtype=np.uint64)
+            digest = image.image_hash if image.image_hash is not None else id(image)
+            start = np.full(1, (digest + salt) % 2**64, dtype=np.uint64)
+            mixed = (start + place * _GOLDEN) | _SIGN  # negative: never a token id
+            keys[image.start_idx : image.end_idx] = mixed.view(np.int64)
     return keys
 
 

@@ -95,6 +95,7 @@ class Scheduler:
 
         Raises: InputError for bad sampling values, OutOfBudget for what can never fit.
         """
+        self.adapter_slot(context.model_name)  # refuse unknown ones at once
         keys = prefix_keys(context, self._salt(context, len(context.tokens)))
         need = self.bytes_needed(context)
         if need > self.config.kv_bytes:
@@ -121,7 +122,20 @@ class Scheduler:
         """Separates keys made with another LongRoPE table or another adapter."""
         edge = self.model.cache_break_length
         is_long = edge is not None and length > edge
-        return int(is_long) + (2 * hash_name(context.model_name) if context.model_name else 0)
+        return int(is_long) + 2 * self.adapter_slot(context.model_name)
+
+    def adapter_slot(self, name: str) -> int:
+        """The slot of a LoRA adapter; 0 for the base model (no name).
+
+        Raises: InputError naming the adapters there are.
+        """
+        if not name:
+            return 0
+        if name not in self.model.adapters:
+            raise InputError(
+                f"no adapter {name!r}; loaded: {', '.join(self.model.adapters) or 'none'}"
+            )
+        return self.model.adapters.index(name) + 1
 
     # ---- one step
 
@@ -195,6 +209,7 @@ class Scheduler:
                 job.cached_tokens = length
                 self.stats.cached_tokens += length
         job.row.planned_length = len(tokens)
+        job.row.adapter = self.adapter_slot(job.context.model_name)
         self.prefilling.append(job)
 
     # ---- prefill
@@ -231,6 +246,7 @@ class Scheduler:
         tokens = job.context.tokens
         tokens.rewind_processing(tokens.processed_length)
         job.row.planned_length = len(tokens)
+        job.row.adapter = self.adapter_slot(job.context.model_name)
 
     def _encode_images(self) -> bool:
         """Encode one micro-batch of images that prefill will need; False if none is missing."""
@@ -493,11 +509,6 @@ class Scheduler:
             job.row = None
         job.context.status = GenerationStatus.CANCELLED
         job.handle.put(error)
-
-
-def hash_name(name: str) -> int:
-    """A small stable number for an adapter's name."""
-    return sum((i + 1) * ord(c) for i, c in enumerate(name)) + 1
 
 
 def pending_images(context: TextContext) -> list[ImageMetadata]:

@@ -22,6 +22,7 @@ from mlx_vlm_pipes.nn.attention import (
     prefill_attention,
     split_heads,
 )
+from mlx_vlm_pipes.nn.lora import LoRATable, adapted
 from mlx_vlm_pipes.nn.rope import Rope, RopeSpec, Rotation
 from mlx_vlm_pipes.weights.fuse import fuse_linears
 
@@ -85,6 +86,7 @@ class DecodeStep:
     rotation: Rotation
     masks: dict[int | None, mx.array]  # by window: bool [B, 1, 1, capacity]
     format: CacheFormat
+    slots: mx.array | None  # int32 [B], each row's LoRA adapter; None where none is loaded
 
 
 class LayerNorm(nn.Module):
@@ -108,7 +110,44 @@ def project_into(linear: nn.Module, x: mx.array, residual: mx.array, factor: flo
     return residual + (out if factor == 1.0 else out * factor)
 
 
-class Attention(nn.Module):
+class Projections(nn.Module):
+    """Linears with an optional LoRA table beside each; `adapters` maps a linear's name to it."""
+
+    residual_multiplier: float
+
+    def side_by_side(
+        self, fused: str, names: tuple[str, ...], x: mx.array, slots: mx.array | None
+    ) -> mx.array:
+        """x [T, E] -> the outputs of `names`, concatenated; one product where they are fused."""
+        if fused in self:
+            y, bias = self[fused](x), self[fused].get("bias")
+        else:
+            y = mx.concatenate([self[name](x) for name in names], axis=-1)
+            biases = [self[name].get("bias") for name in names]
+            bias = None if None in biases else mx.concatenate(biases)
+        tables: dict[str, LoRATable] = self.get("adapters", {})
+        if slots is None or not tables:
+            return y
+        return adapted(tables, names, x, y, slots, bias, self.sizes(names))
+
+    def sizes(self, names: tuple[str, ...]) -> list[int]:
+        """Output widths of the linears that may be fused."""
+        raise NotImplementedError
+
+    def into(
+        self, name: str, x: mx.array, residual: mx.array, slots: mx.array | None
+    ) -> mx.array:
+        """residual + multiplier * linear(x), with the row's adapter."""
+        factor = self.residual_multiplier
+        table: LoRATable | None = self.get("adapters", {}).get(name)
+        if slots is None or table is None:
+            return project_into(self[name], x, residual, factor)
+        if not table.has_gain:  # added last, so that B = 0 leaves the base's very bits
+            return project_into(self[name], x, residual, factor) + factor * table.delta(x, slots)
+        return residual + factor * table(x, self[name](x), slots, self[name].get("bias"))
+
+
+class Attention(Projections):
     """Grouped-query self-attention over a cache: [T, E] -> [T, E], added to the residual."""
 
     def __init__(self, config: DecoderConfig, layer: int) -> None:
@@ -141,12 +180,13 @@ class Attention(nn.Module):
                 for name in ("q_proj", "k_proj", "v_proj"):
                     self.pop(name)
 
-    def _project(self, x: mx.array) -> tuple[mx.array, mx.array]:
+    def sizes(self, names: tuple[str, ...]) -> list[int]:
+        heads = {"q_proj": self.num_heads}
+        return [heads.get(name, self.num_kv_heads) * self.head_dim for name in names]
+
+    def _project(self, x: mx.array, slots: mx.array | None) -> tuple[mx.array, mx.array]:
         """x [T, E] -> queries and keys side by side [T, H + K, D], and values [T, K, D]."""
-        if "qkv_proj" in self:
-            qkv = self.qkv_proj(x)
-        else:
-            qkv = mx.concatenate([self.q_proj(x), self.k_proj(x), self.v_proj(x)], axis=-1)
+        qkv = self.side_by_side("qkv_proj", ("q_proj", "k_proj", "v_proj"), x, slots)
         if self.clip is not None:
             qkv = mx.clip(qkv, -self.clip, self.clip)
         qkv = qkv.reshape(x.shape[0], -1, self.head_dim)
@@ -157,8 +197,14 @@ class Attention(nn.Module):
             qk = mx.concatenate([q, self.k_norm(qk[:, self.num_heads :])], axis=1)
         return qk, v
 
-    def prefill(self, x: mx.array, residual: mx.array, rows: Sequence[PrefillRow]) -> mx.array:
-        qk, v = self._project(x)
+    def prefill(
+        self,
+        x: mx.array,
+        residual: mx.array,
+        rows: Sequence[PrefillRow],
+        slots: mx.array | None,
+    ) -> mx.array:
+        qk, v = self._project(x, slots)
         outs = []
         for row in rows:
             part = slice(row.begin, row.end)
@@ -170,27 +216,28 @@ class Attention(nn.Module):
             out = prefill_attention(q, fresh, cached, format, row.start, self.scale, self.window)
             outs.append(merge_heads(out))
         merged = outs[0] if len(outs) == 1 else mx.concatenate(outs, axis=0)  # [T, H * D]
-        return project_into(self.o_proj, merged, residual, self.residual_multiplier)
+        return self.into("o_proj", merged, residual, slots)
 
     def decode(
         self, x: mx.array, residual: mx.array, cached: Layer, step: DecodeStep
     ) -> tuple[mx.array, Layer]:
-        qk, v = self._project(x)
+        qk, v = self._project(x, step.slots)
         turned = step.rotation(qk[:, :, None])  # [B, H + K, 1, D]
         q, k = turned[:, : self.num_heads], turned[:, self.num_heads :]
         cached = write_decode(cached, step.format.encode(k, v[:, :, None]), step.lengths)
         mask = step.masks[self.window]
         out = decode_attention(q, cached, step.format, mask, self.scale)  # [B, H, 1, D]
         out = out.reshape(x.shape[0], -1)
-        return project_into(self.o_proj, out, residual, self.residual_multiplier), cached
+        return self.into("o_proj", out, residual, step.slots), cached
 
 
-class MLP(nn.Module):
+class MLP(Projections):
     """Gated feed-forward: [T, E] -> [T, E], added to the residual."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.inner = inner
         self.act, self.residual_multiplier = (
             activation(config.hidden_act), config.residual_multiplier
         )  # fmt: skip
@@ -210,14 +257,13 @@ class MLP(nn.Module):
                 for name in ("gate_proj", "up_proj"):
                     self.pop(name)
 
-    def __call__(self, x: mx.array, residual: mx.array) -> mx.array:
-        if "gate_up_proj" in self:
-            gate, up = mx.split(self.gate_up_proj(x), 2, axis=-1)
-        else:
-            gate, up = self.gate_proj(x), self.up_proj(x)
-        return project_into(
-            self.down_proj, self.act(gate) * up, residual, self.residual_multiplier
-        )
+    def sizes(self, names: tuple[str, ...]) -> list[int]:
+        return [self.inner for _ in names]
+
+    def __call__(self, x: mx.array, residual: mx.array, slots: mx.array | None) -> mx.array:
+        both = self.side_by_side("gate_up_proj", ("gate_proj", "up_proj"), x, slots)
+        gate, up = mx.split(both, 2, axis=-1)
+        return self.into("down_proj", self.act(gate) * up, residual, slots)
 
 
 class DecoderLayer(nn.Module):
@@ -230,13 +276,15 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = _norm(config.hidden_size, config.norm_eps)
         self.mlp = MLP(config)
 
-    def prefill(self, h: mx.array, rows: Sequence[PrefillRow]) -> mx.array:
-        h = self.self_attn.prefill(self.input_layernorm(h), h, rows)
-        return self.mlp(self.post_attention_layernorm(h), h)
+    def prefill(
+        self, h: mx.array, rows: Sequence[PrefillRow], slots: mx.array | None
+    ) -> mx.array:
+        h = self.self_attn.prefill(self.input_layernorm(h), h, rows, slots)
+        return self.mlp(self.post_attention_layernorm(h), h, slots)
 
     def decode(self, h: mx.array, cached: Layer, step: DecodeStep) -> tuple[mx.array, Layer]:
         h, cached = self.self_attn.decode(self.input_layernorm(h), h, cached, step)
-        return self.mlp(self.post_attention_layernorm(h), h), cached
+        return self.mlp(self.post_attention_layernorm(h), h, step.slots), cached
 
 
 class DenseDecoder(nn.Module):
@@ -245,6 +293,7 @@ class DenseDecoder(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
+        self.adapter_names: tuple[str, ...] = ()  # LoRA slots from 1 on
         self.rope = Rope(config.rope)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = [DecoderLayer(config, i) for i in range(config.num_layers)]
@@ -270,10 +319,15 @@ class DenseDecoder(nn.Module):
         factor = self.config.embedding_multiplier
         return h if factor == 1.0 else h * factor
 
-    def prefill(self, h: mx.array, rows: Sequence[PrefillRow]) -> mx.array:
-        """Embeddings [T, E] of ragged rows -> hidden states [T, E]; the rows' caches are written."""
+    def prefill(
+        self, h: mx.array, rows: Sequence[PrefillRow], slots: mx.array | None = None
+    ) -> mx.array:
+        """Embeddings [T, E] of ragged rows -> hidden states [T, E]; the rows' caches are written.
+
+        slots int32 [T]: each token's LoRA adapter, 0 for the base model.
+        """
         for layer in self.layers:
-            h = layer.prefill(h, rows)
+            h = layer.prefill(h, rows, slots)
         return h
 
     def decode(

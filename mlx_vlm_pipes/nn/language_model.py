@@ -25,6 +25,7 @@ def can_compile() -> bool:
 class LanguageModel:
     """A decoder and its compiled step. Holds weights only; the cache comes with each call.
 
+    adapters names the LoRA adapters that the decoder carries, in the order of their slots from 1.
     traces counts how often the decode step was traced: once per (slots, capacity) bucket.
     """
 
@@ -42,10 +43,16 @@ class LanguageModel:
         self.decoder = decoder
         self.return_logits = return_logits
         self.return_hidden_states = return_hidden_states
+        self.adapters = decoder.adapter_names
         self.traces = 0
         self._format = cache_format(kv_params)
         self._compiled = compile and can_compile()
         self._step = mx.compile(self._decode_step) if self._compiled else self._decode_step
+
+    @property
+    def break_length(self) -> int | None:
+        """Rows that grow past this length must be prefilled again (LongRoPE), or None."""
+        return self.decoder.rope.break_length
 
     def __call__(
         self,
@@ -76,8 +83,15 @@ class LanguageModel:
             h = merge_image_features(h, image_embeddings, image_token_indices)
         h = self.decoder.scale_embeddings(h)
         bounds = np.array(input_row_offsets).astype(np.int64)
-        h = self.decoder.prefill(h, self._prefill_rows(kv, bounds, position_ids))
+        slots = self._slots([row.adapter for row in kv.rows], np.diff(bounds))
+        h = self.decoder.prefill(h, self._prefill_rows(kv, bounds, position_ids), slots)
         return self._outputs(h, bounds, return_n_logits)
+
+    def _slots(self, rows: list[int], counts: np.ndarray | int = 1) -> mx.array | None:
+        """Each token's adapter, int32 [T]; None where no adapter is loaded."""
+        if not self.adapters:
+            return None
+        return mx.array(np.repeat(np.array(rows, np.int32), counts))
 
     def _prefill_rows(
         self, kv: RowCacheInputs, bounds: np.ndarray, position_ids: mx.array | None
@@ -107,7 +121,10 @@ class LanguageModel:
             tokens = mx.concatenate([tokens, idle])
             if position_ids is not None:
                 positions = mx.concatenate([positions, idle.astype(mx.int32)])
-        out = self._step(tokens, lengths, positions, *cache.take())
+        idle_rows = [0] * (cache.slots - count)
+        slots = self._slots([row.adapter for row in kv.rows] + idle_rows)
+        extra = () if slots is None else (slots,)
+        out = self._step(tokens, lengths, positions, *extra, *cache.take())
         cache.give(out[2:])
         if cache.slots > count:
             return out[0][:count], out[1][:count]
@@ -119,6 +136,7 @@ class LanguageModel:
         """Traced once for each shape; everything that changes is an argument."""
         self.traces += 1
         decoder = self.decoder
+        slots, arrays = (arrays[0], arrays[1:]) if self.adapters else (None, arrays)
         width = len(arrays) // decoder.config.num_layers
         layers: list[Layer] = [arrays[i : i + width] for i in range(0, len(arrays), width)]
         step = DecodeStep(
@@ -126,6 +144,7 @@ class LanguageModel:
             rotation=decoder.rope.decode(positions, lengths),
             masks={w: decode_mask(lengths, arrays[0].shape[2], w) for w in decoder.windows},
             format=self._format,
+            slots=slots,
         )
         h = decoder.scale_embeddings(decoder.embed(tokens))
         h, written = decoder.decode(h, layers, step)

@@ -11,8 +11,11 @@ import mlx.nn as nn
 
 from mlx_vlm_pipes.config import PipelineConfig
 from mlx_vlm_pipes.dtypes import DType
+from mlx_vlm_pipes.errors import ConfigError
 from mlx_vlm_pipes.interfaces import InferenceSession, Model
 from mlx_vlm_pipes.nn.decoder import DecoderConfig, DenseDecoder
+from mlx_vlm_pipes.nn.lora import attach_adapters
+from mlx_vlm_pipes.quantization import LoRAConfig, QuantizationConfig
 from mlx_vlm_pipes.weights import (
     Layout,
     WeightData,
@@ -25,9 +28,38 @@ from mlx_vlm_pipes.weights import (
     load_state_dict,
 )
 from mlx_vlm_pipes.weights.layout import Transform
+from mlx_vlm_pipes.weights.lora import (
+    LoRAAdapter,
+    check_against_base,
+    linear_shapes,
+    read_adapter,
+    split_lora_path,
+)
+from mlx_vlm_pipes.weights.quantized import (
+    canonical_overrides,
+    parse_quantization,
+    quantize_modules,
+)
+from mlx_vlm_pipes.weights.scaled import unpack_checkpoint
 
 LANGUAGE = "language_model."
 VISION = "vision_model."
+
+
+class StateDict(dict[str, WeightData]):
+    """Tensors by canonical name (relative to `prefix`), and how the packed ones are packed."""
+
+    def __init__(
+        self,
+        tensors: Mapping[str, WeightData],
+        quantization: QuantizationConfig | None = None,
+        adapters: Sequence[LoRAAdapter] = (),
+        prefix: str = "",
+    ) -> None:
+        super().__init__(tensors)
+        self.quantization = quantization
+        self.adapters = adapters
+        self.prefix = prefix
 
 
 def canonical_state(
@@ -36,28 +68,66 @@ def canonical_state(
     layouts: Sequence[Layout],
     pipeline_config: PipelineConfig,
     transforms: Sequence[Transform] = (),
-) -> dict[str, WeightData]:
-    """A checkpoint's tensors under our names, in the dtype asked for; nothing is read yet.
+) -> StateDict:
+    """A checkpoint's tensors under our names, in the dtype asked for; hardly anything is read.
 
-    adapter replaces the room's own layouts. Raises: WeightsError for names nobody knows.
+    GPTQ, AWQ and scaled floats are repacked or expanded on the way. adapter replaces the room's
+    own layouts. Raises: WeightsError for names nobody knows, adapters that do not fit.
     """
     config = pipeline_config.model.huggingface_config
-    handles = dict(weights.items())
+    wanted = float_dtype(pipeline_config)
+    quantization = parse_quantization(config_dict(config))
+    names = [name for name, _ in weights.items()]
+    raw, packed = unpack_checkpoint(load_state_dict(weights), quantization, wanted)
     if adapter is not None:
-        state = adapter(handles, huggingface_config=config, pipeline_config=pipeline_config)
+        state = adapter(raw, huggingface_config=config, pipeline_config=pipeline_config)
     else:
-        state = adapt(handles, detect_layout(handles, layouts), transforms)
-    encoding = pipeline_config.model.quantization_encoding
-    if encoding is not None:
-        wanted = encoding.removeprefix("mlx:")
-        if wanted in ("float32", "float16", "bfloat16"):
-            state = cast_floats(state, DType[wanted])
-    return state
+        layout = detect_layout(raw or names, layouts)
+        said = weights.metadata.get("format") if isinstance(weights, Weights) else None
+        state = adapt(raw, layout, transforms, file_format=said)
+        if packed is not None:
+            packed = canonical_overrides(packed, layout, transforms)
+    if wanted is not None:
+        state = cast_floats(state, wanted)
+    lora = read_adapters(pipeline_config.lora, layouts, transforms)
+    return StateDict(state, packed, lora)
 
 
-def part(state: Mapping[str, WeightData], prefix: str) -> dict[str, WeightData]:
+def float_dtype(pipeline_config: PipelineConfig) -> DType | None:
+    """The float type that the encoding asks for, None to keep the checkpoint's."""
+    encoding = pipeline_config.model.quantization_encoding or ""
+    wanted = encoding.removeprefix("mlx:")
+    return DType[wanted] if wanted in ("float32", "float16", "bfloat16") else None
+
+
+def config_dict(config: Any) -> dict[str, Any]:
+    """A configuration object as plain data; transformers' own classes have to_dict as well."""
+    return config.to_dict() if config is not None else {}
+
+
+def read_adapters(
+    lora: LoRAConfig | None, layouts: Sequence[Layout], transforms: Sequence[Transform]
+) -> list[LoRAAdapter]:
+    """The adapters that a configuration names. Raises: ConfigError for too many of them."""
+    if lora is None or not lora.enable_lora:
+        return []
+    if len(lora.lora_paths) > lora.max_num_loras:
+        raise ConfigError(
+            f"{len(lora.lora_paths)} adapters, max_num_loras is {lora.max_num_loras}; raise it"
+        )
+    named = [split_lora_path(entry) for entry in lora.lora_paths]
+    return [
+        read_adapter(folder, name, layouts, transforms, lora.max_lora_rank)
+        for name, folder in named
+    ]
+
+
+def part(state: Mapping[str, WeightData], prefix: str) -> StateDict:
     """The tensors below a prefix, named relative to it."""
-    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    kept = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    if isinstance(state, StateDict):
+        return StateDict(kept, state.quantization, state.adapters, state.prefix + prefix)
+    return StateDict(kept, prefix=prefix)
 
 
 def resolve_head(state: dict[str, WeightData], *, tied: bool) -> bool:
@@ -86,21 +156,43 @@ def load_module(
 
     Raises: WeightsError naming missing, unexpected and mis-shaped tensors.
     """
+    quantize_like(module, state)
     install_weights(module, state)
     if fuse is not None:
         fuse()
     return session.load(module)
 
 
-def load_decoder(
-    session: InferenceSession, config: DecoderConfig, state: dict[str, WeightData]
-) -> tuple[DenseDecoder, Model]:
-    """The decoder with its weights in, projections fused, and the tied head decided.
+def quantize_like(module: nn.Module, state: Mapping[str, WeightData]) -> None:
+    """Make packed modules of those that are packed in `state`."""
+    if isinstance(state, StateDict) and state.quantization is not None:
+        shapes = {name: weight.shape for name, weight in state.items()}
+        quantize_modules(module, shapes, state.quantization, prefix=state.prefix)
 
-    state: names relative to `language_model.`. Raises: WeightsError as load_module.
+
+def load_decoder(
+    session: InferenceSession, config: DecoderConfig, state: StateDict
+) -> tuple[DenseDecoder, Model]:
+    """The decoder with its weights in, adapters attached, projections fused, the head decided.
+
+    state: names relative to `language_model.`. Raises: WeightsError as load_module, and for
+    adapters that do not fit.
     """
     tied = resolve_head(state, tied=config.tie_word_embeddings)
     decoder = DenseDecoder(replace(config, tie_word_embeddings=tied))
+    quantize_like(decoder, state)
     install_weights(decoder, state)
+    if state.adapters:
+        shapes = linear_shapes(decoder)
+        for adapter in state.adapters:
+            check_against_base(adapter, {LANGUAGE + path: size for path, size in shapes.items()})
+        attach_adapters(decoder, state.adapters, LANGUAGE, compute_dtype(decoder))
+        decoder.adapter_names = tuple(adapter.name for adapter in state.adapters)
     decoder.fuse()
     return decoder, session.load(decoder)
+
+
+def compute_dtype(decoder: DenseDecoder) -> mx.Dtype:
+    """The type that hidden states have: the embedding's, or that of its scales."""
+    embedding = decoder.embed_tokens
+    return embedding["scales" if "scales" in embedding else "weight"].dtype

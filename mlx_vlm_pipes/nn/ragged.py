@@ -46,20 +46,25 @@ def active_images(contexts: Sequence[TextAndVisionContext]) -> list[ImageMetadat
 
 
 def require_image_rows(
-    contexts: Sequence[TextAndVisionContext], count_rows: Callable[[ImageMetadata], int]
+    contexts: Sequence[TextAndVisionContext],
+    image_token_id: int | None,
+    count_rows: Callable[[ImageMetadata], int],
 ) -> None:
     """Check that each image has a placeholder token for each of its vision rows.
 
+    image_token_id: the placeholder; None for the first token of each image's range.
     Raises: ImageTokenMismatch naming the image, its range and both counts.
     """
     for context in contexts:
         for i, image in enumerate(context.images):
-            tokens, rows = len(context.placeholder_positions(image)), count_rows(image)
+            span = context.tokens[image.start_idx : image.end_idx]
+            token = int(span[0]) if image_token_id is None else image_token_id
+            tokens, rows = int((span == token).sum()), count_rows(image)
             if tokens != rows:
                 raise ImageTokenMismatch(
-                    f"image {i + 1} of {len(context.images)}, tokens {image.start_idx} to "
-                    f"{image.end_idx}: {tokens} image tokens for {rows} vision rows; "
-                    "process prompt and images in one call"
+                    f"image {i + 1} of {len(context.images)}, at tokens {image.start_idx} to "
+                    f"{image.end_idx - 1}: {tokens} image tokens ({token}) for {rows} "
+                    "vision rows; process prompt and images in one call"
                 )
 
 

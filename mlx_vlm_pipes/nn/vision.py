@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import mlx.core as mx
@@ -25,9 +26,17 @@ def segment_attention(
     Args: q, k, v [P, H, D]; lengths of the segments in order, summing to P. Returns: [P, H, D].
     """
     sizes = np.asarray(lengths)
-    starts = np.cumsum(sizes) - sizes
-    if len(set(sizes.tolist())) == 1:
-        return _equal_segments(q, k, v, len(sizes), scale)
+    ends = np.cumsum(sizes)
+    starts = ends - sizes
+    changes = np.flatnonzero(np.diff(sizes)) + 1
+    runs = list(itertools.pairwise([0, *changes.tolist(), len(sizes)]))
+    if len(runs) == len(np.unique(sizes)):  # equal ones lie side by side: nothing to gather
+        cuts = [slice(starts[first], ends[last - 1]) for first, last in runs]
+        outs = [
+            _equal_segments(q[cut], k[cut], v[cut], last - first, scale)
+            for cut, (first, last) in zip(cuts, runs, strict=True)
+        ]
+        return outs[0] if len(outs) == 1 else mx.concatenate(outs)
     order, outs = [], []
     for length in np.unique(sizes):
         own = starts[sizes == length]

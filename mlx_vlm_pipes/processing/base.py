@@ -6,6 +6,7 @@ expanded -> token ids -> the token range of each picture -> a context for the en
 
 from __future__ import annotations
 
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -39,6 +40,7 @@ from mlx_vlm_pipes.processing.transforms import image_hash
 from mlx_vlm_pipes.processing.types import MediaRecord, ProcessedPrompt, PromptRequest
 
 QWEN_ONLY = ("min_pixels", "max_pixels")
+MAX_MEDIA_TOKENS = 2**18  # of one picture or clip; far beyond any model, short of a flood
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,8 @@ class TextProcessor:
             text = str(request.prompt)
             ids = self.tokenize(text)
         else:
-            text = self.render([*_text_forms(chat.messages), chat.messages])
+            forms = [*_text_forms(chat.messages), chat.messages]
+            text = self.render(forms, request.template_variables)
             # As in tokenizer.apply_chat_template: the template alone decides about BOS.
             ids = self.tokenizer.encode(text, add_special_tokens=False)
         return ProcessedPrompt(text, ids, [], [])
@@ -160,7 +163,9 @@ class TextProcessor:
         has_bos = bool(bos) and text.startswith(str(bos))
         return self.tokenizer.encode(text, add_special_tokens=not has_bos)
 
-    def render(self, forms: Sequence[list[Message]]) -> str:
+    def render(
+        self, forms: Sequence[list[Message]], variables: Mapping[str, Any] | None = None
+    ) -> str:
         """The prompt text, from the first form of the messages that the template handles.
 
         Templates differ in whether content is a text or a list of parts: one that is given the
@@ -170,7 +175,7 @@ class TextProcessor:
         lossy: str | None = None
         for messages in forms:
             try:
-                text = self.tokenizer.apply_chat_template(messages)
+                text = self.tokenizer.apply_chat_template(messages, template_variables=variables)
             except ProcessorError as error:
                 failures.append(error)
                 continue
@@ -195,6 +200,7 @@ class VisionProcessor(TextProcessor, ABC):
     text_markers: Mapping[str, str]
     vision_token_ids: list[int]
     digest: str
+    refused_options: Sequence[str] = QWEN_ONLY
 
     @abstractmethod
     def encode_image(self, source: Any, request: PromptRequest) -> EncodedMedia:
@@ -217,9 +223,10 @@ class VisionProcessor(TextProcessor, ABC):
         if self.is_raw(request):
             text, images, videos = str(request.prompt), request.images, request.videos
         else:
-            chat = conversation(request)
-            text, images, videos = self.render(self.forms(chat.messages)), chat.images, chat.videos
-        self.check(request)
+            chat = conversation(request, self.markers)
+            text = self.render(self.forms(chat.messages), request.template_variables)
+            images, videos = chat.images, chat.videos
+        self.check(request, len(videos))
         order = self.place(text, len(images), len(videos))
         encoded = {
             "image": [self.encode_image(source, request) for source in images],
@@ -231,9 +238,13 @@ class VisionProcessor(TextProcessor, ABC):
         metadata, records = self.locate(ids, media)
         return ProcessedPrompt(text, ids, metadata, records, lambda: self.arrays(media))
 
-    def check(self, request: PromptRequest) -> None:
-        """Raises: InputError for options that the family does not take."""
-        self.refuse(request, QWEN_ONLY)
+    def check(self, request: PromptRequest, num_videos: int) -> None:
+        """Raises: InputError for options, or clips, that the family does not take."""
+        if num_videos and not (request.fps > 0 and math.isfinite(request.fps)):
+            raise InputError(f"fps is {request.fps}; expected frames a second")
+        if request.num_frames is not None and request.num_frames < 1:
+            raise InputError(f"num_frames is {request.num_frames}; expected at least 1")
+        self.refuse(request, self.refused_options)
 
     def forms(self, messages: list[Message]) -> list[list[Message]]:
         """The messages in the forms that templates may want, best first."""
@@ -314,6 +325,15 @@ class VisionProcessor(TextProcessor, ABC):
 
     def load(self, source: Any, request: PromptRequest) -> Any:
         return load_image(source, local_files=request.local_files)
+
+
+def check_num_tokens(count: int, size: tuple[int, int]) -> None:
+    """Raises: InputError if a picture of this (width, height) would become absurdly many tokens."""
+    if count > MAX_MEDIA_TOKENS:
+        raise InputError(
+            f"a picture or clip of {size[0]}x{size[1]} pixels becomes {count} tokens; "
+            f"the limit is {MAX_MEDIA_TOKENS}, make it smaller"
+        )
 
 
 def expand(text: str, order: Sequence[tuple[str, int, int]], media: Sequence[EncodedMedia]) -> str:

@@ -41,7 +41,7 @@ def _named(value: Any, path: Path) -> str | None:
     if value is None or isinstance(value, str):
         return value
     if isinstance(value, list) and all(isinstance(item, Mapping) for item in value):
-        value = {item.get("name"): item.get("template") for item in value}
+        value = {str(item.get("name")): item.get("template") for item in value}
     if isinstance(value, Mapping):
         if isinstance(value.get("default"), str):
             return value["default"]

@@ -44,7 +44,8 @@ def fetch(url: str) -> bytes:
     except MediaError:
         raise
     except urllib.error.HTTPError as error:
-        raise MediaError(f"{_short(url)}: the server answered {error.code}") from error
+        reason = " ".join(str(error.reason).split())[:120]
+        raise MediaError(f"{_short(url)}: the server answered {error.code} ({reason})") from error
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = " ".join(str(getattr(error, "reason", error)).split())[:120]
         raise MediaError(f"{_short(url)} cannot be fetched: {reason}") from error

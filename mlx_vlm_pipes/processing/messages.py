@@ -5,7 +5,7 @@ Accepted content: a text; or a list of parts, each a text, {"type": "text", "tex
 {"type": "image_url", "image_url": {"url": ...}}, and the same with video. Parts without a source
 take the next of the request's images (videos). Messages without any image part get the request's
 images in front of their first user turn, clips after images, as mlx-vlm and the Hugging Face
-pipelines do.
+pipelines do; unless their text already holds as many placeholders as there are images.
 """
 
 from __future__ import annotations
@@ -39,9 +39,12 @@ class Conversation:
     videos: list[Any]
 
 
-def conversation(request: PromptRequest) -> Conversation:
+def conversation(
+    request: PromptRequest, markers: Mapping[str, Sequence[str]] | None = None
+) -> Conversation:
     """Normalise a request that is not raw.
 
+    Args: markers, by kind, placeholders that a user may have written into the text.
     Raises: InputError for a malformed message, or when pictures and image parts differ in number.
     """
     given = {"image": list(request.images), "video": list(request.videos)}
@@ -50,12 +53,14 @@ def conversation(request: PromptRequest) -> Conversation:
     for message in messages:
         if isinstance(message["content"], list):
             message["content"] = [_part(part, inline) for part in message["content"]]
-    front = [kind for kind in KINDS if given[kind] and not inline[kind]]
+    loose = [kind for kind in KINDS if given[kind] and not inline[kind]]
+    written = {kind: _written(messages, (markers or {}).get(kind, ())) for kind in loose}
+    front = [kind for kind in loose if written[kind] != len(given[kind])]
     if front:
         parts = [{"type": kind} for kind in front for _ in given[kind]]
         _first_user(messages)["content"][:0] = parts
     sources = {
-        kind: given[kind] if kind in front else _filled(inline[kind], given[kind], kind)
+        kind: given[kind] if kind in loose else _filled(inline[kind], given[kind], kind)
         for kind in KINDS
     }
     return Conversation(messages, sources["image"], sources["video"])
@@ -94,19 +99,13 @@ def user_texts(messages: Sequence[Message]) -> list[str]:
     for message in messages:
         if message["role"] not in ("user", "system"):
             continue
-        content = message["content"]
-        parts = [content] if isinstance(content, str) else content or []
-        found += [p if isinstance(p, str) else p.get("text", "") for p in parts]
+        found += [p if isinstance(p, str) else p.get("text", "") for p in _pieces(message)]
     return [text.strip() for text in found if text.strip()]
 
 
 def _messages(request: PromptRequest) -> list[Message]:
     if isinstance(request.prompt, str):
-        content: list[Any] = [{"type": "image"} for _ in request.images]
-        content += [{"type": "video"} for _ in request.videos]
-        messages = [
-            {"role": "user", "content": [*content, {"type": "text", "text": request.prompt}]}
-        ]
+        messages = [{"role": "user", "content": [{"type": "text", "text": request.prompt}]}]
     else:
         messages = [_message(m, i) for i, m in enumerate(request.prompt)]
     if not messages:
@@ -171,6 +170,19 @@ def _filled(inline: list[Any], given: list[Any], kind: str) -> list[Any]:
         )
     rest = iter(given)
     return [next(rest) if source is None else source for source in inline]
+
+
+def _written(messages: Sequence[Message], markers: Sequence[str]) -> int:
+    """How many placeholders the messages' texts hold."""
+    texts = [
+        p if isinstance(p, str) else p.get("text", "") for m in messages for p in _pieces(m)
+    ]
+    return sum(text.count(marker) for text in texts for marker in markers)
+
+
+def _pieces(message: Message) -> list[Any]:
+    content = message["content"]
+    return [content] if isinstance(content, str) else content
 
 
 def _first_user(messages: list[Message]) -> Message:

@@ -100,8 +100,15 @@ class Settings:
         return Settings(f"{self.source}: {key}", value)
 
     def edges(self, key: str, names: tuple[str, ...]) -> dict[str, int]:
-        """The given entries of a size object such as {"longest_edge": 364}; absent ones missing."""
-        section = self.section(key)
+        """The given entries of a size object such as {"longest_edge": 364}; absent ones missing.
+
+        A number n stands for height and width n, a list for [height, width].
+        """
+        value = self.get(key)
+        pair = [value, value] if isinstance(value, (int, float)) else value
+        if isinstance(pair, list) and len(pair) == 2:
+            value = {"height": pair[0], "width": pair[1]}
+        section = Settings(self.source, {key: value}).section(key)
         if section is None:
             return {}
         found = {name: section.get(name) for name in names if section.get(name) is not None}
@@ -168,8 +175,10 @@ class ProcessorFiles:
     processor: Settings
 
     @classmethod
-    def read(cls, folder: Path) -> ProcessorFiles:
+    def read(cls, folder: Path, *, required: bool = True) -> ProcessorFiles:
         """Nested sections of processor_config.json win over the separate files, as in transformers.
+
+        Args: required, whether there are no picture settings to fall back on.
 
         Raises: ProcessorError if neither processor_config.json nor preprocessor_config.json
         describes the pictures, or a file is broken.
@@ -177,6 +186,8 @@ class ProcessorFiles:
         processor = _file(folder / "processor_config.json") or Settings("processor_config.json")
         flat = _file(folder / "preprocessor_config.json")
         image = processor.section("image_processor") or flat
+        if image is None and not required:
+            image = Settings(str(folder / "preprocessor_config.json"))
         if image is None:
             raise ProcessorError(
                 f"{folder}: no preprocessor_config.json and no image_processor in "

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from mlx_vlm_pipes.contexts import ImageMetadata
+from mlx_vlm_pipes.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class PromptRequest:
     fps: frames a second that a list of frames holds, and that are sampled from a video file.
     min_pixels, max_pixels: limits of one picture or frame (Qwen2.5-VL). num_frames: how many
     frames to take from a video file, instead of `fps`. local_files: whether text may name files.
+    template_variables: further names that the chat template reads (`tools`, `enable_thinking`).
+    Raises: InputError if images or videos is not a list or tuple.
     """
 
     prompt: str | Sequence[Mapping[str, Any]]
@@ -34,6 +37,12 @@ class PromptRequest:
     max_pixels: int | None = None
     num_frames: int | None = None
     local_files: bool = True
+    template_variables: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("images", self.images), ("videos", self.videos)):
+            if not isinstance(value, (list, tuple)):
+                raise InputError(f"{name} is a {type(value).__name__}; expected a list")
 
 
 @dataclass(frozen=True)

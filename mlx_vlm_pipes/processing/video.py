@@ -131,6 +131,7 @@ def _from_animation(image: Image, plan: ClipPlan, name: str) -> Clip:
         total_ms = 0.0
         for i in range(count):
             image.seek(i)
+            image.load()  # WebP knows a frame's duration only now
             total_ms += image.info.get("duration") or STILL_DURATION_MS
     except Exception as error:
         raise MediaError(f"{name} cannot be decoded as an animation") from error

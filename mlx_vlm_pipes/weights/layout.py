@@ -242,7 +242,7 @@ class ConvToMatrix:
     def apply(self, weight: WeightData, file_format: str | None) -> list[WeightData] | None:
         if not _compile(self.name).fullmatch(weight.name):
             return None
-        if weight.shape[1:] == (self.channels * math.prod(self.kernel),):
+        if len(weight.shape) == 2:
             return [weight]
         last = ConvToChannelsLast(self.name, self.channels, self.kernel)
         (moved,) = last.apply(weight, file_format) or [weight]

@@ -154,8 +154,8 @@ def _part(
 
 
 def _groups(columns: int, group_size: int) -> tuple[int, int]:
-    """(group size, number of groups) of a row; -1 stands for the whole row."""
-    size = columns if group_size == -1 else group_size
+    """(group size, number of groups) of a row; -1, or more than a row, is the whole row."""
+    size = columns if group_size == -1 else min(group_size, columns)
     return size, -(-columns // size)
 
 

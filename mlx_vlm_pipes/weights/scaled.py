@@ -128,8 +128,9 @@ def _scale_like(
     if kind == "colwise":
         return factors.reshape(1, -1)
     if kind == "block" and block is not None:
-        tall = mx.repeat(factors, block[0], axis=0)[: shape[0]]
-        return mx.repeat(tall, block[1], axis=1)[:, : shape[1]]
+        rows, columns = shape
+        tall = mx.repeat(factors, min(block[0], rows), axis=0)[:rows]
+        return mx.repeat(tall, min(block[1], columns), axis=1)[:, :columns]
     raise WeightsError(
         f"'{clip(scale.name)}' is {list(scale.shape)}, which scales neither the tensor"
         f" {list(shape)}, nor its rows, nor its blocks ({block})"
@@ -176,10 +177,16 @@ def _expand_nvfp4(state: StateDict, module: str, weight: WeightData) -> tuple[mx
         )
     values = mx.dequantize(weight.data.view(mx.uint32), scale.data, mode="nvfp4", dtype=mx.float32)
     if names["weight_global_scale"] in state:
-        values = values / state[names["weight_global_scale"]].data.astype(mx.float32).reshape(())
+        values = values / _scalar(state[names["weight_global_scale"]])
     if names["weight_scale_2"] in state:
-        values = values * state[names["weight_scale_2"]].data.astype(mx.float32).reshape(())
+        values = values * _scalar(state[names["weight_scale_2"]])
     return values, [name for name in names.values() if name in state]
+
+
+def _scalar(weight: WeightData) -> mx.array:
+    if weight.shape not in ((), (1,), (1, 1)):
+        raise WeightsError(f"'{clip(weight.name)}' is {list(weight.shape)}, expected one number")
+    return weight.data.astype(mx.float32).reshape(())
 
 
 def _rename_mxfp4(state: StateDict) -> dict[str, WeightData]:

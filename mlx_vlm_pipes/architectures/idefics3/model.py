@@ -15,6 +15,7 @@ from mlx_vlm_pipes.architectures.llama3.model_config import bounded_max_seq_len
 from mlx_vlm_pipes.config import KVCacheConfig, KVCacheParams, PipelineConfig
 from mlx_vlm_pipes.contexts import ImageMetadata, TextAndVisionContext
 from mlx_vlm_pipes.dtypes import Device, DeviceRef, DType
+from mlx_vlm_pipes.errors import MediaError
 from mlx_vlm_pipes.hf_config import AutoConfig, lookup, text_config
 from mlx_vlm_pipes.interfaces import (
     Buffer,
@@ -172,7 +173,7 @@ class Idefics3Model(LogProbabilitiesMixin, PipelineModelWithKVCache[TextAndVisio
         """
         single_replica(replica_batches)
         contexts = [context for batch in replica_batches for context in batch]
-        require_image_rows(contexts, self.count_rows)
+        require_image_rows(contexts, self.model_config.image_token_id, self.count_rows)
         images = active_images(contexts)
         pixels = None
         if images and image_embeddings is None:
@@ -188,9 +189,14 @@ class Idefics3Model(LogProbabilitiesMixin, PipelineModelWithKVCache[TextAndVisio
         )
 
     def count_rows(self, image: ImageMetadata) -> int:
-        """Vision rows that a frame gives."""
+        """Vision rows that a frame gives. Raises: MediaError for a side that does not divide."""
         config = self.model_config.vision_config
         rows, columns = (size // config.patch_size for size in image.pixel_values.shape[1:])
+        if rows % config.scale_factor or columns % config.scale_factor:
+            raise MediaError(
+                f"a frame of {rows} x {columns} patches does not divide by scale_factor "
+                f"{config.scale_factor}; max_image_size in preprocessor_config.json does not fit"
+            )
         return rows * columns // config.scale_factor**2
 
     def encode_images(self, images: Sequence[ImageMetadata]) -> list[Buffer]:
@@ -198,7 +204,7 @@ class Idefics3Model(LogProbabilitiesMixin, PipelineModelWithKVCache[TextAndVisio
         if not images:
             return []
         pixels = stack_frames(images)
-        return mx.split(self.vision_model(pixels), len(images))
+        return [*mx.split(self.vision_model(pixels), len(images))]
 
     def execute(self, model_inputs: ModelInputs) -> ModelOutputs:
         """One step.

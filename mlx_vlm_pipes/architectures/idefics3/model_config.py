@@ -14,7 +14,14 @@ from mlx_vlm_pipes.config import (
 )
 from mlx_vlm_pipes.dtypes import DeviceRef, DType
 from mlx_vlm_pipes.errors import ConfigError, UnsupportedModel
-from mlx_vlm_pipes.hf_config import AutoConfig, lookup, require_int, text_config, tie_flag
+from mlx_vlm_pipes.hf_config import (
+    AutoConfig,
+    lookup,
+    optional_int,
+    require_int,
+    text_config,
+    tie_flag,
+)
 from mlx_vlm_pipes.interfaces import ArchConfigWithKVCache, ReturnHiddenStates, ReturnLogits
 from mlx_vlm_pipes.nn.activations import activation
 from mlx_vlm_pipes.weights import WeightData
@@ -73,17 +80,17 @@ class Idefics3VisionConfig:
         config = cls(
             dtype=pipeline_config.model.dtype,
             hidden_size=hidden,
-            intermediate_size=_optional_int(vision, "intermediate_size", 3072),
+            intermediate_size=optional_int(vision, "intermediate_size", default=3072),
             image_size=require_int(vision, "image_size"),
             patch_size=require_int(vision, "patch_size"),
-            num_channels=_optional_int(vision, "num_channels", 3),
+            num_channels=optional_int(vision, "num_channels", default=3),
             num_attention_heads=heads,
             head_dim=hidden // heads,
             layer_norm_eps=float(lookup(vision, "layer_norm_eps", default=1e-6)),
             hidden_act=hidden_act,
-            num_hidden_layers=_optional_int(vision, "num_hidden_layers", 12),
+            num_hidden_layers=optional_int(vision, "num_hidden_layers", default=12),
             initializer_range=float(lookup(vision, "initializer_range", default=0.02)),
-            scale_factor=_optional_int(huggingface_config, "scale_factor", 2),
+            scale_factor=optional_int(huggingface_config, "scale_factor", default=2),
             text_config_hidden_size=text_config_hidden_size,
         )
         side = config.patches_per_side
@@ -127,9 +134,9 @@ class Idefics3Config(ArchConfigWithKVCache):
         return cls(
             devices=model_config.devices,
             scale_factor=vision.scale_factor,
-            image_token_id=require_int(cfg, "image_token_id", minimum=0)
-            if lookup(cfg, "image_token_id") is not None
-            else IMAGE_TOKEN_ID,
+            image_token_id=optional_int(
+                cfg, "image_token_id", "image_token_index", default=IMAGE_TOKEN_ID, minimum=0
+            ),
             vision_config=vision,
             text_config=text,
         )
@@ -191,7 +198,3 @@ def _check_type(part: str, config: Any, known: tuple[str, ...]) -> None:
         raise UnsupportedModel(
             f"idefics3: {part}_config of model_type {kind!r}; supported: {', '.join(known)}"
         )
-
-
-def _optional_int(config: Any, name: str, default: int) -> int:
-    return default if lookup(config, name) is None else require_int(config, name)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mlx_vlm_pipes.errors import InputError
-from mlx_vlm_pipes.processing.base import EncodedMedia, Unit, VisionProcessor
+from mlx_vlm_pipes.processing.base import EncodedMedia, Unit, VisionProcessor, check_num_tokens
 from mlx_vlm_pipes.processing.messages import Message
 from mlx_vlm_pipes.processing.settings import (
     HALF,
@@ -110,8 +110,18 @@ class Idefics3Processor(VisionProcessor):
         """Clips are written as the text <video>: older templates know no part of type video."""
         return super().forms([{**m, "content": _videos_as_text(m["content"])} for m in messages])
 
+    def check(self, request: PromptRequest, num_videos: int) -> None:
+        super().check(request, num_videos)
+        if num_videos and self.sampling is None:
+            raise InputError(
+                f"{self.architecture}: this checkpoint was not made for video; "
+                "give frames of it as images"
+            )
+
     def encode_image(self, source: Any, request: PromptRequest) -> EncodedMedia:
         image = self.load(source, request)
+        width, height = frame_grid(image.size, self.settings)
+        check_num_tokens((width * height + 1) * self.image_seq_len, image.size)
         frames, rows, columns = split(image, self.settings)
         arrays = [to_array(frame, self.settings.pixels) for frame in frames]
         side = self.settings.frame_px
@@ -125,12 +135,9 @@ class Idefics3Processor(VisionProcessor):
         )
 
     def encode_clip(self, source: Any, request: PromptRequest) -> EncodedMedia:
-        if self.sampling is None:
-            raise InputError(
-                f"{self.architecture}: this checkpoint was not made for video; "
-                "give frames of it as images"
-            )
         sampling = self.sampling
+        if sampling is None:
+            raise InputError(f"{self.architecture} takes no video")
         limit = request.num_frames or sampling.max_frames
 
         def choose(info: VideoInfo) -> np.ndarray:
@@ -144,6 +151,7 @@ class Idefics3Processor(VisionProcessor):
 
         plan = ClipPlan(request.fps, choose, prepare, request.local_files)
         clip = load_clip(source, plan)
+        check_num_tokens(len(clip.frames) * self.image_seq_len, clip.source_size)
         arrays = [to_array(frame, self.settings.pixels) for frame in clip.frames]
         side = self.settings.frame_px
         return EncodedMedia(
@@ -168,7 +176,7 @@ class Idefics3Processor(VisionProcessor):
 
 def default_seq_len(config: Mapping[str, Any]) -> int:
     """Tokens of a frame by the model's own sizes; 169 where these are not given."""
-    vision = config.get("vision_config") or {}
+    vision = Settings("config.json", config).section("vision_config") or Settings("config.json")
     image, patch = vision.get("image_size"), vision.get("patch_size")
     scale = config.get("scale_factor", 2)
     if not (isinstance(image, int) and isinstance(patch, int) and isinstance(scale, int)):

@@ -14,6 +14,8 @@ from mlx_vlm_pipes.nn.activations import activation
 from mlx_vlm_pipes.nn.vision import pixel_shuffle
 from mlx_vlm_pipes.weights import fuse_linears
 
+MAX_PATCHES = 8192  # encoded at once: bounds the memory of long clips, keeps a GPU busy
+
 
 def real_frames(
     pixel_values: np.ndarray, pixel_mask: np.ndarray | None, patch_size: int
@@ -32,7 +34,7 @@ def real_frames(
     rows, columns = (size // patch_size for size in mask.shape[1:])
     mask = mask[:, : rows * patch_size, : columns * patch_size]
     blocks = mask.reshape(len(mask), rows, patch_size, columns, patch_size)
-    return frames[is_real], blocks.any(axis=(2, 4))
+    return frames[is_real], blocks.max(axis=(2, 4)).astype(np.bool_)
 
 
 def patch_position_ids(mask: np.ndarray, side: int) -> np.ndarray:
@@ -210,6 +212,15 @@ class Idefics3Vision(nn.Module):
         """
         n, _, height, width = pixel_values.shape
         rows, columns = height // self.patch_size, width // self.patch_size
-        mask = np.ones((1, rows, columns), np.bool_) if patch_mask is None else patch_mask
-        features = self.connector(self.vision_model(pixel_values, mask), rows, columns)
+        step = max(1, MAX_PATCHES // max(1, rows * columns))
+        parts: list[mx.array] = []
+        for begin in range(0, n, step):
+            frames = pixel_values[begin : begin + step]
+            if parts:  # one after another: evaluated side by side they would need memory for all
+                (frames,) = mx.depends([frames], [parts[-1]])
+            mask = np.ones((1, rows, columns), np.bool_)
+            if patch_mask is not None:
+                mask = patch_mask[begin : begin + step]
+            parts.append(self.connector(self.vision_model(frames, mask), rows, columns))
+        features = parts[0] if len(parts) == 1 else mx.concatenate(parts)
         return features.reshape(n * features.shape[1], -1)

@@ -26,12 +26,20 @@ NormType = Literal["rms_norm", "layer_norm"]
 O_PROJ_BIASES = (".attn.o_proj.bias", ".attn.proj.bias", ".attention.projection_layer.bias")
 STACKED_QKV = ".attn.qkv.weight"
 ORIGINAL = "InternVLChatModel"
+CHANNELS = 3
 ORIGINAL_LAYERS = 48  # of InternVisionConfig, where the key is missing
 QK_NORM_EPS = 1e-6  # transformers' module takes no other; the original reads layer_norm_eps
 
-_QWEN3 = ("qwen3", "Qwen3ForCausalLM")
-_QWEN2 = ("qwen2", "Qwen2ForCausalLM")
-_LLAMA = ("llama", "LlamaForCausalLM")
+_TEXT_CLASSES: dict[str, type[Llama3Config]] = {
+    "llama": Llama3Config,
+    "qwen2": Llama3Config,
+    "qwen3": Qwen3Config,
+}
+_CLASS_TYPES = {
+    "LlamaForCausalLM": "llama",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+}
 
 
 @dataclass
@@ -58,7 +66,6 @@ class VisionConfig:
     qk_norm_eps: float = field(default=QK_NORM_EPS, kw_only=True)
     final_norm: bool = field(default=False, kw_only=True)
     hidden_act: str = field(default="gelu", kw_only=True)
-    num_channels: int = field(default=3, kw_only=True)
 
     @classmethod
     def initialize_from_config(
@@ -75,7 +82,7 @@ class VisionConfig:
         hidden, heads = _size(cfg, "hidden_size", 1024), _size(cfg, "num_attention_heads", 16)
         if hidden % heads:
             raise ConfigError(f"vision hidden_size {hidden} does not divide among {heads} heads")
-        eps = float(lookup(cfg, "layer_norm_eps", default=1e-6))
+        eps = _number(cfg, "layer_norm_eps", 1e-6)
         return cls(
             hidden_size=hidden,
             intermediate_size=_size(cfg, "intermediate_size", 4096),
@@ -95,7 +102,6 @@ class VisionConfig:
             qk_norm_eps=eps if original else QK_NORM_EPS,
             final_norm=not original and lookup(cfg, "use_mean_pooling", default=True) is False,
             hidden_act=lookup(cfg, "hidden_act", default="gelu"),
-            num_channels=lookup(cfg, "num_channels", default=3),
         )
 
     def finalize(self, dtype: DType, state_dict: dict[str, WeightData]) -> None:
@@ -183,7 +189,7 @@ class InternVLConfig(ArchConfigWithKVCache):
             return_logits,
             ReturnHiddenStates.NONE,
             norm_method,
-            attention_bias=_is_one_of(text, _QWEN2),
+            attention_bias=_text_type(text) == "qwen2",
         )
 
     @staticmethod
@@ -232,14 +238,12 @@ def is_original(config: AutoConfig) -> bool:
 
 def llm_config_class(text: AutoConfig) -> type[Llama3Config]:
     """The config class of a text model. Raises: UnsupportedModel naming another kind of it."""
-    if _is_one_of(text, _QWEN3):
-        return Qwen3Config
-    if _is_one_of(text, _QWEN2) or _is_one_of(text, _LLAMA):
-        return Llama3Config
-    kind = lookup(text, "model_type") or lookup(text, "architectures")
-    raise UnsupportedModel(
-        f"InternVL with a text model of type {kind!r}; supported: llama, qwen2, qwen3"
-    )
+    kind = _text_type(text)
+    if kind not in _TEXT_CLASSES:
+        raise UnsupportedModel(
+            f"InternVL with a text model of type {kind!r}; supported: {', '.join(_TEXT_CLASSES)}"
+        )
+    return _TEXT_CLASSES[kind]
 
 
 def require_vision_config(config: AutoConfig) -> AutoConfig:
@@ -250,10 +254,11 @@ def require_vision_config(config: AutoConfig) -> AutoConfig:
     return vision
 
 
-def _is_one_of(text: AutoConfig, names: tuple[str, str]) -> bool:
-    """By model_type; by `architectures` only where there is no model_type."""
-    kind = lookup(text, "model_type")
-    return kind == names[0] if kind else names[1] in lookup(text, "architectures", default=[])
+def _text_type(text: AutoConfig) -> str:
+    """By model_type, then by `architectures`; transformers' default is Qwen2."""
+    names = lookup(text, "architectures", default=[])
+    kind = lookup(text, "model_type") or (names[0] if names else "qwen2")
+    return _CLASS_TYPES.get(kind, kind)
 
 
 def _has_original_vision_keys(vision: AutoConfig) -> bool:
@@ -266,6 +271,13 @@ def _has_original_vision_keys(vision: AutoConfig) -> bool:
 
 def _size(config: AutoConfig, key: str, default: int) -> int:
     return default if lookup(config, key) is None else require_int(config, key)
+
+
+def _number(config: AutoConfig, key: str, default: float) -> float:
+    value = lookup(config, key, default=default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ConfigError(f"config.json: {key!r} is {value!r}, expected a number")
+    return float(value)
 
 
 def _square(config: AutoConfig, key: str, default: int) -> int:
@@ -285,8 +297,8 @@ def _norm_type(vision: AutoConfig, default: NormType) -> NormType:
 
 def _refuse_unknown_tower(vision: AutoConfig) -> None:
     activation(lookup(vision, "hidden_act", default="gelu"))  # refuse unknown ones here
-    channels = lookup(vision, "num_channels", default=3)
-    if channels != 3:
+    channels = lookup(vision, "num_channels", default=CHANNELS)
+    if channels != CHANNELS:
         raise UnsupportedModel(f"vision num_channels {channels}; only RGB (3) is supported")
     if lookup(vision, "use_absolute_position_embeddings", default=True) is False:
         raise UnsupportedModel(
@@ -310,7 +322,7 @@ def _refuse_unknown_projection(config: AutoConfig) -> None:
 
 def _downsample_ratio(config: AutoConfig, vision: VisionConfig) -> float:
     """Raises: ConfigError unless 1 / ratio is whole and divides the rows of patches."""
-    ratio = float(lookup(config, "downsample_ratio", default=0.5))
+    ratio = _number(config, "downsample_ratio", 0.5)
     factor = round(1 / ratio) if ratio > 0 else 0
     if factor < 1 or abs(1 / ratio - factor) > 1e-6:
         raise ConfigError(f"downsample_ratio {ratio}; expected 1 over a whole number, e.g. 0.5")

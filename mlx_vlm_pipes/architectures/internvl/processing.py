@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mlx_vlm_pipes.errors import ProcessorError
-from mlx_vlm_pipes.processing.base import EncodedMedia, Unit, VisionProcessor
+from mlx_vlm_pipes.processing.base import EncodedMedia, Unit, VisionProcessor, check_num_tokens
 from mlx_vlm_pipes.processing.settings import (
     CLIP_MEAN,
     CLIP_STD,
@@ -67,8 +67,8 @@ class InternVLProcessor(VisionProcessor):
 
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
         super().__init__(folder, config)
-        files = ProcessorFiles.read(self.folder)
         original = is_original(config)
+        files = ProcessorFiles.read(self.folder, required=not original)
         names = self.tokenizer.named_tokens
         self.start_token = names.get("start_image_token", "<img>")
         self.end_token = names.get("end_image_token", "</img>")
@@ -91,6 +91,7 @@ class InternVLProcessor(VisionProcessor):
         tiles, rows, columns = cut(image, self.tiles, self.pixels)
         array = np.stack([to_array(tile, self.pixels) for tile in tiles])  # [tiles, 3, S, S]
         run = len(tiles) * self.tiles.tokens
+        check_num_tokens(run, image.size)
         side = self.tiles.side_px
         return EncodedMedia(
             kind="image",
@@ -116,6 +117,7 @@ class InternVLProcessor(VisionProcessor):
         array = np.stack([to_array(frame, self.pixels) for frame in clip.frames])
         patches = cut_tiles(array, self.tiles.patch_px)
         tokens = self.tiles.tokens
+        check_num_tokens(tokens * len(array), clip.source_size)
         lines = [f"Frame{i + 1}: {self.run_text(tokens)}" for i in range(len(array))]
         return EncodedMedia(
             kind="video",
@@ -142,8 +144,7 @@ class InternVLProcessor(VisionProcessor):
 
 def is_original(config: Mapping[str, Any]) -> bool:
     """Whether config.json is that of InternVLChatModel (spec, section 7.1)."""
-    names = config.get("architectures") or []
-    return "llm_config" in config or "InternVLChatModel" in names
+    return "llm_config" in config or "InternVLChatModel" in str(config.get("architectures"))
 
 
 def without_crop(settings: Settings) -> Settings:

@@ -1,4 +1,4 @@
-"""Tensor names of InternVL checkpoints; ours are those of the original InternVLChatModel.
+"""Tensor names of InternVL checkpoints. Ours: the original's tower, transformers' projector.
 
 A checkpoint's own `attn.qkv` stays one matrix; separate projections are joined after loading.
 Source: spec, section 9.5.
@@ -6,7 +6,7 @@ Source: spec, section 9.5.
 
 from __future__ import annotations
 
-from mlx_vlm_pipes.architectures.internvl.model_config import VisionConfig
+from mlx_vlm_pipes.architectures.internvl.model_config import CHANNELS, VisionConfig
 from mlx_vlm_pipes.weights.layout import (
     DECODER_MLX_VLM,
     ConvToMatrix,
@@ -49,16 +49,19 @@ def _native(prefix: str) -> tuple[Prefix, ...]:
         ),
         *(Prefix(prefix + layer + theirs, ours + name) for theirs, name in children.items()),
         Prefix(tower + "layernorm.", "vision_model.layernorm."),
-        Prefix(prefix + "multi_modal_projector.layer_norm.", "mlp1.0."),
-        Prefix(prefix + "multi_modal_projector.linear_1.", "mlp1.1."),
-        Prefix(prefix + "multi_modal_projector.linear_2.", "mlp1.3."),
+        *(
+            Prefix(f"{prefix}multi_modal_projector.{name}.", f"multi_modal_projector.{name}.")
+            for name in ("layer_norm", "linear_1", "linear_2")
+        ),
     )
 
 
 _ORIGINAL = (
     Prefix("vision_model.embeddings.", "vision_model.embeddings."),
     Prefix("vision_model.encoder.layers.*.", "vision_model.encoder.layers.*."),
-    Prefix("mlp1.", "mlp1."),
+    Prefix("mlp1.0.", "multi_modal_projector.layer_norm."),
+    Prefix("mlp1.1.", "multi_modal_projector.linear_1."),
+    Prefix("mlp1.3.", "multi_modal_projector.linear_2."),
 )
 LAYOUTS = (
     Layout("huggingface v4", (*_native(""), *_DECODERS), IGNORE),
@@ -76,7 +79,7 @@ def transforms(vision_config: VisionConfig) -> tuple[Transform, ...]:
     patch, size = vision_config.patch_size, vision_config.hidden_size
     grid = vision_config.image_size // patch
     return (
-        ConvToMatrix(PATCH_EMBEDDING, vision_config.num_channels, (patch, patch)),
+        ConvToMatrix(PATCH_EMBEDDING, CHANNELS, (patch, patch)),
         Reshape(CLASS_EMBEDDING, (size,)),
         Reshape(POSITION_EMBEDDING, (grid * grid + 1, size)),
     )

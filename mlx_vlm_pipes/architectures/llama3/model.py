@@ -147,10 +147,6 @@ class LlamaModelBase(LogProbabilitiesMixin, PipelineModelWithKVCache[TextContext
         )
         return Model(self.language, loaded.weights)
 
-    @property
-    def cache_break_length(self) -> int | None:
-        return self.language.decoder.rope.break_length
-
     def prepare_initial_token_inputs(
         self,
         replica_batches: Sequence[Sequence[TextContext]],

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mlx_vlm_pipes.errors import InputError
-from mlx_vlm_pipes.processing.base import EncodedMedia, Unit, VisionProcessor
+from mlx_vlm_pipes.processing.base import EncodedMedia, Unit, VisionProcessor, check_num_tokens
 from mlx_vlm_pipes.processing.settings import (
     CLIP_MEAN,
     CLIP_STD,
@@ -61,6 +61,11 @@ class PixtralProcessor(VisionProcessor):
         self.max_size = read_size(files.image)
         self.digest = f"pixtral|{self.pixels}|{self.patch_px}|{self.max_size}"
 
+    def check(self, request: PromptRequest, num_videos: int) -> None:
+        super().check(request, num_videos)
+        if num_videos:
+            raise InputError(f"{self.architecture} takes no video; give frames of it as images")
+
     def encode_image(self, source: Any, request: PromptRequest) -> EncodedMedia:
         image = self.load(source, request)
         resized = image
@@ -70,6 +75,7 @@ class PixtralProcessor(VisionProcessor):
         rows, columns = resized.height // self.patch_px, resized.width // self.patch_px
         if not rows or not columns:
             raise InputError(f"a picture of {image.size} pixels is smaller than one patch")
+        check_num_tokens(rows * columns, image.size)
         lines = [self.image_token * columns] * rows
         return EncodedMedia(
             kind="image",
@@ -81,7 +87,7 @@ class PixtralProcessor(VisionProcessor):
         )
 
     def encode_clip(self, source: Any, request: PromptRequest) -> EncodedMedia:
-        raise InputError(f"{self.architecture} takes no video; give frames of it as images")
+        raise InputError(f"{self.architecture} takes no video")
 
     def arrays(self, media: Sequence[EncodedMedia]) -> dict[str, np.ndarray]:
         """pixel_values float32 [N, 3, max H, max W], zero-padded; image_sizes int64 [N, 2]."""

@@ -52,6 +52,7 @@ from mlx_vlm_pipes.nn.ragged import (
     row_offsets,
     single_replica,
 )
+from mlx_vlm_pipes.nn.vision import pixel_array
 from mlx_vlm_pipes.weights import Weights, WeightsAdapter
 
 ACTIVATION_BYTES = 5 * 2**30  # the documented estimate
@@ -185,7 +186,7 @@ class Qwen2_5VLModel(
         rows = self.vision_model(*(fields[0] for fields in _vision_fields(data).values()))
         unit = data.sizes.spatial_merge_size**2
         counts = [t * h * w // unit for t, h, w in data.grids]
-        return mx.split(rows, np.cumsum(counts)[:-1].tolist())
+        return list(mx.split(rows, np.cumsum(counts)[:-1].tolist()))
 
     @staticmethod
     def prepare_decoder_position_ids(
@@ -226,7 +227,9 @@ class Qwen2_5VLModel(
         if images or image_embeddings is not None:
             inputs.image_token_indices = [mx.array(image_token_indices(contexts))]
         if images and image_embeddings is None:
-            _require_vision_data(contexts)
+            for context in contexts:
+                if active_images([context]):
+                    _require_vision_data(context)
             inputs.update(**_vision_fields(self._vision_data(images)))
         return inputs
 
@@ -257,7 +260,7 @@ class Qwen2_5VLModel(
             raise TypeError(f"expected Qwen2_5VLInputs, got {type(prev_model_inputs).__name__}")
         prev, count = prev_model_inputs, next_tokens.shape[0]
         last = prev.position_ids
-        if last.shape[1] != count:
+        if last.shape[1] != count or prev.image_token_indices is not None:
             ends = prev.input_row_offsets[0][1:] - 1
             # a row that ends in a picture goes on behind its largest position
             last = mx.max(mx.take(last, ends, axis=1), axis=0, keepdims=True)
@@ -290,8 +293,7 @@ VISION_FIELDS = (
 
 def _vision_fields(data: VisionData) -> dict[str, list[Buffer]]:
     """The inputs' vision fields, by name, in the order of VISION_FIELDS."""
-    arrays = (
-        data.concatenated_pixel_values,
+    tables = (
         data.vision_position_ids,
         data.window_index,
         data.cu_seqlens,
@@ -300,7 +302,8 @@ def _vision_fields(data: VisionData) -> dict[str, list[Buffer]]:
         data.window_max_seqlen,
         data.max_grid_size,
     )
-    return {name: [mx.array(a)] for name, a in zip(VISION_FIELDS, arrays, strict=True)}
+    arrays = [pixel_array(data.concatenated_pixel_values), *(mx.array(table) for table in tables)]
+    return {name: [array] for name, array in zip(VISION_FIELDS, arrays, strict=True)}
 
 
 def _active_positions(context: Qwen2_5VLTextAndVisionContext) -> np.ndarray:
@@ -311,23 +314,21 @@ def _active_positions(context: Qwen2_5VLTextAndVisionContext) -> np.ndarray:
         text = np.arange(start, start + tokens.active_length)
         return np.broadcast_to(text, (3, len(text)))
     if context.decoder_position_ids.shape[1] != len(tokens):
+        _require_vision_data(context)
         context.refresh_positions()
     return context.decoder_position_ids[:, tokens.processed_length : tokens.current_position]
 
 
-def _require_vision_data(contexts: Sequence[Qwen2_5VLTextAndVisionContext]) -> None:
-    for context in contexts:
-        if context.vision_data is None and active_images([context]):
-            raise InputError(
-                f"request {context.request_id!r} has pictures to encode but no vision_data"
-            )
+def _require_vision_data(context: Qwen2_5VLTextAndVisionContext) -> None:
+    if context.vision_data is None:
+        raise InputError(
+            f"request {context.request_id!r} has pictures to encode but no vision_data"
+        )
 
 
 def _own_context(context: TextAndVisionContext) -> Qwen2_5VLTextAndVisionContext:
     if not isinstance(context, Qwen2_5VLTextAndVisionContext):
-        raise TypeError(
-            f"expected Qwen2_5VLTextAndVisionContext, got {type(context).__name__}"
-        )
+        raise TypeError(f"expected Qwen2_5VLTextAndVisionContext, got {type(context).__name__}")
     return context
 
 

@@ -26,8 +26,8 @@ from mlx_vlm_pipes.hf_config import (
 )
 from mlx_vlm_pipes.interfaces import ArchConfigWithKVCache, ReturnLogits
 from mlx_vlm_pipes.nn.activations import activation
-from mlx_vlm_pipes.quantization import QuantConfig, QuantizationConfig
-from mlx_vlm_pipes.weights import WeightData, parse_quantization, record_scales
+from mlx_vlm_pipes.quantization import QuantConfig
+from mlx_vlm_pipes.weights import ScaledFormat, WeightData, parse_quantization, record_scales
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -82,11 +82,9 @@ class VisionConfig:
             dtype=DType.bfloat16,
             llm_dtype=DType.bfloat16,
             devices=pipeline_config.model.devices,
-            patch_size=_size(cfg, "patch_size", 14),
-            temporal_patch_size=_size(cfg, "temporal_patch_size", 2),
-            in_channels=require_int(cfg, "in_channels", "in_chans")
-            if lookup(cfg, "in_channels", "in_chans") is not None
-            else 3,
+            patch_size=_size(cfg, 14, "patch_size"),
+            temporal_patch_size=_size(cfg, 2, "temporal_patch_size"),
+            in_channels=_size(cfg, 3, "in_channels", "in_chans"),
             hidden_size=require_int(cfg, "hidden_size"),
             num_attention_heads=require_int(cfg, "num_heads", "num_attention_heads"),
             depth=require_int(cfg, "depth"),
@@ -94,8 +92,8 @@ class VisionConfig:
             out_hidden_size=require_int(cfg, "out_hidden_size"),
             fullatt_block_indexes=[int(block) for block in blocks],
             rms_norm_eps=RMS_NORM_EPS,
-            window_size=_size(cfg, "window_size", WINDOW_SIZE),
-            spatial_merge_size=_size(cfg, "spatial_merge_size", 2),
+            window_size=_size(cfg, WINDOW_SIZE, "window_size"),
+            spatial_merge_size=_size(cfg, 2, "spatial_merge_size"),
             hidden_act=act,
             rope_theta=_axial_theta(cfg),
         )
@@ -111,15 +109,10 @@ class VisionConfig:
     ) -> None:
         """Take the two dtypes, and a record of scaled (FP8, FP4) weights of the vision tower."""
         self.dtype, self.llm_dtype = vision_dtype, llm_dtype
-        declared = {
-            name: lookup(huggingface_config, name)
-            for name in ("quantization_config", "quantization")
-        }
-        scaled = parse_quantization({k: _plain(v) for k, v in declared.items() if v is not None})
-        if scaled is None or isinstance(scaled, QuantizationConfig):
-            self.quant_config = None
-        else:
-            self.quant_config = record_scales(vision_state_dict, scaled)
+        names = ("quantization_config", "quantization")
+        declared = parse_quantization({name: lookup(huggingface_config, name) for name in names})
+        if isinstance(declared, ScaledFormat):
+            self.quant_config = record_scales(vision_state_dict, declared)
 
     @property
     def head_dim(self) -> int:
@@ -288,8 +281,8 @@ def stored_dtype(state_dict: Mapping[str, WeightData], module: str) -> DType:
     raise ConfigError(f"the weights have no {module}.weight; its dtype decides the model's")
 
 
-def _size(cfg: AutoConfig, name: str, default: int) -> int:
-    return default if lookup(cfg, name) is None else require_int(cfg, name)
+def _size(cfg: AutoConfig, default: int, *names: str) -> int:
+    return default if lookup(cfg, *names) is None else require_int(cfg, *names)
 
 
 def _axial_theta(cfg: AutoConfig) -> float:
@@ -309,7 +302,3 @@ def _mrope_section(text_cfg: AutoConfig) -> list[int]:
             f"mrope_section {section}; expected three numbers that sum to half of head_dim, {half}"
         )
     return section
-
-
-def _plain(value: object) -> object:
-    return value.to_dict() if isinstance(value, AutoConfig) else value

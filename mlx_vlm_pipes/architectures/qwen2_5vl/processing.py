@@ -23,7 +23,7 @@ from mlx_vlm_pipes.architectures.qwen2_5vl.context import (
 )
 from mlx_vlm_pipes.contexts import ImageMetadata, TextContext
 from mlx_vlm_pipes.errors import InputError, ProcessorError
-from mlx_vlm_pipes.processing.base import EncodedMedia, Unit, VisionProcessor
+from mlx_vlm_pipes.processing.base import EncodedMedia, Unit, VisionProcessor, check_num_tokens
 from mlx_vlm_pipes.processing.settings import (
     CLIP_MEAN,
     CLIP_STD,
@@ -44,7 +44,7 @@ IMAGE, VIDEO, START = "<|image_pad|>", "<|video_pad|>", "<|vision_start|>"
 IMAGE_LIMITS = (56 * 56, 28 * 28 * 1280)
 VIDEO_LIMITS = (128 * 28 * 28, 28 * 28 * 768)
 MAX_RATIO = 200
-MAX_PIXELS = 2**28
+MAX_MIN_PIXELS = 2**24
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class PatchSettings:
         high = size.get("longest_edge", size.get("max_pixels", limits[1]))
         return cls(
             pixels=PixelSettings.read(settings, BICUBIC, CLIP_MEAN, CLIP_STD),
-            min_pixels=settings.integer("min_pixels", min(low, MAX_PIXELS), high=MAX_PIXELS),
+            min_pixels=settings.integer("min_pixels", min(low, MAX_MIN_PIXELS), high=MAX_MIN_PIXELS),
             max_pixels=settings.integer("max_pixels", high, high=2**40),
             patch=settings.integer("patch_size", 14, high=256),
             merge=settings.integer("merge_size", 2, high=16),
@@ -82,8 +82,8 @@ class PatchSettings:
         high = self.max_pixels if request.max_pixels is None else request.max_pixels
         if request.max_pixels is not None and request.min_pixels is None:
             low = min(low, high)
-        if not 1 <= low <= MAX_PIXELS or high < low:
-            raise InputError(f"min_pixels {low} and max_pixels {high}; expected 1 <= min <= max")
+        if not 1 <= low <= MAX_MIN_PIXELS or high < low:
+            raise InputError(f"min_pixels {low} and max_pixels {high}; expected 1 <= min <= max, min <= {MAX_MIN_PIXELS}")
         return replace(self, min_pixels=low, max_pixels=high)
 
 
@@ -108,6 +108,8 @@ class ClipSettings:
 
 class Qwen2_5VLProcessor(VisionProcessor):
     """One ImageMetadata a picture or clip; a clip's time steps count as frames of its grid."""
+
+    refused_options = ()
 
     @classmethod
     def from_folder(cls, folder: Path, config: Mapping[str, Any]) -> Self:
@@ -158,7 +160,8 @@ class Qwen2_5VLProcessor(VisionProcessor):
                     "in config.json"
                 )
 
-    def check(self, request: PromptRequest) -> None:
+    def check(self, request: PromptRequest, num_videos: int) -> None:
+        super().check(request, num_videos)
         self.image_settings.limited(request)
         self.video_settings.limited(request)
 
@@ -171,8 +174,6 @@ class Qwen2_5VLProcessor(VisionProcessor):
 
     def encode_clip(self, source: Any, request: PromptRequest) -> EncodedMedia:
         settings = self.video_settings.limited(request)
-        if not request.fps > 0 or not math.isfinite(request.fps):
-            raise InputError(f"fps is {request.fps}; expected frames a second")
 
         def choose(info: VideoInfo) -> np.ndarray:
             return sample_frames(info, request, self.clip_settings, settings.step)
@@ -206,6 +207,7 @@ class Qwen2_5VLProcessor(VisionProcessor):
         rows, columns = size[1] // settings.patch, size[0] // settings.patch
         grid = (len(patches) // (rows * columns), rows, columns)
         count = len(patches) // settings.merge**2
+        check_num_tokens(count, source_size)
         is_video = second_per_grid is not None
         token = self.video_token if is_video else self.image_token
         token_id = self.video_token_id if is_video else self.image_token_id

@@ -186,11 +186,11 @@ class VisionModel(nn.Module):
         to_frames = mx.array(np.argsort(order).astype(np.int32))
         in_windows = self._permute(angles, to_windows)
         windowed = Segments(windows.tolist(), mx.cos(in_windows), mx.sin(in_windows))
-        # one frame alone sees itself in any order: no need to go back to its own
-        lone = len(frames) == 1
-        full = Segments(frames, mx.cos(angles), mx.sin(angles))
+        lone = len(frames) == 1  # one frame sees itself in any order: no need to go back to its own
         if lone:
             full = Segments(frames, windowed.cos, windowed.sin)
+        else:
+            full = Segments(frames, mx.cos(angles), mx.sin(angles))
         h = self._permute(self.patch_embed(pixel_values.astype(self.dtype)), to_windows)
         for i, block in enumerate(self.blocks):
             if i not in self.full_blocks:

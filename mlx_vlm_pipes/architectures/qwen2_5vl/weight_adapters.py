@@ -28,6 +28,4 @@ def transforms(vision_config: VisionConfig) -> tuple[Transform, ...]:
     """The patch convolution becomes a matrix in the order of `pixel_values`."""
     side = vision_config.patch_size
     kernel = (vision_config.temporal_patch_size, side, side)
-    return (
-        ConvToMatrix(f"{VISION}patch_embed.proj.weight", vision_config.in_channels, kernel),
-    )
+    return (ConvToMatrix(f"{VISION}patch_embed.proj.weight", vision_config.in_channels, kernel),)

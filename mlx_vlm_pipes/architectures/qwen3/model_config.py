@@ -52,7 +52,7 @@ class Qwen3Config(Llama3Config):
         return_logits: ReturnLogits,
         return_hidden_states: ReturnHiddenStates = ReturnHiddenStates.NONE,
         norm_method: NormMethod = "rms_norm",
-        attention_bias: bool = False,
+        attention_bias: bool = False,  # noqa: FBT001, FBT002  # the base has it so
     ) -> None:
         """As Llama3Config's; the norms belong to the architecture, so missing ones are an error."""
         super().finalize(

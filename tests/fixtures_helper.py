@@ -1,0 +1,30 @@
+"""The stored checkpoints and the reference outputs that lie next to them.
+
+`python -m tools.make_fixtures tests/fixtures` writes them with torch and transformers; reading
+them takes numpy only.
+"""
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+FIXTURES = Path(__file__).parent / "fixtures"
+
+
+def cases(family: str | None = None) -> list[Path]:
+    """Checkpoint folders in order of name, of one family (`reference.json`'s "family") or all."""
+    folders = sorted(p.parent for p in FIXTURES.glob("*/reference.json"))
+    return [f for f in folders if family in (None, _facts(f)["family"])]
+
+
+def reference(path: Path) -> tuple[dict[str, Any], np.lib.npyio.NpzFile]:
+    """The facts (prompts, messages, media, batch) and arrays (`<prompt>/logits`, ...) of a case."""
+    return _facts(path), np.load(path / "reference.npz")
+
+
+@functools.cache
+def _facts(path: Path) -> dict[str, Any]:
+    return json.loads((path / "reference.json").read_text(encoding="utf-8"))

@@ -1,0 +1,145 @@
+"""Sources, modes, orientation, transparency, limits; what a hash tells apart."""
+
+import base64
+import io
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mlx_vlm_pipes.errors import MediaError
+from mlx_vlm_pipes.processing import fetch, images
+from mlx_vlm_pipes.processing.images import load_image
+from mlx_vlm_pipes.processing.transforms import image_hash
+from tests.processing.folders import picture
+
+
+def encoded(image: Image.Image, form: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def test_sources_agree(tmp_path) -> None:
+    image = picture(7, 5)
+    data = encoded(image)
+    path = tmp_path / "a.png"
+    path.write_bytes(data)
+    url = "data:image/png;base64," + base64.b64encode(data).decode()
+    array = np.asarray(image)
+    sources = [image, data, path, str(path), io.BytesIO(data), url, array, array / np.float32(255)]
+    for source in sources:
+        loaded = load_image(source)
+        assert loaded.mode == "RGB"
+        np.testing.assert_array_equal(np.asarray(loaded), array)
+
+
+def test_transparency_lies_on_white_and_orientation_is_applied() -> None:
+    clear = Image.new("RGBA", (2, 3), (255, 0, 0, 0))
+    half = Image.new("LA", (2, 3), (0, 128))
+    palette = Image.new("P", (2, 3))
+    palette.info["transparency"] = 0
+    for image, value in ((clear, 255), (half, 127), (palette, 255)):
+        for source in (image, encoded(image)):
+            assert set(np.asarray(load_image(source)).ravel().tolist()) == {value}
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    assert load_image(encoded(picture(4, 2), "JPEG", exif=exif)).size == (2, 4)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I", "I;16", "F", "HSV"])
+def test_every_mode_becomes_rgb(mode) -> None:
+    assert load_image(Image.new(mode, (3, 2))).mode == "RGB"
+
+
+def test_first_frame_of_an_animation() -> None:
+    frames = [Image.new("RGB", (4, 4), color) for color in ("red", "blue")]
+    data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert load_image(data).getpixel((0, 0)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (b"", "empty"),
+        (b"not a picture", "13 bytes cannot be read"),
+        (encoded(picture(50, 50))[:500], "cannot be decoded"),
+        ("/nowhere/x.png", "'/nowhere/x.png': no such file"),
+        ("\x00", "no such file|cannot be opened"),
+        ("file:///etc/passwd", "only http, https and data"),
+        ("ftp://x/y.png", "only http, https and data"),
+        ("http://[::1", "only http, https and data"),
+        ("data:image/png;base64,@@", "base64"),
+        (np.zeros((2, 2, 2), np.uint8), r"array uint8 \[2, 2, 2\]"),
+        (np.full((2, 2, 3), 200.0), "between 0 and 1"),
+        (np.zeros((0, 2, 3), np.uint8), "2x0"),
+        (3, "int object"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "cannot be read"),
+    ],
+)
+def test_unusable_source_is_named(source, message) -> None:
+    with pytest.raises(MediaError, match=message) as caught:
+        load_image(source)
+    assert "\n" not in str(caught.value)
+
+
+def test_limits(monkeypatch) -> None:
+    monkeypatch.setattr(images, "MAX_IMAGE_PIXELS", 20)
+    with pytest.raises(MediaError, match="7x3 = 21 pixels; the limit is 20"):
+        load_image(encoded(picture(7, 3)))
+    with pytest.raises(MediaError, match="only http"):
+        load_image("a.png", local_files=False)
+
+
+def test_urls(monkeypatch) -> None:
+    data = encoded(picture(6, 4))
+    monkeypatch.setattr(fetch, "MAX_BYTES", 10_000)
+    monkeypatch.setenv("no_proxy", "*")
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            goals = {"/file": "file:///etc/passwd", "/moved": "/image", "/loop": "/loop"}
+            if self.path in goals:
+                self.send_response(302)
+                self.send_header("Location", goals[self.path])
+                self.end_headers()
+                return
+            self.send_response(200 if self.path in ("/image", "/huge") else 404)
+            self.end_headers()
+            self.wfile.write(data if self.path == "/image" else b"x" * 20_000)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    root = f"http://127.0.0.1:{server.server_port}"
+    try:
+        assert load_image(f"{root}/image").size == load_image(f"{root}/moved").size == (6, 4)
+        for path, message in (
+            ("/file", "not allowed"),
+            ("/loop", "redirect"),
+            ("/none", "answered 404"),
+            ("/huge", "limit of 10000 bytes"),
+        ):
+            with pytest.raises(MediaError, match=message):
+                load_image(root + path)
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_hash_is_of_content_shape_dtype_and_settings() -> None:
+    pixels = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
+    same = image_hash(np.asfortranarray(pixels), "a")
+    assert image_hash(pixels, "a") == same
+    others = [
+        image_hash(pixels, "b"),
+        image_hash(pixels.reshape(3, 2, 4), "a"),
+        image_hash(pixels.view(np.int32), "a"),
+        image_hash(pixels + 1, "a"),
+    ]
+    assert len({same, *others}) == 5
+    assert all(0 <= value < 2**63 for value in (same, *others))
