@@ -200,6 +200,10 @@ class Pipeline:
             for handle in handles:
                 handle.close()
 
+    def peak_memory_bytes(self) -> int:
+        """The most memory that MLX held at once since the model was loaded."""
+        return self.engine.peak_memory_bytes()
+
     def close(self) -> None:
         """Stop the engine and give its memory back once nothing else holds the pipeline."""
         self.engine.close()

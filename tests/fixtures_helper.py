@@ -4,7 +4,6 @@
 them takes numpy only.
 """
 
-import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,5 @@ def reference(path: Path) -> tuple[dict[str, Any], np.lib.npyio.NpzFile]:
     return _facts(path), np.load(path / "reference.npz")
 
 
-@functools.cache
 def _facts(path: Path) -> dict[str, Any]:
     return json.loads((path / "reference.json").read_text(encoding="utf-8"))

@@ -18,6 +18,8 @@ _CLASSES = {
     "internvl": ("InternVLModel", "InternVLProcessor"),
     "qwen2_5vl": ("Qwen2_5VLModel", "Qwen2_5VLProcessor"),
 }
+# names whose model class is not the room's own
+_MODELS = {"OlmoForCausalLM": "OlmoModel", "olmo": "OlmoModel"}
 # name in `architectures` or `model_type` of config.json: room
 _NAMES = {
     "LlamaForCausalLM": "llama3",
@@ -51,13 +53,14 @@ class Room:
     """One architecture's classes, imported when asked for."""
 
     name: str
+    model_name: str
 
     def model_config(self) -> Any:
         """The module with the documented config classes."""
         return import_module(f"{_ROOMS}.{self.name}.model_config")
 
     def model_class(self) -> Any:
-        return getattr(import_module(f"{_ROOMS}.{self.name}.model"), _CLASSES[self.name][0])
+        return getattr(import_module(f"{_ROOMS}.{self.name}.model"), self.model_name)
 
     def processor_class(self) -> Any:
         return getattr(import_module(f"{_ROOMS}.{self.name}.processing"), _CLASSES[self.name][1])
@@ -77,7 +80,8 @@ def find_room(huggingface_config: Any) -> Room:
     kind = lookup(huggingface_config, "model_type")
     for name in (*names, kind):
         if isinstance(name, str) and name in _NAMES:
-            return Room(_NAMES[name])
+            room = _NAMES[name]
+            return Room(room, _MODELS.get(name, _CLASSES[room][0]))
     label = ", ".join(names) or repr(kind)
     raise UnsupportedModel(
         f"architecture {label} is not supported; supported: "

@@ -49,6 +49,10 @@ class Engine:
         """float32 [T, V]: logits at every prompt position, outside the batch and its caches."""
         return self.worker.call(lambda: _prompt_logits(self.model, context, self.config))
 
+    def peak_memory_bytes(self) -> int:
+        """The most memory that MLX held at once in this process."""
+        return self.worker.call(mx.get_peak_memory)
+
     def forget(self) -> None:
         """Empty the prefix and image caches."""
 

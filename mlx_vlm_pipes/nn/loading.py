@@ -61,6 +61,11 @@ class StateDict(dict[str, WeightData]):
         self.adapters = adapters
         self.prefix = prefix
 
+    def without(self, prefix: str) -> StateDict:
+        """The tensors that are not below `prefix`, names unchanged."""
+        kept = {k: v for k, v in self.items() if not k.startswith(prefix)}
+        return StateDict(kept, self.quantization, self.adapters, self.prefix)
+
 
 def canonical_state(
     weights: Weights | Mapping[str, Any],

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import binascii
+import queue
+import threading
 import time
 import urllib.parse
 from typing import TYPE_CHECKING
@@ -34,6 +36,26 @@ def fetch(url: str) -> bytes:
     if url[:5].lower() == "data:":
         return _decode(url)
     _require_http(url)
+    answers: queue.SimpleQueue[bytes | MediaError] = queue.SimpleQueue()
+
+    def work() -> None:
+        try:
+            answers.put(_download(url))
+        except MediaError as error:
+            answers.put(error)
+
+    # A server may drip its headers byte by byte, each within the socket's own time limit.
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        answer = answers.get(timeout=TIMEOUT_S)
+    except queue.Empty:
+        raise MediaError(f"{_short(url)} took longer than {TIMEOUT_S:.0f} s") from None
+    if isinstance(answer, MediaError):
+        raise answer
+    return answer
+
+
+def _download(url: str) -> bytes:
     import http.client
     import urllib.error
 

@@ -174,9 +174,7 @@ def _filled(inline: list[Any], given: list[Any], kind: str) -> list[Any]:
 
 def _written(messages: Sequence[Message], markers: Sequence[str]) -> int:
     """How many placeholders the messages' texts hold."""
-    texts = [
-        p if isinstance(p, str) else p.get("text", "") for m in messages for p in _pieces(m)
-    ]
+    texts = [p if isinstance(p, str) else p.get("text", "") for m in messages for p in _pieces(m)]
     return sum(text.count(marker) for text in texts for marker in markers)
 
 

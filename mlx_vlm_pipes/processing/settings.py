@@ -30,7 +30,10 @@ def read_json(path: Path) -> dict[str, Any] | None:
             return None
         if path.stat().st_size > MAX_JSON_BYTES:
             raise ProcessorError(f"{path}: {path.stat().st_size} bytes; expected at most 64 MiB")
-        value = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        value = json.loads(text)
+        if "\\ud" in text or "\\uD" in text:  # half of a surrogate pair is JSON, but no text
+            json.dumps(value, ensure_ascii=False).encode()
     except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, ProcessorError):
             raise
@@ -87,7 +90,7 @@ class Settings:
         if type(given) in (int, float):
             given = (given, given, given)
         numbers = isinstance(given, (list, tuple)) and all(type(v) in (int, float) for v in given)
-        if not numbers or len(given) != 3 or not all(math.isfinite(v) for v in given):
+        if not numbers or len(given) != 3 or not all(abs(v) < MAX_COUNT for v in given):
             raise self.error(key, value, "three numbers")
         return float(given[0]), float(given[1]), float(given[2])
 
@@ -111,6 +114,8 @@ class Settings:
         section = Settings(self.source, {key: value}).section(key)
         if section is None:
             return {}
+        if not any(section.get(name) is not None for name in names):
+            raise self.error(key, self.get(key), f"an object with {' or '.join(names)}")
         found = {name: section.get(name) for name in names if section.get(name) is not None}
         return {name: section.checked_int(name, v, 1, MAX_COUNT) for name, v in found.items()}
 

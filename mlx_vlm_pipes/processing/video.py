@@ -82,11 +82,15 @@ def load_clip(source: Any, plan: ClipPlan) -> Clip:
     folder of pictures, or the path, URL or bytes of an animation or a film.
     Raises: MediaError naming the source.
     """
+    from PIL import Image as pil
+
     if isinstance(source, np.ndarray) and source.ndim == 4:
         source = list(source)
     if isinstance(source, (list, tuple)):
         return _from_list(source, plan, "list of frames")
     name = describe(source)
+    if isinstance(source, (np.ndarray, pil.Image)):
+        raise MediaError(f"{name} is one picture; give a clip as a list of frames")
     if isinstance(source, (str, os.PathLike)) and Path(source).expanduser().is_dir():
         if isinstance(source, str) and not plan.local_files:
             raise MediaError(f"{name}: only http(s) and data: URLs are allowed here")

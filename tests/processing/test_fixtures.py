@@ -2,11 +2,13 @@
 
 import importlib
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from mlx_vlm_pipes.processing.tokenizer import Tokenizer
 from mlx_vlm_pipes.processing.types import PromptRequest
 from tests.fixtures_helper import cases, reference
 
@@ -61,3 +63,18 @@ def test_equals_reference(path: Path) -> None:
             ids = np.array(out.input_ids)[context.image_token_indices]
             assert np.isin(ids, processor.vision_token_ids).all()
             assert sum(r.num_tokens for r in out.media) == len(context.image_token_indices)
+
+
+@pytest.mark.parametrize("path", [*cases("internvl"), *cases("qwen2_5_vl")], ids=lambda p: p.name)
+def test_vocabulary_files_equal_tokenizer_json(path: Path, tmp_path: Path) -> None:
+    """Older Qwen2 and InternVL repositories have vocab.json, merges.txt and added tokens only."""
+    model = json.loads((path / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    pairs = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+    (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *pairs]), encoding="utf-8")
+    shutil.copy(path / "tokenizer_config.json", tmp_path)
+    whole, rebuilt = Tokenizer(path), Tokenizer(tmp_path)
+    assert rebuilt.vocab_size == whole.vocab_size
+    texts = ["The small river opens 42 doors.\n\n  I'm naïve — 東京<|im_end|>", "e\u0301 x  \t\ny"]
+    for text in [*texts, *(p["prompt"] for p in reference(path)[0]["prompts"])]:
+        assert rebuilt.encode(text) == whole.encode(text)

@@ -72,3 +72,14 @@ def test_images_without_parts_go_into_the_first_user_turn() -> None:
 def test_malformed(prompt, images, message) -> None:
     with pytest.raises(InputError, match=message):
         conversation(PromptRequest(prompt, images=images))
+
+
+def test_placeholders_written_by_hand_stay_where_they_are() -> None:
+    markers = {"image": ("<image>",)}
+    for prompt in ("see <image> here", [{"role": "user", "content": ["see <image> here"]}]):
+        out = conversation(PromptRequest(prompt, images=["a"]), markers)
+        assert IMAGE not in out.messages[0]["content"]
+        assert out.images == ["a"]
+        assert IMAGE in conversation(PromptRequest(prompt, images=["a"])).messages[0]["content"]
+    with pytest.raises(InputError, match="images is a str"):
+        PromptRequest("x", images="cat.png")

@@ -81,6 +81,7 @@ def test_film(tmp_path, name, codec) -> None:
         (b"#EXTM3U\n#EXTINF:1,\nfile:///etc/passwd\n", "cannot be decoded"),
         (b"", "cannot be decoded"),
         ([b"junk"], "cannot be read"),
+        (picture(2, 2), "is one picture"),
     ],
 )
 def test_unusable(source, message) -> None:

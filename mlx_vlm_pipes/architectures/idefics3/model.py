@@ -30,8 +30,16 @@ from mlx_vlm_pipes.interfaces import (
     require_inputs,
 )
 from mlx_vlm_pipes.kv_cache import KVCacheInputs
+from mlx_vlm_pipes.nn.decoder import DecoderConfig
 from mlx_vlm_pipes.nn.language_model import LanguageModel
-from mlx_vlm_pipes.nn.loading import LANGUAGE, canonical_state, load_decoder, load_module, part
+from mlx_vlm_pipes.nn.loading import (
+    LANGUAGE,
+    StateDict,
+    canonical_state,
+    load_decoder,
+    load_module,
+    part,
+)
 from mlx_vlm_pipes.nn.ragged import (
     active_images,
     flat_tokens,
@@ -42,6 +50,7 @@ from mlx_vlm_pipes.nn.ragged import (
 )
 from mlx_vlm_pipes.nn.vision import pixel_array
 from mlx_vlm_pipes.weights import Weights, WeightsAdapter
+from mlx_vlm_pipes.weights.layout import Transform
 
 MAX_POSITIONS = 4096  # where a text configuration names no max_position_embeddings
 
@@ -124,28 +133,42 @@ class Idefics3Model(LogProbabilitiesMixin, PipelineModelWithKVCache[TextAndVisio
             huggingface_config, pipeline_config, devices, kv_cache_config, cache_dtype
         )
 
+    @classmethod
+    def read_config(
+        cls, pipeline_config: PipelineConfig
+    ) -> tuple[Idefics3Config, tuple[Transform, ...]]:
+        """What config.json alone says, and the changes of values that it implies."""
+        config = Idefics3Config.initialize(pipeline_config)
+        return config, transforms(config.vision_config)
+
+    @classmethod
+    def blueprint(
+        cls,
+        config: Idefics3Config,
+        pipeline_config: PipelineConfig,
+        state: StateDict,
+        return_logits: ReturnLogits = ReturnLogits.LAST_TOKEN,
+        return_hidden_states: ReturnHiddenStates = ReturnHiddenStates.NONE,
+    ) -> tuple[Idefics3Vision, DecoderConfig]:
+        """The modules for a canonical state dict, unread and without weights; finalises config."""
+        text = part(state, LANGUAGE)
+        outer = pipeline_config.model.require_huggingface_config()
+        config.finalize(outer, text, return_logits, return_hidden_states)
+        return Idefics3Vision(config.vision_config), config.text_config.decoder_config()
+
     def load_model(self) -> tuple[Model, Model]:
         """Read the weights through the adapter; vision and language model, evaluated.
 
         Raises: WeightsError naming missing, unexpected and mis-shaped tensors.
         """
-        config = Idefics3Config.initialize(self.pipeline_config)
-        state = canonical_state(
-            self.weights,
-            self.adapter,
-            LAYOUTS,
-            self.pipeline_config,
-            transforms(config.vision_config),
-        )
-        language = part(state, LANGUAGE)
-        config.finalize(
-            self.huggingface_config, language, self.return_logits, self.return_hidden_states
+        config, changes = self.read_config(self.pipeline_config)
+        state = canonical_state(self.weights, self.adapter, LAYOUTS, self.pipeline_config, changes)
+        tower, decoder_config = self.blueprint(
+            config, self.pipeline_config, state, self.return_logits, self.return_hidden_states
         )
         self.model_config = config
-        tower = Idefics3Vision(config.vision_config)
-        vision = {k: v for k, v in state.items() if not k.startswith(LANGUAGE)}
-        vision_model = load_module(self.session, tower, vision, tower.fuse)
-        decoder, loaded = load_decoder(self.session, config.text_config.decoder_config(), language)
+        vision_model = load_module(self.session, tower, state.without(LANGUAGE), tower.fuse)
+        decoder, loaded = load_decoder(self.session, decoder_config, part(state, LANGUAGE))
         self.language = LanguageModel(
             decoder,
             self.kv_params,
@@ -154,10 +177,6 @@ class Idefics3Model(LogProbabilitiesMixin, PipelineModelWithKVCache[TextAndVisio
             compile=self.session.compile,
         )
         return vision_model, Model(self.language, loaded.weights)
-
-    @property
-    def cache_break_length(self) -> int | None:
-        return self.language.decoder.rope.break_length
 
     def prepare_initial_token_inputs(
         self,

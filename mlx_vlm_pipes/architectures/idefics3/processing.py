@@ -61,8 +61,10 @@ class Idefics3Settings:
         frame = settings.edges("max_image_size", ("longest_edge",)).get("longest_edge", 364)
         if frame > MAX_FRAME_PX:
             raise settings.error("max_image_size", frame, f"at most {MAX_FRAME_PX}")
-        if "longest_edge" not in edges and len(edges) != 2:
+        if not edges:
             edges = {"longest_edge": 4 * 364}
+        if "longest_edge" not in edges and len(edges) != 2:
+            raise settings.error("size", edges, "longest_edge, or height and width")
         return cls(
             pixels=PixelSettings.read(settings, LANCZOS, HALF, HALF),
             size=tuple(sorted(edges.items())),
@@ -120,8 +122,8 @@ class Idefics3Processor(VisionProcessor):
 
     def encode_image(self, source: Any, request: PromptRequest) -> EncodedMedia:
         image = self.load(source, request)
-        width, height = frame_grid(image.size, self.settings)
-        check_num_tokens((width * height + 1) * self.image_seq_len, image.size)
+        rows, columns = frame_grid(image.size, self.settings)
+        check_num_tokens((rows * columns + 1) * self.image_seq_len, image.size)
         frames, rows, columns = split(image, self.settings)
         arrays = [to_array(frame, self.settings.pixels) for frame in frames]
         side = self.settings.frame_px
@@ -208,31 +210,39 @@ def bounded_size(size: tuple[int, int]) -> tuple[int, int]:
     return max(int(MAX_SIDE_PX * ratio), 1), MAX_SIDE_PX
 
 
-def split(image: Image, settings: Idefics3Settings) -> tuple[list[Image], int, int]:
-    """Square frames of an RGB picture, row by row, the whole picture last; rows and columns.
+def first_size(size: tuple[int, int], settings: Idefics3Settings) -> tuple[int, int]:
+    """(width, height) of the first resize, before splitting."""
+    if not settings.pixels.do_resize:
+        return size
+    edges = dict(settings.size)
+    if "longest_edge" in edges:
+        return bounded_size(longest_edge_size(size, edges["longest_edge"]))
+    return bounded_size((edges["width"], edges["height"]))
 
-    rows = columns = 0 when the picture is a single frame.
-    """
+
+def frame_grid(size: tuple[int, int], settings: Idefics3Settings) -> tuple[int, int]:
+    """(rows, columns) of frames of a picture (width, height); (0, 0): the whole picture alone."""
+    width, height = frame_multiples(first_size(size, settings), settings.frame_px)
+    rows, columns = height // settings.frame_px, width // settings.frame_px
+    single = not settings.do_image_splitting or rows == columns == 1
+    return (0, 0) if single else (rows, columns)
+
+
+def split(image: Image, settings: Idefics3Settings) -> tuple[list[Image], int, int]:
+    """Square frames of an RGB picture, row by row, the whole picture last; rows and columns."""
     pixels, side = settings.pixels, settings.frame_px
+    rows, columns = frame_grid(image.size, settings)
     if pixels.do_resize:
-        edges = dict(settings.size)
-        if "longest_edge" in edges:
-            size = longest_edge_size(image.size, edges["longest_edge"])
-        else:
-            size = (edges["width"], edges["height"])
-        image = resize(image, *bounded_size(size), pixels)
-    if not settings.do_image_splitting:
+        image = resize(image, *first_size(image.size, settings), pixels)
+    if not rows:
         return [resize(image, side, side, pixels)], 0, 0
-    width, height = frame_multiples(image.size, side)
-    image = resize(image, width, height, pixels)
-    if (width, height) == (side, side):
-        return [image], 0, 0
+    image = resize(image, columns * side, rows * side, pixels)
     frames = [
-        image.crop((x, y, x + side, y + side))
-        for y in range(0, height, side)
-        for x in range(0, width, side)
+        image.crop((x * side, y * side, (x + 1) * side, (y + 1) * side))
+        for y in range(rows)
+        for x in range(columns)
     ]
-    return [*frames, resize(image, side, side, pixels)], height // side, width // side
+    return [*frames, resize(image, side, side, pixels)], rows, columns
 
 
 def frame_multiples(size: tuple[int, int], side: int) -> tuple[int, int]:

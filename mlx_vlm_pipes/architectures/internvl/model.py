@@ -35,8 +35,16 @@ from mlx_vlm_pipes.interfaces import (
     require_inputs,
 )
 from mlx_vlm_pipes.kv_cache import KVCacheInputs
+from mlx_vlm_pipes.nn.decoder import DecoderConfig
 from mlx_vlm_pipes.nn.language_model import LanguageModel
-from mlx_vlm_pipes.nn.loading import LANGUAGE, canonical_state, load_decoder, load_module, part
+from mlx_vlm_pipes.nn.loading import (
+    LANGUAGE,
+    StateDict,
+    canonical_state,
+    load_decoder,
+    load_module,
+    part,
+)
 from mlx_vlm_pipes.nn.ragged import (
     active_images,
     flat_tokens,
@@ -47,6 +55,7 @@ from mlx_vlm_pipes.nn.ragged import (
 )
 from mlx_vlm_pipes.nn.vision import pixel_array
 from mlx_vlm_pipes.weights import Weights, WeightsAdapter
+from mlx_vlm_pipes.weights.layout import Transform
 
 DEFAULT_MAX_LENGTH = 4096  # where the text configuration names no limit
 DEFAULT_TILES = 12
@@ -145,6 +154,30 @@ class InternVLModel(
         devices = len(pipeline_config.model.device_specs)
         return devices * (images * IMAGE_BYTES + tokens * TOKEN_BYTES)
 
+    @classmethod
+    def read_config(
+        cls, pipeline_config: PipelineConfig
+    ) -> tuple[InternVLConfig, tuple[Transform, ...]]:
+        """What config.json alone says, and the changes of values that it implies."""
+        config = InternVLConfig.initialize(pipeline_config)
+        return config, transforms(config.vision_config)
+
+    @classmethod
+    def blueprint(
+        cls,
+        config: InternVLConfig,
+        pipeline_config: PipelineConfig,
+        state: StateDict,
+        return_logits: ReturnLogits = ReturnLogits.LAST_TOKEN,
+    ) -> tuple[VisionModel, DecoderConfig]:
+        """The modules for a canonical state dict, unread and without weights; finalises config."""
+        text, vision = part(state, LANGUAGE), state.without(LANGUAGE)
+        floats = [w.dtype for name, w in vision.items() if name.endswith("class_embedding")]
+        dtype = floats[0] if floats else pipeline_config.model.dtype
+        outer = pipeline_config.model.require_huggingface_config()
+        config.finalize(outer, text, vision, dtype, return_logits)
+        return VisionModel(config), config.llm_config.decoder_config()
+
     def load_model(self, session: InferenceSession) -> tuple[Model, Model]:
         """The vision and the language model, weights in and evaluated.
 
@@ -153,23 +186,14 @@ class InternVLModel(
         paths = self.pipeline_config.model.weight_path
         if paths and weights_format(paths) != "safetensors":
             raise WeightsError("InternVL weights must be .safetensors files")
-        config = InternVLConfig.initialize(self.pipeline_config)
-        state = canonical_state(
-            self.weights,
-            self.adapter,
-            LAYOUTS,
-            self.pipeline_config,
-            transforms(config.vision_config),
+        config, changes = self.read_config(self.pipeline_config)
+        state = canonical_state(self.weights, self.adapter, LAYOUTS, self.pipeline_config, changes)
+        tower, decoder_config = self.blueprint(
+            config, self.pipeline_config, state, self.return_logits
         )
-        text = part(state, LANGUAGE)
-        vision = {name: w for name, w in state.items() if not name.startswith(LANGUAGE)}
-        floats = [w.dtype for name, w in vision.items() if name.endswith("class_embedding")]
-        dtype = floats[0] if floats else self.dtype
-        config.finalize(self.huggingface_config, text, vision, dtype, self.return_logits)
         self.model_config = config
-        module = VisionModel(config)
-        vision_model = load_module(session, module, vision, module.fuse)
-        decoder, loaded = load_decoder(session, config.llm_config.decoder_config(), text)
+        vision_model = load_module(session, tower, state.without(LANGUAGE), tower.fuse)
+        decoder, loaded = load_decoder(session, decoder_config, part(state, LANGUAGE))
         self.language = LanguageModel(
             decoder, self.kv_params, self.return_logits, compile=session.compile
         )

@@ -27,10 +27,12 @@ from mlx_vlm_pipes.interfaces import (
     require_inputs,
 )
 from mlx_vlm_pipes.kv_cache import KVCacheInputs
+from mlx_vlm_pipes.nn.decoder import DecoderConfig
 from mlx_vlm_pipes.nn.language_model import LanguageModel
-from mlx_vlm_pipes.nn.loading import LANGUAGE, canonical_state, load_decoder, part
+from mlx_vlm_pipes.nn.loading import LANGUAGE, StateDict, canonical_state, load_decoder, part
 from mlx_vlm_pipes.nn.ragged import flat_tokens, row_offsets, single_replica
 from mlx_vlm_pipes.weights import Weights, WeightsAdapter
+from mlx_vlm_pipes.weights.layout import Transform
 
 
 @dataclass
@@ -121,22 +123,42 @@ class LlamaModelBase(LogProbabilitiesMixin, PipelineModelWithKVCache[TextContext
             huggingface_config, pipeline_config, devices, kv_cache_config, cache_dtype
         )
 
+    @classmethod
+    def read_config(
+        cls, pipeline_config: PipelineConfig
+    ) -> tuple[Llama3Config, tuple[Transform, ...]]:
+        """What config.json alone says, and the changes of values that it implies (none)."""
+        return cls.config_class.initialize(pipeline_config), ()
+
+    @classmethod
+    def blueprint(
+        cls,
+        config: Llama3Config,
+        pipeline_config: PipelineConfig,
+        state: StateDict,
+        return_logits: ReturnLogits = ReturnLogits.LAST_TOKEN,
+        return_hidden_states: ReturnHiddenStates = ReturnHiddenStates.NONE,
+    ) -> tuple[None, DecoderConfig]:
+        """The decoder's sizes for a canonical state dict, unread; finalises config."""
+        config.finalize(
+            pipeline_config.model.require_huggingface_config(),
+            part(state, LANGUAGE),
+            return_logits,
+            return_hidden_states,
+            cls.norm_method,
+            cls.attention_bias,
+        )
+        return None, config.decoder_config()
+
     def load_model(self, session: InferenceSession) -> Model:
         """Read the weights through the adapter, build the decoder, install and evaluate."""
-        cfg = self.huggingface_config
-        state = canonical_state(self.weights, self.adapter, LAYOUTS, self.pipeline_config)
-        state = part(state, LANGUAGE)
-        config = self.config_class.initialize(self.pipeline_config)
-        config.finalize(
-            cfg,
-            state,
-            self.return_logits,
-            self.return_hidden_states,
-            self.norm_method,
-            self.attention_bias,
+        config, changes = self.read_config(self.pipeline_config)
+        state = canonical_state(self.weights, self.adapter, LAYOUTS, self.pipeline_config, changes)
+        _, decoder_config = self.blueprint(
+            config, self.pipeline_config, state, self.return_logits, self.return_hidden_states
         )
         self.model_config = config
-        decoder, loaded = load_decoder(session, config.decoder_config(), state)
+        decoder, loaded = load_decoder(session, decoder_config, part(state, LANGUAGE))
         self.state_dict = dict(loaded.weights)
         self.language = LanguageModel(
             decoder,
@@ -213,3 +235,9 @@ class Llama3Model(LlamaModelBase):
             return_logits,
             return_hidden_states,
         )
+
+
+class OlmoModel(LlamaModelBase):
+    """OLMo: layer norm without weights, and `clip_qkv`."""
+
+    norm_method: Literal["rms_norm"] | Literal["layer_norm"] = "layer_norm"

@@ -33,8 +33,16 @@ from mlx_vlm_pipes.interfaces import (
     require_inputs,
 )
 from mlx_vlm_pipes.kv_cache import KVCacheInputs
+from mlx_vlm_pipes.nn.decoder import DecoderConfig
 from mlx_vlm_pipes.nn.language_model import LanguageModel
-from mlx_vlm_pipes.nn.loading import LANGUAGE, canonical_state, load_decoder, load_module, part
+from mlx_vlm_pipes.nn.loading import (
+    LANGUAGE,
+    StateDict,
+    canonical_state,
+    load_decoder,
+    load_module,
+    part,
+)
 from mlx_vlm_pipes.nn.ragged import (
     active_images,
     flat_tokens,
@@ -45,6 +53,7 @@ from mlx_vlm_pipes.nn.ragged import (
 )
 from mlx_vlm_pipes.nn.vision import pixel_array
 from mlx_vlm_pipes.weights import Weights, WeightsAdapter
+from mlx_vlm_pipes.weights.layout import Transform
 
 
 @dataclass
@@ -125,22 +134,34 @@ class PixtralModel(LogProbabilitiesMixin, PipelineModelWithKVCache[TextAndVision
             huggingface_config, pipeline_config, devices, kv_cache_config, cache_dtype
         )
 
+    @classmethod
+    def read_config(
+        cls, pipeline_config: PipelineConfig
+    ) -> tuple[PixtralConfig, tuple[Transform, ...]]:
+        """What config.json alone says, and the changes of values that it implies."""
+        config = PixtralConfig.initialize(pipeline_config)
+        return config, transforms(config)
+
+    @classmethod
+    def blueprint(
+        cls, config: PixtralConfig, pipeline_config: PipelineConfig, state: StateDict
+    ) -> tuple[PixtralVision, DecoderConfig]:
+        """The modules, without weights; nothing in the state dict decides here."""
+        del pipeline_config, state
+        return PixtralVision(config), config.decoder_config()
+
     def load_model(self, session: InferenceSession) -> tuple[Model, Model]:
         """Read the weights through the adapter; vision and language model, evaluated.
 
         Raises: WeightsError naming missing, unexpected and mis-shaped tensors.
         """
-        config = replace(
-            PixtralConfig.initialize(self.pipeline_config), return_logits=self.return_logits
-        )
+        config, changes = self.read_config(self.pipeline_config)
+        config = replace(config, return_logits=self.return_logits)
         self.model_config = config
-        state = canonical_state(
-            self.weights, self.adapter, LAYOUTS, self.pipeline_config, transforms(config)
-        )
-        tower = PixtralVision(config)
-        vision = {k: v for k, v in state.items() if not k.startswith(LANGUAGE)}
-        vision_model = load_module(session, tower, vision, tower.fuse)
-        decoder, loaded = load_decoder(session, config.decoder_config(), part(state, LANGUAGE))
+        state = canonical_state(self.weights, self.adapter, LAYOUTS, self.pipeline_config, changes)
+        tower, decoder_config = self.blueprint(config, self.pipeline_config, state)
+        vision_model = load_module(session, tower, state.without(LANGUAGE), tower.fuse)
+        decoder, loaded = load_decoder(session, decoder_config, part(state, LANGUAGE))
         self.language = LanguageModel(
             decoder,
             self.kv_params,
@@ -149,10 +170,6 @@ class PixtralModel(LogProbabilitiesMixin, PipelineModelWithKVCache[TextAndVision
             compile=session.compile,
         )
         return vision_model, Model(self.language, loaded.weights)
-
-    @property
-    def cache_break_length(self) -> int | None:
-        return self.language.decoder.rope.break_length
 
     def prepare_initial_token_inputs(
         self,

@@ -36,10 +36,12 @@ from mlx_vlm_pipes.interfaces import (
     require_inputs,
 )
 from mlx_vlm_pipes.kv_cache import KVCacheInputs
+from mlx_vlm_pipes.nn.decoder import DecoderConfig
 from mlx_vlm_pipes.nn.language_model import LanguageModel
 from mlx_vlm_pipes.nn.loading import (
     LANGUAGE,
     VISION,
+    StateDict,
     canonical_state,
     load_decoder,
     load_module,
@@ -54,6 +56,7 @@ from mlx_vlm_pipes.nn.ragged import (
 )
 from mlx_vlm_pipes.nn.vision import pixel_array
 from mlx_vlm_pipes.weights import Weights, WeightsAdapter
+from mlx_vlm_pipes.weights.layout import Transform
 
 ACTIVATION_BYTES = 5 * 2**30  # the documented estimate
 
@@ -144,6 +147,28 @@ class Qwen2_5VLModel(
             huggingface_config, pipeline_config, devices, kv_cache_config, cache_dtype
         )
 
+    @classmethod
+    def read_config(
+        cls, pipeline_config: PipelineConfig
+    ) -> tuple[Qwen2_5VLConfig, tuple[Transform, ...]]:
+        """What config.json alone says, and the changes of values that it implies."""
+        config = Qwen2_5VLConfig.initialize(pipeline_config)
+        return config, transforms(config.vision_config)
+
+    @classmethod
+    def blueprint(
+        cls,
+        config: Qwen2_5VLConfig,
+        pipeline_config: PipelineConfig,
+        state: StateDict,
+        return_logits: ReturnLogits = ReturnLogits.LAST_TOKEN,
+    ) -> tuple[VisionModel, DecoderConfig]:
+        """The modules for a canonical state dict, unread and without weights; finalises config."""
+        outer = pipeline_config.model.require_huggingface_config()
+        text, vision = part(state, LANGUAGE), part(state, VISION)
+        config.finalize(outer, pipeline_config, text, vision, return_logits)
+        return VisionModel(config.vision_config), config.llm_config.decoder_config()
+
     def load_model(self, session: InferenceSession) -> tuple[Model, Model]:
         """(vision model, language model), with their weights in.
 
@@ -153,25 +178,13 @@ class Qwen2_5VLModel(
         files = self.pipeline_config.model.weight_path
         if files and weights_format(files) != "safetensors":
             raise ConfigError(f"weight files {files[0].name}, ...; expected .safetensors")
-        config = Qwen2_5VLConfig.initialize(self.pipeline_config)
-        state = canonical_state(
-            self.weights,
-            self.adapter,
-            LAYOUTS,
-            self.pipeline_config,
-            transforms(config.vision_config),
+        config, changes = self.read_config(self.pipeline_config)
+        state = canonical_state(self.weights, self.adapter, LAYOUTS, self.pipeline_config, changes)
+        tower, decoder_config = self.blueprint(
+            config, self.pipeline_config, state, self.return_logits
         )
-        llm_state, vision_state = part(state, LANGUAGE), part(state, VISION)
-        config.finalize(
-            self.huggingface_config,
-            self.pipeline_config,
-            llm_state,
-            vision_state,
-            self.return_logits,
-        )
-        tower = VisionModel(config.vision_config)
-        vision = load_module(session, tower, vision_state, tower.fuse)
-        decoder, loaded = load_decoder(session, config.llm_config.decoder_config(), llm_state)
+        vision = load_module(session, tower, part(state, VISION), tower.fuse)
+        decoder, loaded = load_decoder(session, decoder_config, part(state, LANGUAGE))
         self.language = LanguageModel(
             decoder, self.kv_params, self.return_logits, compile=session.compile
         )

@@ -69,7 +69,9 @@ class PatchSettings:
         high = size.get("longest_edge", size.get("max_pixels", limits[1]))
         return cls(
             pixels=PixelSettings.read(settings, BICUBIC, CLIP_MEAN, CLIP_STD),
-            min_pixels=settings.integer("min_pixels", min(low, MAX_MIN_PIXELS), high=MAX_MIN_PIXELS),
+            min_pixels=settings.integer(
+                "min_pixels", min(low, MAX_MIN_PIXELS), high=MAX_MIN_PIXELS
+            ),
             max_pixels=settings.integer("max_pixels", high, high=2**40),
             patch=settings.integer("patch_size", 14, high=256),
             merge=settings.integer("merge_size", 2, high=16),
@@ -83,7 +85,10 @@ class PatchSettings:
         if request.max_pixels is not None and request.min_pixels is None:
             low = min(low, high)
         if not 1 <= low <= MAX_MIN_PIXELS or high < low:
-            raise InputError(f"min_pixels {low} and max_pixels {high}; expected 1 <= min <= max, min <= {MAX_MIN_PIXELS}")
+            raise InputError(
+                f"min_pixels {low} and max_pixels {high}; expected 1 <= min_pixels <= max_pixels, "
+                f"and min_pixels at most {MAX_MIN_PIXELS}"
+            )
         return replace(self, min_pixels=low, max_pixels=high)
 
 

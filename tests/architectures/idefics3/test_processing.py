@@ -77,7 +77,7 @@ def test_without_splitting(tmp_path) -> None:
         (PromptRequest("x", raw=True), 1, "1 images for 0 placeholders"),
         (PromptRequest("<image><image>", raw=True), 1, "1 images for 2 placeholders"),
         (PromptRequest("what does <image> mean?"), 0, "0 images for 1 placeholders"),
-        (PromptRequest("what does <image> mean?"), 1, "1 images for 2 placeholders"),
+        (PromptRequest("<image> <image>?"), 1, "1 images for 3 placeholders"),
         (PromptRequest("x", max_pixels=9), 0, "only Qwen2"),
         (PromptRequest("x", videos=[[picture(2, 2)]]), 0, "not made for video"),
     ],
@@ -86,6 +86,14 @@ def test_refused_requests(tmp_path, prompt, images, message) -> None:
     request = replace(prompt, images=[picture(4, 4)] * images)
     with pytest.raises(InputError, match=message):
         make(tmp_path).process(request)
+
+
+def test_absurd_settings_do_not_flood(tmp_path) -> None:
+    processor = make(
+        tmp_path, {"size": {"longest_edge": 4096}, "max_image_size": {"longest_edge": 1}}
+    )
+    with pytest.raises(InputError, match="the limit is 262144"):
+        processor.process(PromptRequest("x", images=[picture(2, 2)]))
 
 
 def test_clip(tmp_path) -> None:

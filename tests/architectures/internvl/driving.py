@@ -1,5 +1,6 @@
 """InternVL models driven by hand: tiny random checkpoints, contexts, prefill and decode steps."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -128,7 +129,7 @@ def run(
         inputs = model.prepare_next_token_inputs(chosen[-1], inputs)
         out = model.execute(inputs)
         increment_cache_lengths(kv, [1] * len(contexts))
-    rows = [logits[a:b] for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+    rows = [logits[begin:end] for begin, end in itertools.pairwise(offsets)]
     return rows, np.array(chosen).T
 
 

@@ -128,7 +128,7 @@ def test_max_seq_len() -> None:
     assert InternVLModel.calculate_max_seq_len(pipeline_config(config), config) == 256
     short = pipeline_config(config, max_length=64)
     assert InternVLConfig.calculate_max_seq_len(short, config) == 64
-    with pytest.raises(ConfigError, match="257.*256"):
+    with pytest.raises(ConfigError, match=r"257.*256"):
         InternVLModel.calculate_max_seq_len(pipeline_config(config, max_length=257), config)
     silent = HuggingFaceConfig({**NATIVE, "model_type": None, "text_config": {}})
     assert InternVLModel.calculate_max_seq_len(pipeline_config(silent), silent) == 4096

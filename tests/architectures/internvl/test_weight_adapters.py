@@ -34,10 +34,18 @@ TOWER = {
         LAYER + "norm2.weight", "vision_tower.encoder.layer.1.layernorm_after.weight",
     ),
     LAYER + "ls1": (LAYER + "ls1", "vision_tower.encoder.layer.1.lambda_1"),
-    LAYER + "mlp.fc1.weight": (LAYER + "mlp.fc1.weight", "vision_tower.encoder.layer.1.mlp.fc1.weight"),
-    "multi_modal_projector.layer_norm.weight": ("mlp1.0.weight", "multi_modal_projector.layer_norm.weight"),
-    "multi_modal_projector.linear_1.weight": ("mlp1.1.weight", "multi_modal_projector.linear_1.weight"),
-    "multi_modal_projector.linear_2.bias": ("mlp1.3.bias", "multi_modal_projector.linear_2.bias"),
+    LAYER + "mlp.fc1.weight": (
+        LAYER + "mlp.fc1.weight", "vision_tower.encoder.layer.1.mlp.fc1.weight",
+    ),
+    "multi_modal_projector.layer_norm.weight": (
+        "mlp1.0.weight", "multi_modal_projector.layer_norm.weight",
+    ),
+    "multi_modal_projector.linear_1.weight": (
+        "mlp1.1.weight", "multi_modal_projector.linear_1.weight",
+    ),
+    "multi_modal_projector.linear_2.bias": (
+        "mlp1.3.bias", "multi_modal_projector.linear_2.bias",
+    ),
 }  # fmt: skip
 TEXT = ("embed_tokens.weight", "layers.1.self_attn.q_norm.weight", "norm.weight")
 SHAPES = {

@@ -1,0 +1,101 @@
+"""The bars of the project: ids, pixels, logits and greedy tokens are those of transformers.
+
+Every fixture folder carries what transformers computed on it in float32 (tools/make_fixtures).
+Where two readings of "right" are in use, ours is the `_alt` set (positions after a clip).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mlx_vlm_pipes import Pipeline, load
+from tests.fixtures_helper import cases, reference
+
+LOGITS_BAR = 2e-5  # of the largest logit; the promise is 2e-3
+PIXELS_BAR = 1e-5  # the promise is 1e-2
+
+
+@pytest.fixture(scope="module", params=cases(), ids=lambda path: path.name)
+def checkpoint(request: pytest.FixtureRequest) -> Iterator[tuple[Path, Pipeline]]:
+    pipe = load(request.param, dtype="float32")
+    yield request.param, pipe
+    pipe.close()
+
+
+def arguments(folder: Path, fact: dict[str, Any]) -> dict[str, Any]:
+    """A fixture's prompt as keyword arguments of the pipeline's methods."""
+    return {
+        "prompt": fact["prompt"] if fact["raw"] else fact["messages"],
+        "images": [str(folder / name) for name in fact["images"]],
+        "videos": [[str(folder / name) for name in clip] for clip in fact["videos"]],
+        "raw": fact["raw"],
+        "fps": fact["fps"],
+    }
+
+
+def wanted(arrays: Any, prompt: str, name: str) -> Any:
+    """A stored array; after clips the alternative reading of positions."""
+    other = f"{prompt}/position_ids_alt" in arrays.files and name in ("logits", "greedy")
+    return arrays[f"{prompt}/{name}{'_alt' if other else ''}"]
+
+
+def test_every_prompt_equals_transformers(checkpoint: tuple[Path, Pipeline]) -> None:
+    folder, pipe = checkpoint
+    facts, arrays = reference(folder)
+    for fact in facts["prompts"]:
+        request = arguments(folder, fact)
+        encoded = pipe.encode(**request)
+        name = fact["name"]
+        assert encoded.input_ids == arrays[f"{name}/input_ids"].tolist(), name
+        for key in ("pixel_values", "pixel_values_videos"):
+            if f"{name}/{key}" in arrays.files:
+                got, want = getattr(encoded, key), arrays[f"{name}/{key}"]
+                assert got.shape == want.shape, name
+                assert np.abs(got - want).max() < PIXELS_BAR, name
+        logits, want = pipe.logits(**request), wanted(arrays, name, "logits")
+        assert logits.shape == want.shape
+        assert np.abs(logits - want).max() < LOGITS_BAR * np.abs(want).max(), name
+        assert (logits.argmax(-1) == want.argmax(-1)).all(), name
+        greedy = wanted(arrays, name, "greedy").tolist()
+        answer = pipe.generate(**request, max_tokens=facts["max_new"])
+        assert answer.tokens == greedy, name
+
+
+def test_a_batch_gives_the_same_answers(checkpoint: tuple[Path, Pipeline]) -> None:
+    folder, pipe = checkpoint
+    facts, arrays = reference(folder)
+    pipe.engine.forget()
+    requests = []
+    for fact in facts["prompts"]:
+        request = arguments(folder, fact)
+        if not fact["raw"]:
+            request["messages"] = request.pop("prompt")
+        requests.append(request)
+    answers = pipe.generate_batch(requests, max_tokens=facts["max_new"])
+    for fact, answer in zip(facts["prompts"], answers, strict=True):
+        assert answer.tokens == wanted(arrays, fact["name"], "greedy").tolist(), fact["name"]
+
+
+@pytest.mark.reference
+@pytest.mark.slow
+def test_fixtures_are_still_what_transformers_computes(tmp_path: Path) -> None:
+    """One case of each family is made anew with the installed torch and transformers."""
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    from tools.make_fixtures.__main__ import main
+
+    names = ["llama-tied", "idefics3", "pixtral", "internvl-qwen2", "qwen25vl"]
+    main([str(tmp_path), "--only", *names])
+    for folder in [tmp_path / name for name in names]:
+        facts, arrays = reference(folder)
+        pipe = load(folder, dtype="float32")
+        for fact in facts["prompts"]:
+            got = pipe.logits(**arguments(folder, fact))
+            want = wanted(arrays, fact["name"], "logits")
+            assert np.abs(got - want).max() < LOGITS_BAR * np.abs(want).max()
+        pipe.close()
