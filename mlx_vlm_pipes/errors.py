@@ -11,6 +11,7 @@
     │   ├── MediaError                    an image or a clip cannot be read or used
     │   ├── ContextTooLong                more tokens than the model can hold
     │   └── OutOfBudget                   more memory than the engine may ever use
+    ├── EngineClosed (RuntimeError)       the pipeline was closed before the answer was complete
     └── ImageTokenMismatch (ValueError)   vision rows and placeholders differ in number
 
 Each message is one line: what was wrong, what was expected, what to do.
@@ -59,6 +60,10 @@ class ContextTooLong(InputError):
 
 class OutOfBudget(InputError):
     """A request needs more memory than the engine may ever use."""
+
+
+class EngineClosed(PipesError, RuntimeError):
+    """The pipeline was closed; nothing runs any more."""
 
 
 class ImageTokenMismatch(PipesError, ValueError):

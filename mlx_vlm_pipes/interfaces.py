@@ -260,6 +260,9 @@ class TextSide(Protocol):
     @property
     def adapters(self) -> tuple[str, ...]: ...
 
+    @property
+    def traces(self) -> int: ...
+
 
 class PipelineModelWithKVCache(PipelineModel[ContextT]):
     """A model whose attention reads a KV cache; `kv_params` says of what shape."""

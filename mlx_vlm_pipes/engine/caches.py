@@ -5,6 +5,7 @@ Both are least-recently-used under a byte budget and hold evaluated arrays only.
 
 from __future__ import annotations
 
+import secrets
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,7 +31,8 @@ def prefix_keys(context: TextContext, salt: int = 0) -> np.ndarray:
     if isinstance(context, TextAndVisionContext):
         for image in context.images:
             place = np.arange(image.end_idx - image.start_idx, dtype=np.uint64)
-            digest = image.image_hash if image.image_hash is not None else id(image)
+            unknown = image.image_hash is None  # such an image equals no other
+            digest = secrets.randbits(63) if unknown else image.image_hash
             start = np.full(1, (digest + salt) % 2**64, dtype=np.uint64)
             mixed = (start + place * _GOLDEN) | _SIGN  # negative: never a token id
             keys[image.start_idx : image.end_idx] = mixed.view(np.int64)
@@ -77,15 +79,15 @@ class PrefixCache:
         self._entries.move_to_end(found)
         return best, self._entries[found].row
 
+    def covers(self, keys: np.ndarray) -> bool:
+        """Whether all of these tokens are cached already; counts as a use of the entry."""
+        return self.match(keys)[0] == len(keys)
+
     def store(self, keys: np.ndarray, row: CacheRow) -> None:
         """Keep a staged, evaluated row; entries that are a prefix of it make way."""
         keys = keys[: row.length].copy()
         for number, entry in list(self._entries.items()):
-            shared = common_prefix(keys, entry.keys)
-            if shared == len(keys):  # already covered
-                self._entries.move_to_end(number)
-                return
-            if shared == len(entry.keys):
+            if common_prefix(keys, entry.keys) == len(entry.keys):
                 del self._entries[number]
         self._entries[self._next] = _Prefix(keys, row)
         self._next += 1
@@ -98,7 +100,7 @@ class PrefixCache:
 
 
 class ImageCache:
-    """Vision rows of images by content hash. encoded counts the images that were computed."""
+    """Vision rows [M, E] of images by content hash."""
 
     def __init__(self, budget_bytes: int) -> None:
         self.budget_bytes = budget_bytes

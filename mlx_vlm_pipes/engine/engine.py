@@ -9,11 +9,14 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 
-from mlx_vlm_pipes.contexts import TextAndVisionContext, TextContext
+from mlx_vlm_pipes.contexts import TextContext
+from mlx_vlm_pipes.engine.prefill import image_key, pending_images, step_images
 from mlx_vlm_pipes.engine.requests import Handle
-from mlx_vlm_pipes.engine.scheduler import EngineConfig, EngineStats, Scheduler
+from mlx_vlm_pipes.engine.scheduler import Scheduler
+from mlx_vlm_pipes.engine.state import EngineConfig, EngineState, EngineStats
 from mlx_vlm_pipes.engine.text import StreamDecoder
 from mlx_vlm_pipes.engine.worker import OwnerThread
+from mlx_vlm_pipes.errors import EngineClosed
 from mlx_vlm_pipes.interfaces import PipelineModelWithKVCache
 from mlx_vlm_pipes.kv_cache import KVCache, cache_inputs, increment_cache_lengths
 
@@ -30,7 +33,9 @@ class Engine:
     ) -> None:
         self.worker, self.model, self.config = worker, model, config
         self.scheduler = Scheduler(model, config, vocab_size)
-        worker.idle_work = self.scheduler.step
+        scheduler = self.scheduler
+        worker.idle_work = scheduler.step
+        worker.last_work = lambda: scheduler.fail_all(EngineClosed("the pipeline was closed"))
         self._finalizer = weakref.finalize(self, worker.stop)
 
     @property
@@ -43,11 +48,13 @@ class Engine:
 
         Raises: InputError for bad sampling values, OutOfBudget for what can never fit.
         """
-        return self.worker.call(lambda: self.scheduler.submit(context, decoder))
+        handle = self.worker.call(lambda: self.scheduler.submit(context, decoder))
+        handle.owner = self
+        return handle
 
     def prompt_logits(self, context: TextContext) -> np.ndarray:
         """float32 [T, V]: logits at every prompt position, outside the batch and its caches."""
-        return self.worker.call(lambda: _prompt_logits(self.model, context, self.config))
+        return self.worker.call(lambda: _prompt_logits(self.scheduler.state, context))
 
     def peak_memory_bytes(self) -> int:
         """The most memory that MLX held at once in this process."""
@@ -57,46 +64,51 @@ class Engine:
         """Empty the prefix and image caches."""
 
         def clear() -> None:
-            self.scheduler.prefixes.shrink(-1)
-            self.scheduler.images.shrink(-1)
+            self.scheduler.state.prefixes.shrink(-1)
+            self.scheduler.state.images.shrink(-1)
             mx.clear_cache()
 
         self.worker.call(clear)
 
     def close(self) -> None:
-        """Stop the owning thread; running requests end without a result."""
+        """Stop the owning thread; running requests fail with EngineClosed."""
         self._finalizer()
 
 
-def _prompt_logits(
-    model: PipelineModelWithKVCache, context: TextContext, config: EngineConfig
-) -> np.ndarray:
-    cache, tokens = KVCache(model.kv_params), context.tokens
+def _prompt_logits(state: EngineState, context: TextContext) -> np.ndarray:
+    """Slices of prefill in a cache of their own, logits of all positions kept."""
+    model, tokens = state.model, context.tokens
+    cache = KVCache(model.kv_params)
     row = cache.new_row()
     row.planned_length = len(tokens)
+    row.adapter = state.adapter_slot(context.model_name)
     kv = cache_inputs(cache, [row])
+    features = _encode_all(state, context)
     pieces = []
-    features = None
-    if isinstance(context, TextAndVisionContext) and context.images:
-        features = model.encode_images(context.images)
     while tokens.active_length:
-        size = min(config.prefill_chunk, tokens.active_length)
+        size = min(state.config.prefill_chunk, tokens.active_length)
         tokens.chunk(size)
-        extra = {}
-        if features is not None and isinstance(context, TextAndVisionContext):
-            used = [
-                features[i]
-                for i, image in enumerate(context.images)
-                if i >= context.image_idx and image.start_idx < tokens.current_position
-            ]
-            if used:
-                extra = {"image_embeddings": mx.concatenate(used)}
+        used = [features[image_key(image)] for image in step_images(context)]
+        extra = {"image_embeddings": mx.concatenate(used)} if used else {}
         inputs = model.prepare_initial_token_inputs([[context]], kv, size, **extra)
         outputs = model.execute(inputs)
         increment_cache_lengths(kv, [size])
         pieces.append(np.array(outputs.logits))
         tokens.advance_chunk()
     return np.concatenate(pieces)
+
+
+def _encode_all(state: EngineState, context: TextContext) -> dict[int, mx.array]:
+    """Vision rows of a context's pictures by key, encoded in micro-batches."""
+    images = {image_key(image): image for image in pending_images(context)}
+    keys, size = list(images), state.config.image_batch
+    features: dict[int, mx.array] = {}
+    for begin in range(0, len(keys), size):
+        part = keys[begin : begin + size]
+        rows = state.model.encode_images([images[key] for key in part])
+        mx.eval(rows)
+        features.update(zip(part, rows, strict=True))
+    return features
 
 
 def machine_memory() -> int:

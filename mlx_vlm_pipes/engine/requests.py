@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 
+import mlx.core as mx
 import numpy as np
 
-from mlx_vlm_pipes.contexts import TextContext
+from mlx_vlm_pipes.contexts import TextAndVisionContext, TextContext
 from mlx_vlm_pipes.engine.sampling import RowSampler
 from mlx_vlm_pipes.engine.text import StreamDecoder, TextStream
 from mlx_vlm_pipes.interfaces import LogProbabilities
@@ -76,17 +78,24 @@ class Clock:
 class Handle:
     """The caller's end of a request: iterate it for chunks; close it to cancel.
 
-    Safe from any thread. An exception in the request is raised where it is iterated.
+    Safe from any thread. An exception in the request is raised where it is iterated. owner: what
+    must live on until the answer is complete.
     """
 
     def __init__(self) -> None:
+        self.owner: object = None
         self._queue: queue.SimpleQueue[Chunk | BaseException | None] = queue.SimpleQueue()
         self._closed = threading.Event()
         self._done = False
+        self._wake: Callable[[], object] | None = None
 
     def put(self, item: Chunk | BaseException | None) -> None:
         """Engine's side: a chunk, a failure, or None at the end."""
         self._queue.put(item)
+        wake = self._wake
+        if wake is not None:
+            with contextlib.suppress(RuntimeError):  # the listener's event loop has ended
+                wake()
 
     @property
     def is_closed(self) -> bool:
@@ -96,47 +105,80 @@ class Handle:
         """Cancel; the engine frees the row before its next step but one."""
         self._closed.set()
 
-    def __iter__(self) -> Iterator[Chunk]:
-        try:
-            while not self._done:
-                chunk = self._take(self._queue.get())
-                if chunk is not None:
-                    yield chunk
-        finally:
-            self.close()
+    def __iter__(self) -> ChunkIterator:
+        return ChunkIterator(self)
 
     async def __aiter__(self) -> AsyncIterator[Chunk]:
-        loop = asyncio.get_running_loop()
+        loop, ready = asyncio.get_running_loop(), asyncio.Event()
+        self._wake = lambda: loop.call_soon_threadsafe(ready.set)
         try:
             while not self._done:
-                chunk = self._take(await loop.run_in_executor(None, self._queue.get))
+                ready.clear()
+                try:
+                    item = self._queue.get_nowait()
+                except queue.Empty:
+                    await ready.wait()
+                    continue
+                chunk = self._take(item)
                 if chunk is not None:
                     yield chunk
         finally:
+            self._wake = None
             self.close()
+
+    def next_chunk(self) -> Chunk | None:
+        """Wait for the next chunk; None at the end. Raises: what the request failed with."""
+        return None if self._done else self._take(self._queue.get())
 
     def _take(self, item: Chunk | BaseException | None) -> Chunk | None:
         if item is None or isinstance(item, BaseException):
-            self._done = True
+            self._done, self.owner = True, None
         if isinstance(item, BaseException):
             raise item
         return item
 
 
-@dataclass
+class ChunkIterator(Iterator[Chunk]):
+    """The chunks of one request. Closing or dropping it, even before the first, cancels."""
+
+    def __init__(self, handle: Handle) -> None:
+        self._handle = handle
+
+    def __next__(self) -> Chunk:
+        chunk = self._handle.next_chunk()
+        if chunk is None:
+            raise StopIteration
+        return chunk
+
+    def close(self) -> None:
+        self._handle.close()
+
+    def __del__(self) -> None:
+        self._handle.close()
+
+
+@dataclass(eq=False)
 class Job:
-    """One request inside the engine. It owns its arrays; nothing else holds per-request state."""
+    """One request inside the engine. It owns its arrays; nothing else holds per-request state.
+
+    keys: int64 [prompt], what the prefix cache compares. capacity: cache tokens at its longest.
+    features: vision rows, by image key, that its prompt still needs. first_logits: logits [1, V]
+    behind its prompt, until its first token is out. failure: what its sampler raised.
+    """
 
     context: TextContext
     handle: Handle
     sampler: RowSampler
     stream: TextStream
-    keys: np.ndarray  # int64 [prompt], what the prefix cache compares
-    need_bytes: int
+    keys: np.ndarray
+    capacity: int
     clock: Clock = field(default_factory=Clock)
     row: CacheRow | None = None
     cached_tokens: int = 0
     images_encoded: int = 0
+    features: dict[int, mx.array] = field(default_factory=dict)
+    first_logits: mx.array | None = None
+    failure: Exception | None = None
     prompt_logprobs: LogProbabilities | None = None
     echoed: list[LogProbabilities] = field(default_factory=list)
 
@@ -145,18 +187,25 @@ class Job:
         return self.context.log_probabilities
 
     @property
+    def wants_echo(self) -> bool:
+        """Whether the prompt's tokens are still to be scored."""
+        return self.context.log_probabilities_echo and self.prompt_logprobs is None
+
+    @property
     def remaining_prompt(self) -> int:
         return len(self.context.tokens) - self.context.tokens.processed_length
 
     def usage(self) -> Usage:
-        images = getattr(self.context, "images", [])
-        tokens = self.context.tokens
+        context, image_tokens = self.context, 0
+        if isinstance(context, TextAndVisionContext):
+            spans = [context.placeholder_positions(image) for image in context.images]
+            image_tokens = sum(len(span) for span in spans)
         return Usage(
-            prompt_tokens=tokens.prompt_length,
-            image_tokens=sum(len(self.context.placeholder_positions(i)) for i in images),  # pyright: ignore[reportAttributeAccessIssue]  # only vision contexts have images
+            prompt_tokens=context.tokens.prompt_length,
+            image_tokens=image_tokens,
             cached_tokens=self.cached_tokens,
             images_encoded=self.images_encoded,
-            completion_tokens=tokens.generated_length,
+            completion_tokens=context.tokens.generated_length,
         )
 
 
@@ -165,11 +214,11 @@ def new_job(
     decoder: StreamDecoder,
     vocab_size: int,
     keys: np.ndarray,
-    need_bytes: int,
+    capacity: int,
 ) -> Job:
     """A job around a processed context. Raises: InputError for sampling values out of range."""
     params = context.sampling_params
     ends = [] if context.ignore_eos else sorted(context.eos_tracker.eos_token_ids)
     sampler = RowSampler(params, context.tokens.prompt, vocab_size, ends)
     stops = (*params.stop, *context.eos_tracker.eos_stop_strings)
-    return Job(context, Handle(), sampler, TextStream(decoder, stops), keys, need_bytes)
+    return Job(context, Handle(), sampler, TextStream(decoder, stops), keys, capacity)

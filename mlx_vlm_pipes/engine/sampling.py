@@ -1,14 +1,14 @@
 """Choosing the next token: penalties, filters, and random numbers that belong to one request.
 
 Every row carries its own key, so a seed gives the same tokens in any batch. Nothing here waits
-for the device. The order is that of transformers: penalties and bias on the logits, then
+for the device. The order is that of transformers: bias and penalties on the logits, then
 temperature, top-k, top-p, min-p.
 Source: transformers generation/logits_process.py; presence and frequency as OpenAI defines them.
 """
 
 from __future__ import annotations
 
-import time
+import secrets
 from collections.abc import Sequence
 
 import mlx.core as mx
@@ -32,6 +32,8 @@ def check_sampling(params: SamplingParams) -> None:
     }
     for name, (low, high) in bounds.items():
         value = getattr(params, name)
+        if not isinstance(value, (int, float)):
+            raise InputError(f"{name} is {value!r}, expected a number")
         if not low <= value <= high:
             raise InputError(f"{name} is {value}, expected {low:g} to {high:g}")
     if params.top_p == 0:
@@ -42,6 +44,8 @@ def check_sampling(params: SamplingParams) -> None:
         raise InputError(f"max_tokens is {params.max_new_tokens}, expected at least 1")
     if params.min_new_tokens < 0:
         raise InputError(f"min_tokens is {params.min_new_tokens}, expected at least 0")
+    if params.seed is not None and not isinstance(params.seed, int):
+        raise InputError(f"seed is {params.seed!r}, expected a whole number")
 
 
 def top_k_filter(logits: mx.array, k: int) -> mx.array:
@@ -79,8 +83,8 @@ class RowSampler:
         self.params = params
         self.steps = 0
         self._end_ids = [t for t in end_ids if t < vocab_size]
-        seed = params.seed if params.seed is not None else time.time_ns() % 2**63
-        self._key = mx.random.key(seed)
+        seed = secrets.randbits(63) if params.seed is None else params.seed
+        self._key = mx.random.key(seed % 2**64)
         self._bias = _dense_bias(params.logit_bias, vocab_size)
         self._counts: mx.array | None = None
         self._seen: mx.array | None = None
@@ -120,8 +124,10 @@ class RowSampler:
         return token.astype(mx.uint32)
 
     def adjust(self, logits: mx.array) -> mx.array:
-        """Penalties, bias, and no end token before `min_new_tokens`."""
+        """Bias, penalties, and no end token before `min_new_tokens`."""
         params = self.params
+        if self._bias is not None:
+            logits = logits + self._bias
         if self._seen is not None:
             factor = params.repetition_penalty
             punished = mx.where(logits < 0, logits * factor, logits / factor)
@@ -129,8 +135,6 @@ class RowSampler:
         if self._counts is not None:
             logits = logits - params.frequency_penalty * self._counts
             logits = logits - params.presence_penalty * (self._counts > 0)
-        if self._bias is not None:
-            logits = logits + self._bias
         if self.steps < params.min_new_tokens and self._end_ids:
             logits = mx.array(logits)
             logits[mx.array(self._end_ids)] = NEGATIVE
@@ -158,16 +162,8 @@ def _dense_bias(bias: dict[int, float], vocab_size: int) -> mx.array | None:
         return None
     dense = np.zeros(vocab_size, np.float32)
     for token, value in bias.items():
-        if not 0 <= token < vocab_size:
-            raise InputError(f"logit_bias for token {token}; the vocabulary has {vocab_size}")
+        if not isinstance(token, int) or not 0 <= token < vocab_size:
+            raise InputError(f"logit_bias for token {token!r}; the vocabulary has {vocab_size}")
         dense[token] = value
     return mx.array(dense)
 
-
-def sample_rows(logits: mx.array, samplers: Sequence[RowSampler]) -> mx.array:
-    """logits float32 [B, V] -> tokens uint32 [B]; one argmax where every row is plain greedy."""
-    if all(sampler.is_plain for sampler in samplers):
-        for sampler in samplers:
-            sampler.steps += 1
-        return mx.argmax(logits, axis=-1)
-    return mx.stack([s.next_token(logits[i]) for i, s in enumerate(samplers)])

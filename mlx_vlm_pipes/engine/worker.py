@@ -15,18 +15,24 @@ from typing import Any, TypeVar
 
 import mlx.core as mx
 
+from mlx_vlm_pipes.errors import EngineClosed
+
 T = TypeVar("T")
 _LIVE: weakref.WeakSet[OwnerThread] = weakref.WeakSet()
 
 
 class OwnerThread:
-    """Runs calls in order and, between them, `idle_work` for as long as it returns True."""
+    """Runs calls in order and, between them, `idle_work` for as long as it returns True.
+
+    last_work runs once, when the thread ends.
+    """
 
     def __init__(self) -> None:
         self._calls: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
         self._wake = threading.Condition()
         self._stopping = False
         self.idle_work: Callable[[], bool] | None = None
+        self.last_work: Callable[[], None] | None = None
         self._thread = threading.Thread(target=self._run, name="mlx_vlm_pipes", daemon=True)
         self._thread.start()
         _LIVE.add(self)
@@ -42,7 +48,7 @@ class OwnerThread:
         future: Future[T] = Future()
         with self._wake:
             if self._stopping:
-                raise RuntimeError("the pipeline is closed")
+                raise EngineClosed("the pipeline is closed")
             self._calls.append((future, function))
             self._wake.notify()
         return future
@@ -70,7 +76,11 @@ class OwnerThread:
                 except BaseException as error:  # handed to the caller, who raises it
                     future.set_exception(error)
             busy = self.idle_work() if self.idle_work is not None else False
-        self.idle_work = None
+        for future, _ in self._calls:
+            future.set_exception(EngineClosed("the pipeline is closed"))
+        if self.last_work is not None:
+            self.last_work()
+        self.idle_work = self.last_work = None
         mx.synchronize()
         mx.clear_streams()
 

@@ -135,6 +135,8 @@ class KVCache:
         need = max(row.length for row in rows) + extra
         in_order = all(row.slot in (None, i) for i, row in enumerate(rows))
         new = [row for row in rows if row.slot is None]
+        for row in new:
+            row.reserve(row.length + 1)  # a row without tokens has no arrays yet
         if in_order and row_bucket(len(rows)) == self.slots and len(rows) >= len(self.placed):
             self._grow(need)
             for i, row in enumerate(rows):
@@ -166,9 +168,8 @@ class KVCache:
             self.placed[slot] = moved
         if not self.placed:
             self._layers = []
-        elif row_bucket(len(self.placed)) < self.slots:
-            rows = row_bucket(len(self.placed))
-            self._layers = [tuple(mx.contiguous(a[:rows]) for a in x) for x in self._layers]
+        else:
+            self._shrink()
 
     def copy_row(self, row: CacheRow, length: int) -> CacheRow:
         """A staged copy of a row's first `length` tokens, wherever the row lies."""
@@ -196,6 +197,17 @@ class KVCache:
         self._layers = [
             tuple(arrays[i : i + width]) for i in range(0, len(arrays), width)
         ]
+
+    def _shrink(self) -> None:
+        """Give up idle rows, and capacity where less than half of it is needed."""
+        rows = row_bucket(len(self.placed))
+        capacity = capacity_bucket(max(row.length for row in self.placed) + 1)
+        if 2 * capacity > self.capacity:
+            capacity = self.capacity
+        if rows < self.slots or capacity < self.capacity:
+            self._layers = [
+                tuple(mx.contiguous(a[:rows, :, :capacity]) for a in x) for x in self._layers
+            ]
 
     def _grow(self, tokens: int) -> None:
         if self.capacity < tokens:

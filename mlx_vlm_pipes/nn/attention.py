@@ -6,11 +6,15 @@ with an online softmax, so that neither the scores nor the dequantised cache eve
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import mlx.core as mx
 
 from mlx_vlm_pipes.kv_cache import CacheFormat, Layer, PlainFormat, QuantizedFormat
 
-TILE = 256  # tokens of a quantised cache that are dequantised at a time
+TILE = 256  # tokens of a quantised cache that prefill dequantises at a time
+DECODE_TILE = 2048  # tokens whose scores a decode step holds at a time; nothing is dequantised
 
 
 def split_heads(x: mx.array, heads: int) -> mx.array:
@@ -73,12 +77,15 @@ def decode_attention(
         return mx.fast.scaled_dot_product_attention(
             q, keys.astype(q.dtype), values.astype(q.dtype), scale=scale, mask=mask
         )
+    heads = cached[0].shape[1]
+    grouped = _grouped(q * scale, heads)  # [B, K, H / K, D]
     state = None
-    for begin in range(0, mask.shape[-1], TILE):
-        end = min(begin + TILE, mask.shape[-1])
-        state = _merge_tile(state, q, format.decode(cached, begin, end), mask[..., begin:end], scale)
+    for begin in range(0, mask.shape[-1], DECODE_TILE):
+        tile = tuple(a[:, :, begin : begin + DECODE_TILE] for a in cached)
+        scores = format.scores(grouped, tile)
+        state = _merge(state, scores, mask[..., begin : begin + DECODE_TILE], _packed(format, tile))
     assert state is not None
-    return (state[0] / state[2]).astype(q.dtype)
+    return (state[0] / state[2]).reshape(q.shape).astype(q.dtype)
 
 
 def _tiled(
@@ -90,49 +97,78 @@ def _tiled(
     start: int,
     window: int | None,
 ) -> mx.array:
-    """Prefill over a quantised cache: query blocks of TILE rows, key tiles up to the diagonal."""
+    """Prefill over a quantised cache: blocks of queries, tiles of keys up to the diagonal.
+
+    Each block is evaluated before the next: a lazy graph of all of them would hold their tiles.
+    """
+    heads, dim = cached[0].shape[1], q.shape[-1]
     blocks = []
     for first in range(start, stop, TILE):
         last = min(first + TILE, stop)
-        block, state = q[:, :, first - start : last - start], None
-        query = mx.arange(first, last)[:, None]
+        block = q[:, :, first - start : last - start].astype(mx.float32) * scale
+        grouped, state = _grouped(block, heads), None  # [1, K, H / K * T, D]
         oldest = 0 if window is None else max(0, first - window + 1) // TILE * TILE
         for begin in range(oldest, last, TILE):
             end = min(begin + TILE, last)
-            key = mx.arange(begin, end)[None]
-            mask = key <= query if window is None else (key <= query) & (key > query - window)
-            state = _merge_tile(state, block, format.decode(cached, begin, end), mask, scale)
+            keys, values = (
+                x.astype(mx.float32) for x in format.decode(cached, begin, end)
+            )  # [1, K, S, D]
+            mask = _tile_mask((first, last), (begin, end), window, q.shape[1] // heads)
+            state = _merge(state, grouped @ keys.swapaxes(-1, -2), mask, partial(mx.matmul, b=values))
         assert state is not None
-        blocks.append((state[0] / state[2]).astype(q.dtype))
-    return mx.concatenate(blocks, axis=2)
+        block = (state[0] / state[2]).reshape(1, q.shape[1], last - first, dim).astype(q.dtype)
+        mx.eval(block)
+        blocks.append(block)
+    return blocks[0] if len(blocks) == 1 else mx.concatenate(blocks, axis=2)
+
+
+def _grouped(q: mx.array, kv_heads: int) -> mx.array:
+    """[B, H, T, D] -> [B, K, H / K * T, D]: the queries that share a key head together."""
+    return q.reshape(q.shape[0], kv_heads, -1, q.shape[-1])
+
+
+def _tile_mask(
+    queries: tuple[int, int], keys: tuple[int, int], window: int | None, group: int
+) -> mx.array | None:
+    """bool [group * T, S] of a tile; None where every query sees every key."""
+    (first, last), (begin, end) = queries, keys
+    if end <= first + 1 and (window is None or begin > last - 1 - window):
+        return None
+    query, key = mx.arange(first, last)[:, None], mx.arange(begin, end)[None]
+    mask = key <= query if window is None else (key <= query) & (key > query - window)
+    return mx.tile(mask, (group, 1))
+
+
+def _packed(format: QuantizedFormat, tile: Layer) -> Callable[[mx.array], mx.array]:
+    """Weights [B, K, R, S] -> their mix of a tile's packed values, [B, K, R, D]."""
+    return lambda weights: format.mix(weights, tile)
 
 
 State = tuple[mx.array, mx.array, mx.array]  # weighted values, running maximum, running sum
 
 
-def _merge_tile(
+def _merge(
     state: State | None,
-    q: mx.array,
-    tile: tuple[mx.array, mx.array],
-    mask: mx.array,
-    scale: float,
+    scores: mx.array,
+    mask: mx.array | None,
+    mix: Callable[[mx.array], mx.array],
 ) -> State:
-    """Add one tile of keys to an online softmax; all float32. Source: Milakov & Gimelshein 2018."""
-    keys, values = (x.astype(mx.float32) for x in tile)  # [B, K, S, D]
-    batch, heads, length, dim = q.shape
-    group = heads // keys.shape[1]
-    grouped = (q.astype(mx.float32) * scale).reshape(batch, -1, group * length, dim)
-    scores = grouped @ keys.swapaxes(-1, -2)  # [B, K, group * T, S]
-    scores = scores.reshape(batch, heads, length, -1)
-    scores = mx.where(mask, scores, -1e30)
+    """Add one tile to an online softmax, in float32. Source: Milakov & Gimelshein 2018.
+
+    Args: scores [B, K, R, S] of the tile; mask, broadcast to them; mix, weights [B, K, R, S] to
+    weighted values [B, K, R, D].
+    """
+    scores = scores.astype(mx.float32)
+    if mask is not None:
+        scores = mx.where(mask, scores, -1e30)
     top = mx.max(scores, axis=-1, keepdims=True)
     if state is not None:
         top = mx.maximum(top, state[1])
-    weights = mx.where(mask, mx.exp(scores - top), 0.0)
+    weights = mx.exp(scores - top)
+    if mask is not None:  # a tile without any visible key must count nothing
+        weights = mx.where(mask, weights, 0.0)
     sums = mx.sum(weights, axis=-1, keepdims=True)
-    mixed = (weights.reshape(batch, -1, group * length, weights.shape[-1]) @ values).reshape(
-        batch, heads, length, dim
-    )
+    mixed = mix(weights).astype(mx.float32)
     if state is None:
         return mixed, top, sums
     fade = mx.exp(state[1] - top)

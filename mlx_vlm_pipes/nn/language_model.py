@@ -26,7 +26,7 @@ class LanguageModel:
     """A decoder and its compiled step. Holds weights only; the cache comes with each call.
 
     adapters names the LoRA adapters that the decoder carries, in the order of their slots from 1.
-    traces counts how often the decode step was traced: once per (slots, capacity) bucket.
+    traces counts how often the compiled decode step was traced: once per (slots, capacity) bucket.
     """
 
     def __init__(
@@ -73,6 +73,8 @@ class LanguageModel:
         assert isinstance(kv, RowCacheInputs)
         count = len(kv.rows)
         is_decode = tokens.shape[0] == count and image_embeddings is None
+        # A lone token of a longer prompt is no decode step: LongRoPE looks at the whole prompt.
+        is_decode = is_decode and all(row.planned_length <= row.length + 1 for row in kv.rows)
         if is_decode and kv.cache.can_place(kv.rows):
             hidden, logits = self._decode(tokens, kv, position_ids)
             return self._one_token_outputs(hidden, logits)
@@ -100,9 +102,9 @@ class LanguageModel:
         for cache, begin, end in zip(kv.rows, bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
             kv.cache.release(cache, keep=True)
             stop = cache.length + end - begin
-            cache.reserve(stop + 1)
-            positions = None if position_ids is None else position_ids[:, begin:end]
             reach = max(stop, cache.planned_length)
+            cache.reserve(reach + 1)
+            positions = None if position_ids is None else position_ids[:, begin:end]
             rotation = self.decoder.rope.prefill(cache.length, stop, reach, positions)
             rows.append(PrefillRow(begin, end, cache, rotation))
         return rows
@@ -134,7 +136,7 @@ class LanguageModel:
         self, tokens: mx.array, lengths: mx.array, positions: mx.array, *arrays: mx.array
     ) -> tuple[mx.array, ...]:
         """Traced once for each shape; everything that changes is an argument."""
-        self.traces += 1
+        self.traces += self._compiled
         decoder = self.decoder
         slots, arrays = (arrays[0], arrays[1:]) if self.adapters else (None, arrays)
         width = len(arrays) // decoder.config.num_layers

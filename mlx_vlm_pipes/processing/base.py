@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -40,6 +41,7 @@ from mlx_vlm_pipes.processing.transforms import image_hash
 from mlx_vlm_pipes.processing.types import MediaRecord, ProcessedPrompt, PromptRequest
 
 QWEN_ONLY = ("min_pixels", "max_pixels")
+MAX_RETRY_SECONDS = 0.5  # a template that fails this slowly gets no second form to try
 MAX_MEDIA_TOKENS = 2**18  # of one picture or clip; far beyond any model, short of a flood
 
 
@@ -172,12 +174,15 @@ class TextProcessor:
         wrong form fails, or loses the text. Raises: what the first form raised, if all fail.
         """
         failures: list[ProcessorError] = []
+        deadline = time.monotonic() + MAX_RETRY_SECONDS
         lossy: str | None = None
         for messages in forms:
             try:
                 text = self.tokenizer.apply_chat_template(messages, template_variables=variables)
             except ProcessorError as error:
                 failures.append(error)
+                if time.monotonic() > deadline:
+                    break
                 continue
             if all(part in text for part in user_texts(messages)):
                 return text

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any, Protocol
@@ -92,6 +92,25 @@ class Layout:
     def ignores(self, name: str) -> bool:
         return any(fnmatchcase(name, pattern) for pattern in (*IGNORED, *self.ignore))
 
+    def written(self, name: str) -> str:
+        """The name in this layout of a canonical one; the first rule that leads to it counts.
+
+        Raises: WeightsError for a name that this layout has no place for.
+        """
+        for rule in self._inverse:
+            renamed = rule.apply(name)
+            if renamed is not None:
+                return renamed
+        raise WeightsError(f"the {self.name} layout has no place for '{clip(name)}'")
+
+    @cached_property
+    def _inverse(self) -> tuple[Prefix, ...]:
+        sources: dict[str, str] = {}
+        for rule in self.prefixes:
+            sources.setdefault(rule.target, rule.source)
+        rules = [Prefix(target, source) for target, source in sources.items()]
+        return tuple(sorted(rules, key=lambda rule: -rule.strength))
+
     def rename(self, name: str) -> tuple[str, int] | None:
         """The canonical name and how specific the rule was; None if no rule knows the name."""
         for rule, weight in self._rules:
@@ -99,6 +118,26 @@ class Layout:
             if renamed is not None:
                 return renamed, weight
         return None
+
+
+@dataclass(frozen=True)
+class MLXForm:
+    """How mlx-lm and mlx-vlm want an architecture's checkpoints, for writing them.
+
+    layouts: names of the room's layouts that these tools read; a checkpoint in none of them is
+    written in the first. head: whether they need an output head in the files even where it is
+    the embedding. model_types: other names that they know a `model_type` by.
+    """
+
+    layouts: tuple[str, ...]
+    head: bool = False
+    model_types: Mapping[str, str] = field(default_factory=dict)
+
+    def layout_like(self, found: Layout, layouts: Sequence[Layout]) -> Layout:
+        """The layout to write, for a checkpoint found in another."""
+        if found.name in self.layouts:
+            return found
+        return next(layout for layout in layouts if layout.name == self.layouts[0])
 
 
 def decoder(source: str = "model.", head: str = "lm_head.") -> tuple[Prefix, ...]:

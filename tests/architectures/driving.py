@@ -38,7 +38,7 @@ def changed(config: dict[str, Any], part: str = "", **values: Any) -> dict[str, 
     config = copy.deepcopy(config)
     target = config[part] if part else config
     target.update(values)
-    for key in [k for k, v in target.items() if v is None]:
+    for key in [k for k, v in values.items() if v is None]:
         del target[key]
     return config
 

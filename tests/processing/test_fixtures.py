@@ -73,6 +73,8 @@ def test_vocabulary_files_equal_tokenizer_json(path: Path, tmp_path: Path) -> No
     (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
     (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *pairs]), encoding="utf-8")
     shutil.copy(path / "tokenizer_config.json", tmp_path)
+    if "added_tokens_decoder" not in (tmp_path / "tokenizer_config.json").read_text():
+        pytest.skip("written by transformers 5, which keeps added tokens in tokenizer.json only")
     whole, rebuilt = Tokenizer(path), Tokenizer(tmp_path)
     assert rebuilt.vocab_size == whole.vocab_size
     texts = ["The small river opens 42 doors.\n\n  I'm naïve — 東京<|im_end|>", "e\u0301 x  \t\ny"]

@@ -87,6 +87,7 @@ class Idefics3Model(LogProbabilitiesMixin, PipelineModelWithKVCache[TextAndVisio
 
     vision_model: Model
     language_model: Model
+    tower_prefix = ""  # of the tower's parameters among the canonical names
 
     def __init__(
         self,

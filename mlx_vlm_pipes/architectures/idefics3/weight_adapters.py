@@ -8,6 +8,7 @@ from mlx_vlm_pipes.weights.layout import (
     DECODER_CANONICAL,
     ConvToMatrix,
     Layout,
+    MLXForm,
     Prefix,
     Transform,
     decoder,
@@ -40,6 +41,7 @@ LAYOUTS = (
     Layout("huggingface", (*decoder("model.text_model.", "lm_head."), *_vision("model."))),
     Layout("mlx-vlm", (*DECODER_CANONICAL, *_vision(""))),  # its names are the canonical ones
 )
+MLX_FORM = MLXForm(("mlx-vlm",), head=True)
 
 
 def transforms(vision_config: Idefics3VisionConfig) -> tuple[Transform, ...]:

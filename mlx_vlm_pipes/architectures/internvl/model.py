@@ -94,6 +94,7 @@ class InternVLModel(
 
     vision_model: Model
     language_model: Model
+    tower_prefix = ""  # of the tower's parameters among the canonical names
 
     def __init__(
         self,

@@ -11,6 +11,7 @@ from mlx_vlm_pipes.weights.layout import (
     DECODER_MLX_VLM,
     ConvToMatrix,
     Layout,
+    MLXForm,
     Prefix,
     Reshape,
     Transform,
@@ -72,6 +73,7 @@ LAYOUTS = (
     ),
     Layout("original InternVLChatModel", (*_ORIGINAL, *_DECODERS), IGNORE),
 )
+MLX_FORM = MLXForm(("huggingface v4", "original InternVLChatModel"))
 
 
 def transforms(vision_config: VisionConfig) -> tuple[Transform, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from mlx_vlm_pipes.weights.layout import TEXT_LAYOUTS
+from mlx_vlm_pipes.weights.layout import TEXT_LAYOUTS, MLXForm
 
 LAYOUTS = TEXT_LAYOUTS
+MLX_FORM = MLXForm(("huggingface",))

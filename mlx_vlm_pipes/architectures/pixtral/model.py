@@ -90,6 +90,7 @@ class PixtralModel(LogProbabilitiesMixin, PipelineModelWithKVCache[TextAndVision
 
     vision_model: Model
     language_model: Model
+    tower_prefix = ""  # of the tower's parameters among the canonical names
 
     def __init__(
         self,

@@ -9,6 +9,7 @@ from mlx_vlm_pipes.weights.layout import (
     DECODER_MLX_VLM,
     ConvToMatrix,
     Layout,
+    MLXForm,
     Prefix,
     Transform,
     decoder,
@@ -51,6 +52,7 @@ LAYOUTS = (
     ),
     Layout("canonical", (*DECODER_CANONICAL, *_vision("vision_model.", "multi_modal_projector."))),
 )
+MLX_FORM = MLXForm(("mlx-vlm",), head=True, model_types={"llava": "pixtral"})
 
 
 def transforms(config: PixtralConfig) -> tuple[Transform, ...]:

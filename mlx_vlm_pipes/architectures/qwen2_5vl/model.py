@@ -103,6 +103,7 @@ class Qwen2_5VLModel(
     model_config: Qwen2_5VLConfig | None = None
     vision_model: Model
     language_model: Model
+    tower_prefix = VISION  # of the tower's parameters among the canonical names
 
     def __init__(
         self,

@@ -18,7 +18,6 @@ from mlx_vlm_pipes.nn.activations import activation
 from mlx_vlm_pipes.nn.decoder import project_into
 from mlx_vlm_pipes.nn.rope import inverse_frequencies
 from mlx_vlm_pipes.nn.vision import rotate_half_split, segment_attention
-from mlx_vlm_pipes.weights import fuse_linears
 
 
 @dataclass(frozen=True)
@@ -88,20 +87,10 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(size, inner)
         self.down_proj = nn.Linear(inner, size)
 
-    def fuse(self) -> None:
-        """Make one matrix of gate and up, where their formats agree."""
-        fused = fuse_linears([self.gate_proj, self.up_proj])
-        if fused is not None:
-            self.gate_up_proj = fused
-            for name in ("gate_proj", "up_proj"):
-                self.pop(name)
-
     def __call__(self, x: mx.array, residual: mx.array) -> mx.array:
-        if "gate_up_proj" in self:
-            gate, up = mx.split(self.gate_up_proj(x), 2, axis=-1)
-        else:
-            gate, up = self.gate_proj(x), self.up_proj(x)
-        return project_into(self.down_proj, self.act(gate) * up, residual, 1.0)
+        # not joined into one product: at thousands of rows that wins no time and costs memory
+        inner = self.act(self.gate_proj(x)) * self.up_proj(x)  # [P, F]
+        return project_into(self.down_proj, inner, residual, 1.0)
 
 
 class Block(nn.Module):
@@ -152,11 +141,6 @@ class VisionModel(nn.Module):
         self.patch_embed = PatchEmbed(config)
         self.blocks = [Block(config) for _ in range(config.depth)]
         self.merger = PatchMerger(config)
-
-    def fuse(self) -> None:
-        """Fewer, larger matrix products. Call it once, after the weights are in."""
-        for block in self.blocks:
-            block.mlp.fuse()
 
     def __call__(
         self,

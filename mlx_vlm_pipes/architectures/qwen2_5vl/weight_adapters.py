@@ -9,6 +9,7 @@ from mlx_vlm_pipes.weights.layout import (
     DECODER_CANONICAL,
     DECODER_HF,
     DECODER_MLX_VLM,
+    MLXForm,
     Transform,
     decoder,
 )
@@ -22,6 +23,7 @@ LAYOUTS = (
     Layout("mlx-vlm", (*DECODER_MLX_VLM, Prefix("vision_tower.", VISION))),
     Layout("canonical", (*DECODER_CANONICAL, Prefix(VISION, VISION))),
 )
+MLX_FORM = MLXForm(("mlx-vlm",))
 
 
 def transforms(vision_config: VisionConfig) -> tuple[Transform, ...]:

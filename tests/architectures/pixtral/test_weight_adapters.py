@@ -40,7 +40,8 @@ def state(layout: str) -> dict[str, WeightData]:
     names = (
         [text + n for n in TEXT] + [tower + n for n in TOWER] + [projector + n for n in PROJECTOR]
     )
-    arrays = {name: np.zeros(1, np.float32) for name in [*names, head + "lm_head.weight"]}
+    arrays: dict[str, np.ndarray] = {n: np.zeros(1, np.float32) for n in names}
+    arrays[head + "lm_head.weight"] = np.zeros(1, np.float32)
     is_mlx = layout == "mlx-vlm"
     arrays[tower + "patch_conv.weight"] = CONV.transpose(0, 2, 3, 1) if is_mlx else CONV
     return {name: WeightData.from_numpy(array, name) for name, array in arrays.items()}

@@ -1,0 +1,185 @@
+"""One picture's encode and prefill beside mlx-vlm: same checkpoint, interleaved, medians, ratio.
+
+    python benchmarks/vision.py [--rounds 5] [--families idefics3 pixtral internvl qwen2_5_vl]
+
+Needs an environment with mlx-vlm, torch and transformers beside this package: the fixtures'
+checkpoints are widened with random weights (HF's own classes save them), so that matrix products
+count as they do in real models. Token ids and pixels are the fixtures' own for both sides.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+FIXTURES = {
+    "idefics3": "idefics3",
+    "pixtral": "pixtral",
+    "internvl": "internvl-llama",
+    "qwen2_5_vl": "qwen25vl",
+}
+TEXT = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6}
+VISION = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6}
+
+
+def widen(source: Path, target: Path) -> None:
+    """A copy of a fixture with a wider, deeper, random network."""
+    import torch
+    import transformers
+
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.safetensors*"))
+    config = json.loads((target / "config.json").read_text())
+    text = config.get("text_config", config)
+    text.update(TEXT)
+    text.pop("layer_types", None)
+    vision = dict(VISION)
+    if config["model_type"] == "qwen2_5_vl":
+        vision = {"hidden_size": 256, "intermediate_size": 768, "depth": 6}
+        vision["out_hidden_size"] = TEXT["hidden_size"]
+        vision["fullatt_block_indexes"] = [2, 5]
+    tower = config["vision_config"]
+    tower.update(vision)
+    if "head_dim" in tower:
+        tower["head_dim"] = 256 // tower["num_attention_heads"]
+    text["head_dim"] = 256 // text["num_attention_heads"]
+    scaling = text.get("rope_scaling") or {}
+    if "mrope_section" in scaling:
+        half = text["head_dim"] // 2
+        scaling["mrope_section"] = [half - 2 * (half // 3), half // 3, half // 3]
+    (target / "config.json").write_text(json.dumps(config))
+    torch.manual_seed(0)
+    loaded = transformers.AutoConfig.from_pretrained(target)
+    network = getattr(transformers, config["architectures"][0])._from_config(loaded).float()
+    network.save_pretrained(target)
+    (target / "config.json").write_text(json.dumps(config))
+
+
+class Ours:
+    """Encode and prefill through the documented model, on this thread."""
+
+    def __init__(self, folder: Path, fact: dict[str, Any]) -> None:
+        from mlx_vlm_pipes.architectures.registry import find_room
+        from mlx_vlm_pipes.hf_config import read_config
+        from mlx_vlm_pipes.loading import LoadOptions, load_model
+        from mlx_vlm_pipes.processing.types import PromptRequest
+
+        config = read_config(folder)
+        room = find_room(config)
+        self.model = load_model(room, folder, config, LoadOptions(dtype="float32"))
+        self.processor = room.processor_class().from_folder(folder, config.to_dict())
+        images = tuple(str(folder / name) for name in fact["images"])
+        request = PromptRequest(fact["messages"], images)
+        self.processed = self.processor.process(request)
+
+    def run(self) -> None:
+        from mlx_vlm_pipes.kv_cache import KVCache, cache_inputs
+
+        context = self.processor.new_context(self.processed, max_length=2048)
+        cache = KVCache(self.model.kv_params)
+        row = cache.new_row()
+        inputs = self.model.prepare_initial_token_inputs([[context]], cache_inputs(cache, [row]))
+        logits = self.model.execute(inputs).next_token_logits
+        mx.eval(logits, row.arrays())
+
+
+def as_mlx_vlm(folder: Path) -> Path:
+    """The folder under the model_type that mlx-vlm knows: Pixtral is "pixtral" there."""
+    config = json.loads((folder / "config.json").read_text())
+    if config["model_type"] != "llava":
+        return folder
+    copy = shutil.copytree(folder, folder.with_name("for-mlx-vlm"))
+    (copy / "config.json").write_text(json.dumps({**config, "model_type": "pixtral"}))
+    return copy
+
+
+class Theirs:
+    """mlx-vlm: input embeddings, then the language model with a prompt cache."""
+
+    def __init__(self, folder: Path, ids: np.ndarray, media: dict[str, np.ndarray]) -> None:
+        from mlx_vlm.utils import load_model
+
+        self.model = load_model(as_mlx_vlm(folder))
+        self.ids = mx.array(ids)[None]
+        self.media = {key: mx.array(value) for key, value in media.items()}
+
+    def run(self) -> None:
+        from mlx_vlm.models import cache
+
+        extra = {k: v for k, v in self.media.items() if k != "pixel_values"}
+        pixels = self.media["pixel_values"]
+        mask = mx.ones_like(self.ids)
+        out = self.model.get_input_embeddings(self.ids, pixels, mask=mask, **extra)
+        kept = {k: v for k, v in out.to_dict().items() if k != "inputs_embeds" and v is not None}
+        made = cache.make_prompt_cache(self.model.language_model)
+        answer = self.model.language_model(
+            self.ids, inputs_embeds=out.inputs_embeds, cache=made, **{**extra, **kept}
+        )
+        mx.eval(answer.logits[:, -1], [layer.state for layer in made])
+
+
+def measure(run: Callable[[], None]) -> tuple[float, float]:
+    """Seconds, and peak bytes above what was there before."""
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    before, begun = mx.get_active_memory(), time.perf_counter()
+    run()
+    return time.perf_counter() - begun, mx.get_peak_memory() - before
+
+
+def compare(family: str, rounds: int) -> None:
+    """Print both sides' medians and the ratios for one family."""
+    from tests.fixtures_helper import reference
+
+    source = ROOT / "tests" / "fixtures" / FIXTURES[family]
+    facts, arrays = reference(source)
+    fact = next(f for f in facts["prompts"] if f["name"] == "one")
+    names = ("pixel_values", "image_grid_thw", "pixel_attention_mask", "image_sizes")
+    media = {n: arrays[f"one/{n}"] for n in names if f"one/{n}" in arrays.files}
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / family
+        widen(source, target)
+        sides = {
+            "ours": Ours(target, fact).run,
+            "mlx-vlm": Theirs(target, arrays["one/input_ids"], media).run,
+        }
+        results: dict[str, list[tuple[float, float]]] = {side: [] for side in sides}
+        for i in range(rounds + 1):
+            for side, run in sides.items():
+                result = measure(run)
+                if i:
+                    results[side].append(result)
+    ours, theirs = (
+        tuple(statistics.median(r[k] for r in results[side]) for k in (0, 1)) for side in sides
+    )
+    print(
+        f"{family}: ours {ours[0] * 1e3:.1f} ms, {ours[1] / 1e6:.1f} MB; mlx-vlm "
+        f"{theirs[0] * 1e3:.1f} ms, {theirs[1] / 1e6:.1f} MB; ratios {ours[0] / theirs[0]:.2f} "
+        f"(time), {ours[1] / theirs[1]:.2f} (memory)",
+        flush=True,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--families", nargs="+", default=list(FIXTURES), choices=list(FIXTURES))
+    args = parser.parse_args()
+    for family in args.families:
+        compare(family, args.rounds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""Rows that decode together, one token a step, with one step always in flight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from mlx_vlm_pipes.engine.requests import Job
+from mlx_vlm_pipes.engine.results import Results
+from mlx_vlm_pipes.engine.state import EngineState
+from mlx_vlm_pipes.interfaces import ModelInputs
+from mlx_vlm_pipes.kv_cache import KVCacheInputs, cache_inputs, increment_cache_lengths
+
+
+@dataclass
+class Flight:
+    """A decode step that has been launched and not been read yet."""
+
+    jobs: list[Job]
+    inputs: ModelInputs
+    tokens: mx.array  # uint32 [B]
+    logits: mx.array  # float32 [B, V]
+
+
+class Decode:
+    """The running jobs, in the order of their slots."""
+
+    def __init__(self, state: EngineState, results: Results) -> None:
+        self._state, self._results = state, results
+        self.jobs: list[Job] = []
+        self._flight: Flight | None = None
+
+    @property
+    def is_busy(self) -> bool:
+        return bool(self.jobs) or self._flight is not None
+
+    def step(self) -> list[Job]:
+        """Launch the next step where rows are unchanged, then read the one before it.
+
+        Returns the jobs that left because they must be prefilled again (see `_take_crossing`).
+        """
+        flight = self._flight
+        if flight is not None:
+            self._flight = self._follow(flight)
+            self._read(flight)
+        if self._flight is not None:
+            return []
+        crossing = self._take_crossing()
+        if self.jobs:
+            self._flight = self._launch_fresh()
+        return crossing
+
+    def drop(self) -> list[Job]:
+        """Forget all jobs and the step in flight; returns the jobs."""
+        jobs, self.jobs, self._flight = self.jobs, [], None
+        return jobs
+
+    def _follow(self, flight: Flight) -> Flight | None:
+        """The step after `flight`, from its unread tokens; None where rows are to change."""
+        if flight.jobs != self.jobs:
+            return None
+        if any(self._ends_by_length(job) or self._crosses(job) for job in flight.jobs):
+            return None
+        inputs = self._state.model.prepare_next_token_inputs(flight.tokens, flight.inputs)
+        return self._launch(inputs, flight.jobs)
+
+    def _ends_by_length(self, job: Job) -> bool:
+        """Whether the token in flight is the last that this job may have."""
+        tokens, limit = job.context.tokens, job.context.sampling_params.max_new_tokens
+        if limit is not None and tokens.generated_length + 1 >= limit:
+            return True
+        return len(tokens) + 1 >= job.context.max_length
+
+    def _crosses(self, job: Job) -> bool:
+        """Whether the row's next token needs another rotary table than its cache has."""
+        edge = self._state.model.cache_break_length
+        assert job.row is not None
+        return edge is not None and job.row.length == edge
+
+    def _take_crossing(self) -> list[Job]:
+        """Rows that outgrow LongRoPE's short table leave, to be prefilled with the long one."""
+        crossing = [job for job in self.jobs if self._crosses(job)]
+        self.jobs = [job for job in self.jobs if job not in crossing]
+        return crossing
+
+    def _launch_fresh(self) -> Flight:
+        """A decode step from the contexts' own tokens, after the rows have changed."""
+        self.jobs.sort(key=_slot)  # rows that stay keep their slots, so nothing is moved
+        jobs = list(self.jobs)
+        kv = cache_inputs(self._state.cache, [job.row for job in jobs if job.row is not None])
+        contexts = [job.context for job in jobs]
+        return self._launch(self._state.model.prepare_initial_token_inputs([contexts], kv), jobs)
+
+    def _launch(self, inputs: ModelInputs, jobs: list[Job]) -> Flight:
+        kv = inputs.kv_cache_inputs
+        assert isinstance(kv, KVCacheInputs)
+        outputs = self._state.model.execute(inputs)
+        increment_cache_lengths(kv, [1] * len(jobs))
+        self._state.note_bucket()
+        logits = outputs.next_token_logits
+        assert logits is not None
+        tokens = self._results.sample(logits, jobs)
+        states = [a for job in jobs for a in job.sampler.state()]
+        mx.async_eval(tokens, *states)
+        return Flight(jobs, inputs, tokens, logits)
+
+    def _read(self, flight: Flight) -> None:
+        """Wait for a step's tokens and hand them out; jobs that end leave."""
+        values: list[int] = flight.tokens.tolist()  # pyright: ignore[reportAssignmentType]  # 1-D
+        for i, (job, token) in enumerate(zip(flight.jobs, values, strict=True)):
+            if job in self.jobs and not self._results.deliver(job, token, flight.logits[i : i + 1]):
+                self.jobs.remove(job)
+
+
+def _slot(job: Job) -> float:
+    """Place in the batch arrays; rows that are new come last."""
+    return float("inf") if job.row is None or job.row.slot is None else job.row.slot

@@ -1,0 +1,235 @@
+"""Prompts on their way into the cache: pictures in micro-batches, tokens in ragged slices."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import mlx.core as mx
+
+from mlx_vlm_pipes.contexts import TextAndVisionContext, TextContext
+from mlx_vlm_pipes.engine.caches import common_prefix
+from mlx_vlm_pipes.engine.requests import Job
+from mlx_vlm_pipes.engine.results import Results
+from mlx_vlm_pipes.engine.state import EngineState
+from mlx_vlm_pipes.errors import InputError
+from mlx_vlm_pipes.interfaces import ImageMetadata, LogProbabilities, log_probabilities
+from mlx_vlm_pipes.kv_cache import cache_inputs, increment_cache_lengths
+
+Group = Sequence[tuple[Job, int]]  # the jobs of a slice, with the number of tokens of each
+
+
+class Prefill:
+    """The jobs whose prompts are not in the cache yet, oldest first."""
+
+    def __init__(self, state: EngineState, results: Results) -> None:
+        self._state, self._results = state, results
+        self.jobs: list[Job] = []
+
+    def advance(self, *, others_wait: bool) -> list[Job]:
+        """One bounded slice of work; returns the jobs that decode from now on.
+
+        others_wait: whether running requests wait for it, which makes it smaller.
+        """
+        begun = time.perf_counter()
+        images, tokens, started = self._encode_images(), 0, []
+        if not images:
+            group = self._next_group(others_wait=others_wait)
+            tokens = sum(size for _, size in group)
+            started = self._run_or_isolate(group)
+        if others_wait:
+            seconds = time.perf_counter() - begun
+            self._state.note_slice(tokens=tokens, images=images, seconds=seconds)
+        return started
+
+    # ---- pictures
+
+    def _encode_images(self) -> int:
+        """Encode one micro-batch of the pictures that prefill will need; how many it was."""
+        owners: dict[int, Job] = {}
+        batch: dict[int, ImageMetadata] = {}
+        for job in self.jobs:
+            for image in pending_images(job.context):
+                key = image_key(image)
+                if key in job.features or key in batch:
+                    continue
+                known = self._state.images.get(image.image_hash)
+                if known is not None:
+                    job.features[key] = known
+                elif len(batch) < self._state.config.image_batch:
+                    batch[key], owners[key] = image, job
+        if batch:
+            self._share(self._encode(batch), batch, owners)
+        return len(batch)
+
+    def _encode(self, batch: dict[int, ImageMetadata]) -> dict[int, mx.array | Exception]:
+        """Vision rows by key; an exception for each picture that cannot be encoded."""
+        try:
+            rows = self._state.model.encode_images(list(batch.values()))
+            mx.eval(rows)
+            return dict(zip(batch, rows, strict=True))
+        except Exception as error:  # find out whose failure it is
+            if len(batch) == 1:
+                return dict.fromkeys(batch, error)
+        parts = [self._encode({key: image}) for key, image in batch.items()]
+        return {key: own for part in parts for key, own in part.items()}
+
+    def _share(
+        self,
+        made: dict[int, mx.array | Exception],
+        batch: dict[int, ImageMetadata],
+        owners: dict[int, Job],
+    ) -> None:
+        """Give vision rows to the jobs that wait for them, and to the cache."""
+        for key, rows in made.items():
+            waiting = [j for j in self.jobs if key in map(image_key, pending_images(j.context))]
+            if isinstance(rows, Exception):
+                for job in waiting:
+                    self.jobs.remove(job)
+                    self._results.fail(job, rows)
+                continue
+            for job in waiting:
+                job.features[key] = rows
+            owners[key].images_encoded += 1
+            self._state.stats.images_encoded += 1
+            self._state.images.put([batch[key].image_hash], [rows])
+
+    def _step_features(self, jobs: Sequence[Job]) -> mx.array | None:
+        """Vision rows of the pictures in this slice, in order."""
+        rows = [
+            job.features[image_key(image)] for job in jobs for image in step_images(job.context)
+        ]
+        return mx.concatenate(rows) if rows else None
+
+    # ---- tokens
+
+    def _next_group(self, *, others_wait: bool) -> Group:
+        config = self._state.config
+        room = config.running_chunk if others_wait else config.prefill_chunk
+        group: list[tuple[Job, int]] = []
+        for job in self.jobs:
+            size = min(job.remaining_prompt, room)
+            if size < 1 or (job.wants_echo and group):
+                break  # logits of all positions are returned for one row at a time
+            group.append((job, size))
+            room -= size
+            if job.wants_echo:
+                break
+        return group
+
+    def _run_or_isolate(self, group: Group) -> list[Job]:
+        """Run a slice; where it fails, find out whose failure it is."""
+        if not group:
+            return []
+        try:
+            self._run(group)
+        except Exception as error:
+            if len(group) == 1:
+                self._fail(group[0][0], error)
+                return []
+            started = []
+            for job, size in group:
+                self._state.reset_row(job)
+                started += self._run_or_isolate([(job, min(size, job.remaining_prompt))])
+            return started
+        return self._finish(group)
+
+    def _run(self, group: Group) -> None:
+        """Run one ragged slice: keys and values into the rows, logits to the jobs that end."""
+        jobs = [job for job, _ in group]
+        sizes = [size for _, size in group]
+        for job, size in group:
+            job.context.tokens.chunk(size)
+        echo = jobs[0].wants_echo
+        kv = cache_inputs(self._state.cache, [job.row for job in jobs if job.row is not None])
+        features = self._step_features(jobs)
+        extra = {} if features is None else {"image_embeddings": features}
+        contexts = [job.context for job in jobs]
+        inputs = self._state.model.prepare_initial_token_inputs(
+            [contexts], kv, sizes[0] if echo else 1, **extra
+        )
+        outputs = self._state.model.execute(inputs)
+        increment_cache_lengths(kv, sizes)
+        logits = outputs.next_token_logits
+        assert logits is not None
+        rows = [a for job in jobs if job.row is not None for a in job.row.arrays()]
+        mx.eval(logits, *rows)
+        if echo:
+            _note_echo(jobs[0], outputs.logits)
+        self._state.stats.prefill_tokens += sum(sizes)
+        for i, (job, size) in enumerate(group):
+            job.first_logits = logits[i : i + 1] if job.remaining_prompt == size else None
+
+    def _finish(self, group: Group) -> list[Job]:
+        """Hand out first tokens where prompts are done; the others go on with their next slice."""
+        ended = [job for job, _ in group if job.first_logits is not None]
+        for job, _ in group:
+            if job.first_logits is None:
+                job.context.tokens.advance_chunk()
+        if not ended:
+            return []
+        rows = [job.first_logits for job in ended if job.first_logits is not None]
+        tokens = self._results.sample(mx.concatenate(rows), ended)
+        values: list[int] = tokens.tolist()  # pyright: ignore[reportAssignmentType]  # 1-D
+        started = []
+        for job, token, logits in zip(ended, values, rows, strict=True):
+            self.jobs.remove(job)
+            job.first_logits = None
+            job.features.clear()
+            if job.clock.first_token is None:
+                job.clock.first_token = time.perf_counter()
+            if job.wants_echo:
+                length = job.context.tokens.prompt_length
+                job.prompt_logprobs = join_logprobs(job.echoed, length)
+            if self._results.deliver(job, token, logits):
+                started.append(job)
+        return started
+
+    def _fail(self, job: Job, error: Exception) -> None:
+        self.jobs.remove(job)
+        self._results.fail(job, error)
+
+    def is_making(self, job: Job) -> bool:
+        """Whether a job in prefill makes much of what this one needs: then wait for it."""
+        if not self._state.config.enable_prefix_caching or not self.jobs:
+            return False
+        making = max(common_prefix(job.keys, other.keys) for other in self.jobs)
+        return making >= self._state.prefixes.match(job.keys)[0] + SHARED_MIN
+
+
+SHARED_MIN = 64  # tokens of a common prefix that are worth waiting for
+
+
+def pending_images(context: TextContext) -> list[ImageMetadata]:
+    """Pictures whose placeholders are not all processed yet."""
+    return context.next_images if isinstance(context, TextAndVisionContext) else []
+
+
+def step_images(context: TextContext) -> list[ImageMetadata]:
+    """Pictures with placeholders among the active tokens or before them, not fully processed."""
+    end = context.tokens.current_position
+    return [image for image in pending_images(context) if image.start_idx < end]
+
+
+def image_key(image: ImageMetadata) -> int:
+    """The picture's content hash; its identity where it has none."""
+    return image.image_hash if image.image_hash is not None else id(image)
+
+
+def _note_echo(job: Job, logits: mx.array) -> None:
+    """Score the prompt tokens that follow each position of this slice."""
+    tokens = job.context.tokens
+    begin = tokens.processed_length
+    following = tokens.all[begin + 1 : begin + 1 + logits.shape[0]].tolist()
+    if following:
+        top = max(1, job.top_logprobs)
+        job.echoed.append(log_probabilities(logits[: len(following)], following, top))
+
+
+def join_logprobs(parts: Sequence[LogProbabilities], prompt_length: int) -> LogProbabilities:
+    """Scores of prompt tokens 1..n-1, from the slices they were computed in."""
+    own = [value for part in parts for value in part.token_log_probabilities]
+    tops = [top for part in parts for top in part.top_log_probabilities]
+    if len(own) != prompt_length - 1:
+        raise InputError(f"{len(own)} prompt scores for {prompt_length} tokens")
+    return LogProbabilities(own, tops)

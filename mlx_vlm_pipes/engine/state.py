@@ -1,0 +1,183 @@
+"""What all parts of the engine share: its limits and counters, the model, the caches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from mlx_vlm_pipes.contexts import TextContext
+from mlx_vlm_pipes.engine.caches import ImageCache, PrefixCache, prefix_keys
+from mlx_vlm_pipes.engine.requests import Job
+from mlx_vlm_pipes.errors import InputError, OutOfBudget
+from mlx_vlm_pipes.interfaces import PipelineModelWithKVCache
+from mlx_vlm_pipes.kv_cache import CacheRow, KVCache, capacity_bucket, row_bucket
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Limits of the engine. Bytes and tokens.
+
+    prefill_chunk bounds a slice of prefill while nothing decodes; running_chunk (tokens) and
+    image_batch (pictures) bound what a running request may wait for between two of its tokens.
+    """
+
+    max_batch_size: int = 16
+    prefill_chunk: int = 2048
+    running_chunk: int = 512
+    image_batch: int = 4
+    kv_bytes: int = 8 << 30
+    prefix_bytes: int = 1 << 30
+    image_bytes: int = 256 << 20
+    enable_prefix_caching: bool = True
+
+
+@dataclass
+class EngineStats:
+    """Counters since the start.
+
+    largest_slice_tokens, largest_slice_images, longest_slice_s: the most that running requests
+    waited for between two decode steps. traces: how often the decode step was traced; buckets:
+    how many (rows, capacity) sizes it has run at.
+    """
+
+    steps: int = 0
+    decode_steps: int = 0
+    prefill_tokens: int = 0
+    cached_tokens: int = 0
+    images_encoded: int = 0
+    largest_slice_tokens: int = 0
+    largest_slice_images: int = 0
+    longest_slice_s: float = 0.0
+    traces: int = 0
+    buckets: int = 0
+
+
+class EngineState:
+    """The model, the caches and the counters; every part of the scheduler holds this one."""
+
+    def __init__(self, model: PipelineModelWithKVCache, config: EngineConfig) -> None:
+        self.model, self.config = model, config
+        self.cache = KVCache(model.kv_params)
+        self.prefixes = PrefixCache(config.prefix_bytes if config.enable_prefix_caching else 0)
+        self.images = ImageCache(config.image_bytes)
+        self.stats = EngineStats()
+        self._buckets: set[tuple[int, int]] = set()
+
+    @property
+    def max_rows(self) -> int:
+        limit = self.model.pipeline_config.runtime.max_batch_size
+        return min(limit or self.config.max_batch_size, self.config.max_batch_size)
+
+    # ---- what a request needs
+
+    def capacity_needed(self, context: TextContext) -> int:
+        """Cache capacity of a request at its longest, in tokens.
+
+        Raises: OutOfBudget if a row of that size can never fit.
+        """
+        limit = context.sampling_params.max_new_tokens
+        asked = context.max_length if limit is None else len(context.tokens) + limit
+        longest = min(asked, context.max_length)
+        capacity = capacity_bucket(longest)
+        need = capacity * self.model.kv_params.bytes_per_token
+        if need > self.config.kv_bytes:
+            raise OutOfBudget(
+                f"the request needs {need / 1e6:.1f} MB of KV cache for {longest} tokens, the "
+                f"engine may use {self.config.kv_bytes / 1e6:.1f} MB; ask for fewer tokens or "
+                "raise the budget"
+            )
+        return capacity
+
+    def bytes_needed(self, jobs: Sequence[Job]) -> int:
+        """KV bytes when these jobs run to their ends together: rows and capacity in buckets."""
+        if not jobs:
+            return 0
+        longest = max(job.capacity for job in jobs)
+        return row_bucket(len(jobs)) * longest * self.model.kv_params.bytes_per_token
+
+    def adapter_slot(self, name: str) -> int:
+        """The slot of a LoRA adapter; 0 for the base model (no name).
+
+        Raises: InputError naming the adapters there are.
+        """
+        if not name:
+            return 0
+        if name not in self.model.adapters:
+            loaded = ", ".join(self.model.adapters) or "none"
+            raise InputError(f"no adapter {name!r}; loaded: {loaded}")
+        return self.model.adapters.index(name) + 1
+
+    def salt(self, context: TextContext, length: int) -> int:
+        """Separates keys made with another LongRoPE table or another adapter."""
+        edge = self.model.cache_break_length
+        is_long = edge is not None and length > edge
+        return int(is_long) + 2 * self.adapter_slot(context.model_name)
+
+    # ---- rows
+
+    def new_row(self, job: Job) -> CacheRow:
+        """An empty row for a job's tokens."""
+        row = self.cache.new_row()
+        row.planned_length = len(job.context.tokens)
+        row.adapter = self.adapter_slot(job.context.model_name)
+        return row
+
+    def row_from_prefix(self, job: Job) -> CacheRow:
+        """A row that starts with the longest cached prefix of a job's prompt."""
+        row, tokens = self.new_row(job), job.context.tokens
+        if not self.config.enable_prefix_caching or job.wants_echo:
+            return row
+        length, stored = self.prefixes.match(job.keys)
+        length = min(length, len(tokens) - 1)  # one token must run to give logits
+        if stored is None or length < 1:
+            return row
+        copied = stored.copy(length, capacity_bucket(len(tokens) + 1))
+        copied.planned_length, copied.adapter = row.planned_length, row.adapter
+        tokens.skip_processing(length)
+        job.cached_tokens = length
+        self.stats.cached_tokens += length
+        return copied
+
+    def reset_row(self, job: Job) -> None:
+        """Forget what is cached for a job; all its tokens become active again."""
+        if job.row is not None:
+            self.cache.release(job.row)
+        tokens = job.context.tokens
+        tokens.advance_chunk()  # lifts the limit of an unfinished slice
+        tokens.rewind_processing(tokens.processed_length)
+        job.cached_tokens = 0
+        job.row = self.new_row(job)
+
+    def remember(self, job: Job) -> None:
+        """Keep what is cached for a job as a prefix for later ones."""
+        row, tokens = job.row, job.context.tokens
+        if row is None or not self.config.enable_prefix_caching:
+            return
+        length = min(row.length, len(tokens))
+        size = length * self.model.kv_params.bytes_per_token
+        if length < 1 or size > self.prefixes.budget_bytes:
+            return
+        keys = prefix_keys(job.context, self.salt(job.context, row.length))[:length]
+        if self.prefixes.covers(keys):
+            return
+        twin = self.cache.copy_row(row, length)
+        mx.eval(twin.arrays())
+        self.prefixes.store(keys, twin)
+
+    # ---- counters
+
+    def note_bucket(self) -> None:
+        """Count the sizes that the decode step has just run at."""
+        self._buckets.add((self.cache.slots, self.cache.capacity))
+        self.stats.decode_steps += 1
+        self.stats.buckets = len(self._buckets)
+        self.stats.traces = self.model.language.traces
+
+    def note_slice(self, *, tokens: int, images: int, seconds: float) -> None:
+        """Count work that running requests waited for."""
+        stats = self.stats
+        stats.largest_slice_tokens = max(stats.largest_slice_tokens, tokens)
+        stats.largest_slice_images = max(stats.largest_slice_images, images)
+        stats.longest_slice_s = max(stats.longest_slice_s, seconds)
