@@ -214,7 +214,8 @@ class Attention(Projections):
             cached = row.cache.append(self.layer, *fresh, row.start)
             format = row.cache.format
             out = prefill_attention(q, fresh, cached, format, row.start, self.scale, self.window)
-            outs.append(merge_heads(out))
+            # Write the cache now: left to the end, every layer's projections would be kept.
+            outs.extend(mx.depends([merge_heads(out)], list(cached)))
         merged = outs[0] if len(outs) == 1 else mx.concatenate(outs, axis=0)  # [T, H * D]
         return self.into("o_proj", merged, residual, slots)
 
