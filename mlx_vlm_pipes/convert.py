@@ -12,7 +12,7 @@ from mlx_vlm_pipes.errors import PipesError
 
 _EPILOG = """\
 examples:
-  python -m mlx_vlm_pipes.convert --model HuggingFaceTB/SmolVLM-256M-Instruct --out smol-4bit --bits 4
+  python -m mlx_vlm_pipes.convert --model HuggingFaceTB/SmolVLM-256M-Instruct --out smol --bits 4
   python -m mlx_vlm_pipes.convert --model tuned-base --out fused --lora my-adapter
   python -m mlx_vlm_pipes.convert --model some-4bit --out floats --dequantize --dtype bfloat16
 
@@ -36,9 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     packing = parser.add_argument_group("quantisation")
     packing.add_argument("--bits", type=int, help="2, 3, 4, 5, 6 or 8 (affine); default 4")
     packing.add_argument("--group-size", type=int, help="32, 64 or 128 (affine); default 64")
-    packing.add_argument(
-        "--mode", default="affine", help="affine (default), mxfp4, mxfp8 or nvfp4"
-    )
+    packing.add_argument("--mode", default="affine", help="affine (default), mxfp4, mxfp8 or nvfp4")
     packing.add_argument(
         "--mixed", metavar="RECIPE",
         help="mixed_2_6, mixed_3_4, mixed_3_6, mixed_4_6 or mixed_4_8, see below",

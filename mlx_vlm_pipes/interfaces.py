@@ -37,7 +37,7 @@ __all__ = [
     "AlwaysSignalBuffersMixin", "ArchConfigWithKVCache", "Buffer", "EOSTracker", "ImageMetadata",
     "InferenceSession", "LogProbabilities", "LogProbabilitiesMixin", "Model", "ModelInputs",
     "ModelOutputs", "PipelineModel", "PipelineModelWithKVCache", "ReturnHiddenStates",
-    "ReturnLogits", "SamplingParams", "TextAndVisionContext", "TextContext", "TokenBuffer",
+    "ReturnLogits", "SamplingParams", "TextAndVisionContext", "TextContext", "TokenBuffer", "VisionWork",
 ]  # fmt: skip
 
 Buffer = mx.array
@@ -88,6 +88,21 @@ class ModelOutputs:
     next_token_logits: Buffer | None = None
     logit_offsets: Buffer | None = None
     hidden_states: Buffer | None = None
+
+@dataclass(frozen=True)
+class VisionWork:
+    """What encoding one image holds at once, in elements: for plans, not for running.
+
+    patches x width are its hidden states, patches x heads the queries of all heads, patches x
+    inner the MLP's; scores are the attention weights of one layer, all heads.
+    """
+
+    patches: int
+    width: int
+    heads: int
+    inner: int
+    scores: int
+
 
 @dataclass(frozen=True)
 class LogProbabilities:
@@ -240,6 +255,10 @@ class PipelineModel(ABC, Generic[ContextT]):
         """
         raise NotImplementedError(f"{type(self).__name__} has no vision model")
 
+    def vision_work(self, image: ImageMetadata) -> VisionWork:
+        """What `encode_images` needs for one image."""
+        raise NotImplementedError(f"{type(self).__name__} has no vision model")
+
     def compute_log_probabilities(
         self,
         session: InferenceSession,
@@ -251,11 +270,21 @@ class PipelineModel(ABC, Generic[ContextT]):
     ) -> list[LogProbabilities | None]:
         raise NotImplementedError(f"{type(self).__name__} computes no log-probabilities")
 
+class DecoderSizes(Protocol):
+    """A decoder whose `config` says its widths (nn.decoder.DecoderConfig)."""
+
+    @property
+    def config(self) -> Any: ...
+
+
 class TextSide(Protocol):
     """What the engine may ask of a model's text side beyond running it."""
 
     @property
     def break_length(self) -> int | None: ...
+
+    @property
+    def decoder(self) -> DecoderSizes: ...
 
     @property
     def adapters(self) -> tuple[str, ...]: ...

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 
-from mlx_vlm_pipes.contexts import SamplingParams, TextContext
+from mlx_vlm_pipes.contexts import EOSTracker, SamplingParams, TextContext
 from mlx_vlm_pipes.engine.engine import Engine
+from mlx_vlm_pipes.engine.plan import Plan
 from mlx_vlm_pipes.engine.requests import Chunk, Handle, Timings, Usage
 from mlx_vlm_pipes.errors import ContextTooLong, InputError
 from mlx_vlm_pipes.interfaces import LogProbabilities, PipelineModelWithKVCache
@@ -147,10 +148,14 @@ class Pipeline:
         videos: Sequence[Any] = (),
         **options: Unpack[PromptOptions],
     ) -> np.ndarray:
-        """float32 [n_tokens, vocab_size]: the logits at every position of the prompt."""
+        """float32 [n_tokens, vocab_size]: the logits at every position of the prompt.
+
+        With the adapter that `generate` uses where a request names none.
+        """
         processed = self.encode(prompt, images, videos, **options)
         self._check_length(processed, 0)
         context = self.processor.new_context(processed, max_length=self.max_seq_len)
+        context.model_name = self._adapter(None)
         return self.engine.prompt_logits(context)
 
     def generate(
@@ -183,6 +188,33 @@ class Pipeline:
         """Queue a request and return at once; iterate the handle with `for` or `async for`."""
         return self._submit(prompt, images, videos, options)
 
+    def generate_n(
+        self,
+        prompt: Prompt,
+        n: int,
+        images: Sequence[Any] = (),
+        videos: Sequence[Any] = (),
+        **options: Unpack[GenerateOptions],
+    ) -> list[GenerationResult]:
+        """n answers to one prompt, which is read once; they decode together.
+
+        Answer i is the one that `generate` gives with `seed` + i; without a seed, and with a
+        temperature, all differ. Raises: InputError for anything wrong with the request.
+        """
+        if not isinstance(n, int) or n < 1:
+            raise InputError(f"n is {n!r}, expected a number of answers, at least 1")
+        processed = self._read(prompt, images, videos, options)
+        seed = options.get("seed")
+        handles: list[Handle] = []
+        try:
+            for i in range(n):
+                own: Any = {**options, "seed": None if seed is None else seed + i}
+                handles.append(self._start(processed, own))
+            return [collect(handle) for handle in handles]
+        finally:
+            for handle in handles:
+                handle.close()
+
     def generate_batch(
         self, requests: Sequence[BatchRequest | str], **options: Unpack[GenerateOptions]
     ) -> list[GenerationResult]:
@@ -199,6 +231,17 @@ class Pipeline:
         finally:
             for handle in handles:
                 handle.close()
+
+    def plan(
+        self,
+        prompt: Prompt,
+        images: Sequence[Any] = (),
+        videos: Sequence[Any] = (),
+        **options: Unpack[GenerateOptions],
+    ) -> Plan:
+        """What a request needs: exact token counts, cache bytes, predicted peak; runs nothing."""
+        processed = self._read(prompt, images, videos, options)
+        return self.engine.plan(self._context(processed, options))
 
     def peak_memory_bytes(self) -> int:
         """The most memory that MLX held at once since the model was loaded."""
@@ -222,9 +265,18 @@ class Pipeline:
     def _submit(
         self, prompt: Prompt, images: Sequence[Any], videos: Sequence[Any], options: GenerateOptions
     ) -> Handle:
+        return self._start(self._read(prompt, images, videos, options), options)
+
+    def _read(
+        self, prompt: Prompt, images: Sequence[Any], videos: Sequence[Any], options: GenerateOptions
+    ) -> ProcessedPrompt:
+        """Tokens and pixels of a request, with those of its options that concern them."""
         _check_keys(options, _OPTION_KEYS)
         reading: Any = {k: v for k, v in options.items() if k in _PROMPT_KEYS}
-        processed = self.encode(prompt, images or (), videos or (), **reading)
+        return self.encode(prompt, images or (), videos or (), **reading)
+
+    def _start(self, processed: ProcessedPrompt, options: GenerateOptions) -> Handle:
+        """Hand a processed prompt to the engine."""
         context = self._context(processed, options)
         return self.engine.submit(context, self.tokenizer.stream_decoder())
 
@@ -233,14 +285,17 @@ class Pipeline:
         asked = options.get("max_tokens")
         self._check_length(processed, asked or 0)
         params = sampling_params(options)
+        only_listed = params.ignore_eos and params.stop_token_ids
+        ends = EOSTracker(frozenset(params.stop_token_ids)) if only_listed else None
         context = self.processor.new_context(
             processed,
             max_length=self.max_seq_len,
             sampling_params=params,
+            eos_tracker=ends,
             request_id=uuid.uuid4().hex,
             log_probabilities=options.get("logprobs", 0),
             log_probabilities_echo=options.get("prompt_logprobs", False),
-            ignore_eos=params.ignore_eos,
+            ignore_eos=params.ignore_eos and not only_listed,
         )
         context.model_name = self._adapter(options.get("adapter"))
         return context

@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_vlm_pipes.contexts import TextContext
+from mlx_vlm_pipes.engine.plan import Plan, make_plan
 from mlx_vlm_pipes.engine.prefill import image_key, pending_images, step_images
 from mlx_vlm_pipes.engine.requests import Handle
 from mlx_vlm_pipes.engine.scheduler import Scheduler
@@ -55,6 +56,11 @@ class Engine:
     def prompt_logits(self, context: TextContext) -> np.ndarray:
         """float32 [T, V]: logits at every prompt position, outside the batch and its caches."""
         return self.worker.call(lambda: _prompt_logits(self.scheduler.state, context))
+
+    def plan(self, context: TextContext) -> Plan:
+        """What a request would need on this engine; nothing is computed."""
+        resident = self.worker.call(mx.get_active_memory)
+        return make_plan(self.scheduler.state, context, resident, machine_memory())
 
     def peak_memory_bytes(self) -> int:
         """The most memory that MLX held at once in this process."""

@@ -64,9 +64,7 @@ class Results:
         self._free(job)
         reason = context.status.value
         timings = job.clock.timings()
-        job.handle.put(
-            Chunk(text, token, score, reason, job.usage(), timings, job.prompt_logprobs)
-        )
+        job.handle.put(Chunk(text, token, score, reason, job.usage(), timings, job.prompt_logprobs))
         job.handle.put(None)
         return False
 

@@ -166,4 +166,3 @@ def _dense_bias(bias: dict[int, float], vocab_size: int) -> mx.array | None:
             raise InputError(f"logit_bias for token {token!r}; the vocabulary has {vocab_size}")
         dense[token] = value
     return mx.array(dense)
-

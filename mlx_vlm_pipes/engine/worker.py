@@ -70,11 +70,8 @@ class OwnerThread:
                 if self._stopping:
                     break
                 calls, self._calls = self._calls, deque()
-            for future, function in calls:
-                try:
-                    future.set_result(function())
-                except BaseException as error:  # handed to the caller, who raises it
-                    future.set_exception(error)
+            while calls:
+                _serve(*calls.popleft())
             busy = self.idle_work() if self.idle_work is not None else False
         for future, _ in self._calls:
             future.set_exception(EngineClosed("the pipeline is closed"))
@@ -83,6 +80,14 @@ class OwnerThread:
         self.idle_work = self.last_work = None
         mx.synchronize()
         mx.clear_streams()
+
+
+def _serve(future: Future[Any], function: Callable[[], Any]) -> None:
+    """Run one call. A function of its own, so that the thread holds on to nothing of it."""
+    try:
+        future.set_result(function())
+    except BaseException as error:  # handed to the caller, who raises it
+        future.set_exception(error)
 
 
 @atexit.register

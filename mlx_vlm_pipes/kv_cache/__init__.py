@@ -22,6 +22,6 @@ from mlx_vlm_pipes.kv_cache.storage import (
 
 __all__ = [
     "CacheFormat", "CacheRow", "KVCache", "KVCacheInputs", "KVCacheInputsPerDevice", "Layer",
-    "PlainFormat", "QuantizedFormat", "RowCacheInputs", "cache_format", "cache_inputs", "capacity_bucket",
-    "increment_cache_lengths", "row_bucket", "write_decode",
+    "PlainFormat", "QuantizedFormat", "RowCacheInputs", "cache_format", "cache_inputs",
+    "capacity_bucket", "increment_cache_lengths", "row_bucket", "write_decode",
 ]  # fmt: skip

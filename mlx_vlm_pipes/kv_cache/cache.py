@@ -1,7 +1,7 @@
 """The KV cache: rows that prefill alone and decode together.
 
-A `CacheRow` holds one sequence. While it is prefilled it is *staged*: it owns its arrays. To decode,
-rows are *placed* side by side in the batch arrays of the `KVCache`, whose sizes grow in buckets so
+A `CacheRow` holds one sequence. While it is prefilled it is *staged*: it owns its arrays. To
+decode, rows are *placed* side by side in the batch arrays of the `KVCache`, whose sizes grow in buckets so
 that the compiled step sees few shapes. A single row is placed without a copy.
 """
 
@@ -60,8 +60,7 @@ class CacheRow:
         if not self._layers:
             capacity = capacity_bucket(tokens)
             self._layers = [
-                self.format.empty(self._params, 1, capacity)
-                for _ in range(self._params.num_layers)
+                self.format.empty(self._params, 1, capacity) for _ in range(self._params.num_layers)
             ]
         elif self._layers[0][0].shape[2] < tokens:
             capacity = capacity_bucket(tokens)
@@ -194,9 +193,7 @@ class KVCache:
     def give(self, arrays: Sequence[mx.array]) -> None:
         """The step's new batch arrays, in the order of `take`."""
         width = len(arrays) // self.params.num_layers
-        self._layers = [
-            tuple(arrays[i : i + width]) for i in range(0, len(arrays), width)
-        ]
+        self._layers = [tuple(arrays[i : i + width]) for i in range(0, len(arrays), width)]
 
     def _shrink(self) -> None:
         """Give up idle rows, and capacity where less than half of it is needed."""

@@ -60,17 +60,24 @@ class QuantizedFormat:
         values = mx.dequantize(*parts[3:], group_size=self.group_size, bits=self.bits)
         return keys, values
 
-
     def scores(self, q: mx.array, layer: Layer) -> mx.array:
         """q [B, K, R, D] times the packed keys of a layer -> [B, K, R, S]."""
         return mx.quantized_matmul(
-            q.astype(self.dtype), *layer[:3], True, self.group_size, self.bits
+            q.astype(self.dtype),
+            *layer[:3],
+            transpose=True,
+            group_size=self.group_size,
+            bits=self.bits,
         )
 
     def mix(self, weights: mx.array, layer: Layer) -> mx.array:
         """weights [B, K, R, S] times the packed values of a layer -> [B, K, R, D]."""
         return mx.quantized_matmul(
-            weights.astype(self.dtype), *layer[3:], False, self.group_size, self.bits
+            weights.astype(self.dtype),
+            *layer[3:],
+            transpose=False,
+            group_size=self.group_size,
+            bits=self.bits,
         )
 
 

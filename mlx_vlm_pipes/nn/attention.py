@@ -7,7 +7,6 @@ with an online softmax, so that neither the scores nor the dequantised cache eve
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import mlx.core as mx
 
@@ -114,7 +113,8 @@ def _tiled(
                 x.astype(mx.float32) for x in format.decode(cached, begin, end)
             )  # [1, K, S, D]
             mask = _tile_mask((first, last), (begin, end), window, q.shape[1] // heads)
-            state = _merge(state, grouped @ keys.swapaxes(-1, -2), mask, partial(mx.matmul, b=values))
+            scores = grouped @ keys.swapaxes(-1, -2)
+            state = _merge(state, scores, mask, _plain(values))
         assert state is not None
         block = (state[0] / state[2]).reshape(1, q.shape[1], last - first, dim).astype(q.dtype)
         mx.eval(block)
@@ -137,6 +137,11 @@ def _tile_mask(
     query, key = mx.arange(first, last)[:, None], mx.arange(begin, end)[None]
     mask = key <= query if window is None else (key <= query) & (key > query - window)
     return mx.tile(mask, (group, 1))
+
+
+def _plain(values: mx.array) -> Callable[[mx.array], mx.array]:
+    """Weights [B, K, R, S] -> their mix of values [B, K, S, D]."""
+    return lambda weights: weights @ values
 
 
 def _packed(format: QuantizedFormat, tile: Layer) -> Callable[[mx.array], mx.array]:

@@ -124,7 +124,7 @@ class Projections(nn.Module):
         else:
             y = mx.concatenate([self[name](x) for name in names], axis=-1)
             biases = [self[name].get("bias") for name in names]
-            bias = None if None in biases else mx.concatenate(biases)
+            bias = None if any(b is None for b in biases) else mx.concatenate(biases)
         tables: dict[str, LoRATable] = self.get("adapters", {})
         if slots is None or not tables:
             return y

@@ -13,9 +13,7 @@ from mlx_vlm_pipes.weights.install import check_names_and_shapes, parameter_shap
 Shapes = dict[str, tuple[int, ...]]
 
 
-def expected_shapes(
-    model_class: Any, pipeline_config: PipelineConfig, state: StateDict
-) -> Shapes:
+def expected_shapes(model_class: Any, pipeline_config: PipelineConfig, state: StateDict) -> Shapes:
     """Canonical name -> shape of every tensor, packed where `state` is.
 
     Where the head is declared tied, a head in `state` counts as wanted: loading drops it.

@@ -126,12 +126,14 @@ class MLXForm:
 
     layouts: names of the room's layouts that these tools read; a checkpoint in none of them is
     written in the first. head: whether they need an output head in the files even where it is
-    the embedding. model_types: other names that they know a `model_type` by.
+    the embedding. model_types: other names that they know a `model_type` by. flat_text: whether
+    they look for the keys of `text_config` at the top of config.json.
     """
 
     layouts: tuple[str, ...]
     head: bool = False
     model_types: Mapping[str, str] = field(default_factory=dict)
+    flat_text: bool = False
 
     def layout_like(self, found: Layout, layouts: Sequence[Layout]) -> Layout:
         """The layout to write, for a checkpoint found in another."""

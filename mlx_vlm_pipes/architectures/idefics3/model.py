@@ -28,6 +28,7 @@ from mlx_vlm_pipes.interfaces import (
     ReturnHiddenStates,
     ReturnLogits,
     require_inputs,
+    VisionWork,
 )
 from mlx_vlm_pipes.kv_cache import KVCacheInputs
 from mlx_vlm_pipes.nn.decoder import DecoderConfig
@@ -225,6 +226,13 @@ class Idefics3Model(LogProbabilitiesMixin, PipelineModelWithKVCache[TextAndVisio
             return []
         pixels = stack_frames(images)
         return [*mx.split(self.vision_model(pixels), len(images))]
+
+    def vision_work(self, image: ImageMetadata) -> VisionWork:
+        vision = self.model_config.vision_config
+        patches = (vision.image_size // vision.patch_size) ** 2
+        scores = vision.num_attention_heads * patches**2
+        width = vision.hidden_size
+        return VisionWork(patches, width, width, vision.intermediate_size, scores)
 
     def execute(self, model_inputs: ModelInputs) -> ModelOutputs:
         """One step.

@@ -33,6 +33,7 @@ from mlx_vlm_pipes.interfaces import (
     PipelineModelWithKVCache,
     ReturnLogits,
     require_inputs,
+    VisionWork,
 )
 from mlx_vlm_pipes.kv_cache import KVCacheInputs
 from mlx_vlm_pipes.nn.decoder import DecoderConfig
@@ -255,6 +256,13 @@ class InternVLModel(
             kv_cache_inputs=kv_cache_inputs,
             image_embeddings=image_embeddings if images else None,
         )
+
+    def vision_work(self, image: ImageMetadata) -> VisionWork:
+        vision = self.model_config.vision_config
+        tiles, patches = image.pixel_values.shape[0], (vision.image_size // vision.patch_size) ** 2
+        scores = tiles * vision.num_attention_heads * (patches + 1) ** 2
+        tokens, width = tiles * (patches + 1), vision.hidden_size
+        return VisionWork(tokens, width, width, vision.intermediate_size, scores)
 
     def execute(self, model_inputs: ModelInputs) -> ModelOutputs:
         """One step. Raises: TypeError for other inputs, ConfigError without a cache."""

@@ -6,7 +6,7 @@ Source: transformers modeling_internvl.py; modeling_intern_vit.py of the InternV
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,7 +19,6 @@ from mlx_vlm_pipes.architectures.internvl.model_config import (
 )
 from mlx_vlm_pipes.errors import InputError
 from mlx_vlm_pipes.nn.activations import activation
-from mlx_vlm_pipes.nn.decoder import project_into
 from mlx_vlm_pipes.nn.vision import pixel_shuffle
 from mlx_vlm_pipes.weights import fuse_linears
 
@@ -76,17 +75,10 @@ def resize_positions(table: mx.array, rows: int, columns: int) -> mx.array:
     return mx.concatenate([table[:1], resized])
 
 
-def fold_scale(linear: nn.Module, scale: mx.array) -> bool:
-    """Multiply a layer scale [E] into the projection before it, where that loses nothing.
-
-    Packed weights cannot take it, and in float16 the products may be too small.
-    """
-    if type(linear) is not nn.Linear or linear.weight.dtype == mx.float16:
-        return False
-    linear.weight = linear.weight * scale[:, None]
-    if "bias" in linear:
-        linear.bias = linear["bias"] * scale
-    return True
+@partial(mx.compile, shapeless=True)
+def add_scaled(residual: mx.array, x: mx.array, scale: mx.array) -> mx.array:
+    """residual + scale * x, [T, E] with a layer scale [E], in one kernel."""
+    return residual + scale * x
 
 
 class Embeddings(nn.Module):
@@ -110,7 +102,7 @@ class Embeddings(nn.Module):
 
 
 class Attention(nn.Module):
-    """Bidirectional attention inside each tile: [N * T, E] -> [N * T, E], before `proj`."""
+    """Bidirectional attention inside each tile: [N * T, E] -> [N * T, E]."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -149,11 +141,11 @@ class Attention(nn.Module):
             for y in (q, k, v)
         )  # [N, H, T, D]
         out = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.scale)
-        return out.transpose(0, 2, 1, 3).reshape(x.shape)
+        return self.proj(out.transpose(0, 2, 1, 3).reshape(x.shape))
 
 
 class MLP(nn.Module):
-    """Widen and activate: [N * T, E] -> [N * T, F]; the caller applies `fc2`."""
+    """Widen, activate, narrow: [N * T, E] -> [N * T, E]."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -162,13 +154,13 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.act(self.fc1(x))
+        return self.fc2(self.act(self.fc1(x)))
 
 
 class Layer(nn.Module):
     """Attention and MLP, each behind a norm, scaled per feature, around a residual.
 
-    [N * T, E] -> [N * T, E]. The layer scales ls1 and ls2 vanish into `proj` and `fc2`.
+    [N * T, E] -> [N * T, E].
     """
 
     def __init__(self, config: VisionConfig) -> None:
@@ -181,25 +173,9 @@ class Layer(nn.Module):
         self.mlp = MLP(config)
         self.ls2 = mx.ones((config.hidden_size,))
 
-    def fuse(self) -> None:
-        self.attn.fuse()
-        for name, linear in (("ls1", self.attn.proj), ("ls2", self.mlp.fc2)):
-            if fold_scale(linear, self[name]):
-                self.pop(name)
-
     def __call__(self, h: mx.array, tokens: int) -> mx.array:
-        out = self.attn(self.norm1(h), tokens)
-        h = _add_scaled(self.attn.proj, out, h, self.get("ls1"))
-        return _add_scaled(self.mlp.fc2, self.mlp(self.norm2(h)), h, self.get("ls2"))
-
-
-def _add_scaled(
-    linear: nn.Module, x: mx.array, residual: mx.array, scale: mx.array | None
-) -> mx.array:
-    """residual + scale * linear(x); scale None: folded into the linear layer."""
-    if scale is None:
-        return project_into(linear, x, residual, 1.0)
-    return residual + scale * linear(x)
+        h = add_scaled(h, self.attn(self.norm1(h), tokens), self.ls1)
+        return add_scaled(h, self.mlp(self.norm2(h)), self.ls2)
 
 
 class Encoder(nn.Module):
@@ -266,7 +242,7 @@ class VisionModel(nn.Module):
     def fuse(self) -> None:
         """Fewer, larger matrix products. Call it once, after the weights are in."""
         for layer in self.vision_model.encoder.layers:
-            layer.fuse()
+            layer.attn.fuse()
 
     def __call__(self, pixels: mx.array) -> mx.array:
         pixels = as_patches(pixels, self.patch_size)

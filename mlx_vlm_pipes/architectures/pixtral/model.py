@@ -31,6 +31,7 @@ from mlx_vlm_pipes.interfaces import (
     ReturnHiddenStates,
     ReturnLogits,
     require_inputs,
+    VisionWork,
 )
 from mlx_vlm_pipes.kv_cache import KVCacheInputs
 from mlx_vlm_pipes.nn.decoder import DecoderConfig
@@ -223,6 +224,13 @@ class PixtralModel(LogProbabilitiesMixin, PipelineModelWithKVCache[TextAndVision
         rows = self.vision_model(*self._pack(images))
         ends = np.cumsum([self.count_rows(image) for image in images])
         return [*mx.split(rows, ends[:-1].tolist())]
+
+    def vision_work(self, image: ImageMetadata) -> VisionWork:
+        config, patches = self.model_config, self.count_rows(image)
+        scores = config.vision_num_attention_heads * patches**2
+        width = config.vision_hidden_size
+        heads = config.vision_num_attention_heads * config.vision_head_dim
+        return VisionWork(patches, width, heads, config.vision_intermediate_size, scores)
 
     def execute(self, model_inputs: ModelInputs) -> ModelOutputs:
         """One step.

@@ -34,6 +34,7 @@ from mlx_vlm_pipes.interfaces import (
     PipelineModelWithKVCache,
     ReturnLogits,
     require_inputs,
+    VisionWork,
 )
 from mlx_vlm_pipes.kv_cache import KVCacheInputs
 from mlx_vlm_pipes.nn.decoder import DecoderConfig
@@ -184,7 +185,7 @@ class Qwen2_5VLModel(
         tower, decoder_config = self.blueprint(
             config, self.pipeline_config, state, self.return_logits
         )
-        vision = load_module(session, tower, part(state, VISION), tower.fuse)
+        vision = load_module(session, tower, part(state, VISION))
         decoder, loaded = load_decoder(session, decoder_config, part(state, LANGUAGE))
         self.language = LanguageModel(
             decoder, self.kv_params, self.return_logits, compile=session.compile
@@ -246,6 +247,15 @@ class Qwen2_5VLModel(
                     _require_vision_data(context)
             inputs.update(**_vision_fields(self._vision_data(images)))
         return inputs
+
+    def vision_work(self, image: ImageMetadata) -> VisionWork:
+        assert isinstance(image, Qwen2_5VLImage)
+        assert self.model_config is not None
+        vision, (times, rows, columns) = self.model_config.vision_config, image.grid_thw
+        frame = rows * columns
+        scores = times * vision.num_attention_heads * frame**2
+        width = vision.hidden_size
+        return VisionWork(times * frame, width, width, vision.intermediate_size, scores)
 
     def execute(self, model_inputs: ModelInputs) -> ModelOutputs:
         """One step. Raises: TypeError for other inputs, ConfigError without a cache,

@@ -230,10 +230,12 @@ class Qwen2_5VLProcessor(VisionProcessor):
     def make_metadata(self, item: EncodedMedia, unit: Unit, span: tuple[int, int]) -> ImageMetadata:
         pixels = unit.pixel_values
         grid = (item.grid[0], item.grid[1], item.grid[2])
+        # Seconds decide a clip's positions, so its cached keys: another speed is another clip.
+        identity = f"{self.digest}|{grid}|{item.facts['second_per_grid']}"
         return Qwen2_5VLImage(
             *span,
             pixels,
-            image_hash(pixels, f"{self.digest}|{grid}"),
+            image_hash(pixels, identity),
             grid,
             item.kind == "video",
             item.facts["second_per_grid"],

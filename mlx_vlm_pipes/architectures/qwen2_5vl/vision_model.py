@@ -15,7 +15,6 @@ import numpy as np
 
 from mlx_vlm_pipes.architectures.qwen2_5vl.model_config import VisionConfig
 from mlx_vlm_pipes.nn.activations import activation
-from mlx_vlm_pipes.nn.decoder import project_into
 from mlx_vlm_pipes.nn.rope import inverse_frequencies
 from mlx_vlm_pipes.nn.vision import rotate_half_split, segment_attention
 
@@ -57,7 +56,7 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Bidirectional attention within segments: [P, E] -> [P, E], added to the residual."""
+    """Bidirectional attention within segments: [P, E] -> [P, E]."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -67,17 +66,20 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(size, 3 * size)
         self.proj = nn.Linear(size, size)
 
-    def __call__(self, x: mx.array, residual: mx.array, segments: Segments) -> mx.array:
+    def __call__(self, x: mx.array, segments: Segments) -> mx.array:
         qkv = self.qkv(x).reshape(x.shape[0], 3 * self.num_heads, self.head_dim)
         roped = 2 * self.num_heads
         qk = rotate_half_split(qkv[:, :roped], segments.cos, segments.sin)  # [P, 2H, D]
         q, k = mx.split(qk, 2, axis=1)
         out = segment_attention(q, k, qkv[:, roped:], segments.lengths, self.scale)
-        return project_into(self.proj, out.reshape(x.shape), residual, 1.0)
+        return self.proj(out.reshape(x.shape))
 
 
 class MLP(nn.Module):
-    """Gated feed-forward: [P, E] -> [P, E], added to the residual."""
+    """Gated feed-forward: [P, E] -> [P, E].
+
+    Gate and up stay two products: at thousands of rows, one would win no time and cost memory.
+    """
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -87,10 +89,8 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(size, inner)
         self.down_proj = nn.Linear(inner, size)
 
-    def __call__(self, x: mx.array, residual: mx.array) -> mx.array:
-        # not joined into one product: at thousands of rows that wins no time and costs memory
-        inner = self.act(self.gate_proj(x)) * self.up_proj(x)  # [P, F]
-        return project_into(self.down_proj, inner, residual, 1.0)
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Block(nn.Module):
@@ -104,8 +104,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def __call__(self, h: mx.array, segments: Segments) -> mx.array:
-        h = self.attn(self.norm1(h), h, segments)
-        return self.mlp(self.norm2(h), h)
+        h = h + self.attn(self.norm1(h), segments)
+        return h + self.mlp(self.norm2(h))
 
 
 class PatchMerger(nn.Module):

@@ -67,7 +67,10 @@ def prompt(pixels: np.ndarray | None = PIXELS) -> TextAndVisionContext:
 
 
 def prefill(
-    model: InternVLModel, request: TextAndVisionContext, chunk: int | None = None, **given: Any
+    model: InternVLModel,
+    request: TextAndVisionContext,
+    chunk: int | None = None,
+    image_embeddings: mx.array | None = None,
 ) -> np.ndarray:
     """Logits of the whole prompt, in chunks."""
     cache, parts = KVCache(model.kv_params), []
@@ -75,7 +78,9 @@ def prefill(
     while request.tokens.active_length:
         request.tokens.chunk(min(chunk or 10**6, request.tokens.active_length))
         kv = cache_inputs(cache, [row])
-        inputs = model.prepare_initial_token_inputs([[request]], kv, **given)
+        inputs = model.prepare_initial_token_inputs(
+            [[request]], kv, image_embeddings=image_embeddings
+        )
         parts.append(np.array(model.execute(inputs).logits))
         increment_cache_lengths(kv, [request.tokens.active_length])
         request.tokens.advance_chunk()
@@ -98,10 +103,12 @@ def test_encoded_images_replace_pixels(model: InternVLModel) -> None:
     request = prompt()
     rows = model.encode_images(request.images)
     assert [r.shape for r in rows] == [(8, 32), (4, 32)]
-    given = {"image_embeddings": mx.concatenate(rows)}
-    inputs = model.prepare_initial_token_inputs([[request]], None, **given)
+    joined = mx.concatenate(rows)
+    inputs = model.prepare_initial_token_inputs([[request]], image_embeddings=joined)
     assert not inputs.has_vision_inputs
-    assert relative(prefill(model, request, **given), prefill(model, prompt())) < 1e-6
+    assert (
+        relative(prefill(model, request, image_embeddings=joined), prefill(model, prompt())) < 1e-6
+    )
 
 
 def test_images_of_several_sizes(model: InternVLModel) -> None:

@@ -1,7 +1,6 @@
 """The tower's parts against torch's numbers, and independence of an image from its neighbours."""
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 import pytest
 
@@ -12,7 +11,6 @@ from mlx_vlm_pipes.architectures.internvl.vision_model import (
     VisionModel,
     as_patches,
     bicubic_matrix,
-    fold_scale,
     resize_positions,
 )
 from mlx_vlm_pipes.errors import InputError
@@ -84,18 +82,8 @@ def test_fused_is_the_same(changes: dict[str, object]) -> None:
     pixels = mx.array(tiles(2))
     plain = np.array(model(pixels))
     model.fuse()
-    layer = model.vision_model.encoder.layers[0]
-    assert "qkv" in layer.attn
-    assert "ls1" not in layer
+    assert "qkv" in model.vision_model.encoder.layers[0].attn
     assert relative(np.array(model(pixels)), plain) < 1e-5
-
-
-def test_layer_scale_is_not_folded_into_half_or_packed_weights() -> None:
-    linear, scale = nn.Linear(64, 64), mx.full((64,), 0.5)
-    assert fold_scale(linear, scale)
-    linear.set_dtype(mx.float16)
-    assert not fold_scale(linear, scale)
-    assert not fold_scale(nn.QuantizedLinear(64, 64), scale)
 
 
 def test_query_norm_covers_all_features() -> None:

@@ -1,0 +1,59 @@
+"""python -m mlx_vlm_pipes.check: say what a model folder holds, and what is wrong with it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from mlx_vlm_pipes import __version__
+from mlx_vlm_pipes.errors import PipesError
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m mlx_vlm_pipes.check",
+        description="Examine a checkpoint: reads headers and JSON only, in seconds at any size.",
+        epilog="exit status: 0 usable, 1 not usable, 2 there is no such model",
+    )
+    parser.add_argument("model", help="folder or hub id")
+    parser.add_argument("--revision", help="branch, tag or commit of a hub id")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--run", action="store_true", help="load the model too, and look at its logits"
+    )
+    parser.add_argument("--version", action="version", version=f"mlx_vlm_pipes {__version__}")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0 usable, 1 not usable, 2 with one line on standard error otherwise."""
+    args = build_parser().parse_args(argv)
+    try:
+        return _run(args)
+    except PipesError as error:
+        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return 130
+
+
+def _run(args: argparse.Namespace) -> int:
+    from mlx_vlm_pipes.doctor import examine
+    from mlx_vlm_pipes.doctor.trial import try_out
+    from mlx_vlm_pipes.loading import resolve_folder
+
+    folder = resolve_folder(args.model, args.revision)
+    checkup = examine(folder)
+    if args.run and checkup.is_usable:
+        try_out(folder, checkup)
+    if args.json:
+        sys.stdout.write(json.dumps(checkup.as_dict(), ensure_ascii=False) + "\n")
+    else:
+        sys.stdout.write("\n".join(checkup.lines()) + "\n")
+    return 0 if checkup.is_usable else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,162 @@
+"""The checkpoint that is converted: its configuration, and its tensors by module, unread."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_vlm_pipes.architectures.registry import Room, find_room
+from mlx_vlm_pipes.config import PipelineConfig
+from mlx_vlm_pipes.errors import WeightsError
+from mlx_vlm_pipes.hf_config import HuggingFaceConfig, read_json, text_config, tie_flag
+from mlx_vlm_pipes.loading import LoadOptions, model_config_for
+from mlx_vlm_pipes.nn.expected import require_fit
+from mlx_vlm_pipes.nn.loading import LANGUAGE, StateDict
+from mlx_vlm_pipes.quantization import QuantizationConfig
+from mlx_vlm_pipes.weights import (
+    ConvToChannelsLast,
+    ConvToMatrix,
+    Layout,
+    WeightData,
+    adapt,
+    canonical_overrides,
+    detect_layout,
+    find_weight_files,
+    load_state_dict,
+    load_weights,
+    parse_quantization,
+    unpack_checkpoint,
+)
+from mlx_vlm_pipes.weights.layout import MLXForm, Reshape, Transform
+from mlx_vlm_pipes.weights.lora import LoRAAdapter, check_against_base, read_adapter
+from mlx_vlm_pipes.weights.quantized import settings_for
+
+EMBEDDING, HEAD = LANGUAGE + "embed_tokens", LANGUAGE + "lm_head"
+
+
+@dataclass
+class Source:
+    """A checkpoint under canonical names, convolutions channels last.
+
+    modules: module path -> {"weight": ..., "bias": ...}; a tensor that is no module's has the
+    part "". `packed`, with canonical overrides, says how the modules with scales are packed.
+    """
+
+    folder: Path
+    room: Room
+    values: dict[str, Any]
+    modules: dict[str, dict[str, WeightData]]
+    packed: QuantizationConfig | None
+    layout: Layout
+    form: MLXForm
+    layouts: Sequence[Layout]
+    changes: Sequence[Transform]
+    tied: bool
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers."""
+        names = {
+            path.split(".")[2] for path in self.modules if path.startswith(LANGUAGE + "layers.")
+        }
+        return len(names)
+
+    @property
+    def num_bytes(self) -> int:
+        parts = [part.data for module in self.modules.values() for part in module.values()]
+        return sum(part.nbytes for part in parts)
+
+    def read_adapter(self, folder: Path) -> LoRAAdapter:
+        """Raises: WeightsError for an adapter of another model."""
+        adapter = read_adapter(folder, folder.name, self.layouts, self.changes)
+        check_against_base(adapter, self.linear_shapes())
+        return adapter
+
+    def linear_shapes(self) -> dict[str, tuple[int, int]]:
+        """(outputs, inputs) of every matrix, by canonical module path."""
+        shapes = {}
+        for path, parts in self.modules.items():
+            shape = parts["weight"].shape if "weight" in parts else ()
+            if len(shape) == 2:
+                settings = packing_of(self, path)
+                columns = shape[1] * 32 // settings[1] if settings else shape[1]
+                shapes[path] = (shape[0], columns)
+        return shapes
+
+
+def packing_of(source: Source, path: str) -> tuple[int, int, str] | None:
+    """(group size, bits, mode) of a module that is packed, else None."""
+    if source.packed is None or "scales" not in source.modules[path]:
+        return None
+    return settings_for(path, source.packed)
+
+
+def open_source(folder: Path) -> Source:
+    """Read headers and configuration, and check that the one fits the other; reads no tensor.
+
+    Raises: CheckpointError as `load` does. A head that repeats the embedding is dropped.
+    """
+    values = read_json(folder / "config.json")
+    config = HuggingFaceConfig(values)
+    room = find_room(config)
+    weights = load_weights(find_weight_files(folder))
+    pipeline = PipelineConfig(model=model_config_for(folder, config, weights, LoadOptions()))
+    _, changes = room.model_class().read_config(pipeline)
+    adapters = room.weight_adapters()
+    raw, packed = unpack_checkpoint(load_state_dict(weights), parse_quantization(values))
+    layout = detect_layout(raw, adapters.LAYOUTS)
+    said = weights.metadata.get("format")
+    if packed is not None:
+        packed = canonical_overrides(packed, layout, changes)
+    full = StateDict(adapt(raw, layout, changes, file_format=said), packed)
+    require_fit(room.model_class(), pipeline, full)
+    state = adapt(raw, layout, [_kept(change) for change in changes], file_format=said)
+    tied = _resolve_tie(state, declared=tie_flag(config, text_config(config)))
+    form = adapters.MLX_FORM
+    return Source(
+        folder, room, values, by_module(state), packed, form.layout_like(layout, adapters.LAYOUTS),
+        form, adapters.LAYOUTS, changes, tied,
+    )  # fmt: skip
+
+
+def _kept(change: Transform) -> Transform:
+    """The change that a written checkpoint needs: convolutions stay so, with channels last."""
+    if isinstance(change, ConvToMatrix):
+        return ConvToChannelsLast(change.name, change.channels, change.kernel)
+    if isinstance(change, Reshape):
+        return _Unchanged()
+    raise WeightsError(f"{type(change).__name__} has no counterpart in a written checkpoint")
+
+
+class _Unchanged:
+    def apply(self, weight: WeightData, file_format: str | None) -> list[WeightData] | None:
+        del weight, file_format
+
+
+def by_module(state: Mapping[str, WeightData]) -> dict[str, dict[str, WeightData]]:
+    """Canonical names cut at the last dot: module -> part -> tensor, in the order of the files."""
+    modules: dict[str, dict[str, WeightData]] = {}
+    for name, weight in state.items():
+        module, _, part = name.rpartition(".")
+        is_part = part in ("weight", "bias", "scales", "biases")
+        path, key = (module, part) if is_part else (name, "")
+        modules.setdefault(path, {})[key] = weight
+    return modules
+
+
+def _resolve_tie(state: dict[str, WeightData], *, declared: bool | None) -> bool:
+    """Whether the head is the embedding; a copy of it is dropped. Reads both where needed."""
+    head, embedding = state.get(HEAD + ".weight"), state.get(EMBEDDING + ".weight")
+    if head is None or embedding is None:
+        return head is None
+    if not declared or head.shape != embedding.shape:
+        return False
+    if not bool(mx.array_equal(head.data, embedding.data)):
+        return False
+    for name in [name for name in state if name.startswith(HEAD + ".")]:
+        del state[name]
+    return True

@@ -1,0 +1,130 @@
+"""One module at a time: unpacked where needed, merged with an adapter, cast, packed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+
+from mlx_vlm_pipes.conversion.recipe import ConvertOptions, Recipe, Settings
+from mlx_vlm_pipes.conversion.source import EMBEDDING, HEAD, Source, packing_of
+from mlx_vlm_pipes.dtypes import DType
+from mlx_vlm_pipes.weights import WeightData
+from mlx_vlm_pipes.weights.lora import LoRAAdapter, merge_into
+
+Parts = dict[str, mx.array]
+
+
+@dataclass
+class Tally:
+    """What was written: elements before packing, bytes, and how each module is packed."""
+
+    read: int = 0  # bytes of the source
+    elements: int = 0
+    nbytes: int = 0
+    kept: int = 0  # matrices that stay floats
+    packed: dict[str, Settings] = field(default_factory=dict)  # written module path -> settings
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """The work on a source's modules. `adapter` is merged on the way."""
+
+    source: Source
+    options: ConvertOptions
+    recipe: Recipe
+    adapter: LoRAAdapter | None
+    tally: Tally = field(default_factory=Tally)
+
+    def run(self) -> Iterator[tuple[str, mx.array]]:
+        """(written name, evaluated array), one module after the other.
+
+        A module leaves the source when it is done, so that memory holds one at a time.
+        """
+        modules, layout = self.source.modules, self.source.layout
+        for path in list(modules):
+            settings = packing_of(self.source, path)
+            parts = modules.pop(path)
+            arrays, packed = self.convert(path, parts, settings)
+            self.tally.read += sum(part.data.nbytes for part in parts.values())
+            del parts  # the last hold on what was read
+            mx.eval(list(arrays.values()))
+            for target in self._targets(path):
+                written = layout.written(f"{target}.weight").removesuffix(".weight")
+                self._count(written, arrays, packed)
+                for part, array in arrays.items():
+                    name = f"{written}.{part}" if part else layout.written(target)
+                    yield name, array
+
+    def _targets(self, path: str) -> tuple[str, ...]:
+        """Where a module goes: the embedding is the head too, where a reader needs one."""
+        if path == EMBEDDING and self.source.tied and self.source.form.head:
+            return path, HEAD
+        return (path,)
+
+    def _count(self, written: str, arrays: Parts, packed: Settings | None) -> None:
+        self.tally.nbytes += sum(array.nbytes for array in arrays.values())
+        for part, array in arrays.items():
+            if packed is not None and part in ("scales", "biases"):
+                continue
+            is_packed = packed is not None and part == "weight"
+            self.tally.elements += array.size * 32 // packed[1] if is_packed else array.size
+        if packed is not None:
+            self.tally.packed[written] = packed
+        elif "weight" in arrays and arrays["weight"].ndim == 2:
+            self.tally.kept += 1
+
+    def convert(
+        self, path: str, parts: Mapping[str, WeightData], source: Settings | None
+    ) -> tuple[Parts, Settings | None]:
+        """A module's arrays as they are to be written, lazily, and how the weight is packed.
+
+        Args: source, how it is packed now. A packed module that an adapter touches is packed
+        again with the same settings; others that are packed stay as they are.
+        """
+        arrays = {part: weight.data for part, weight in parts.items()}
+        pair = self.adapter.layers.get(path) if self.adapter else None
+        target = source
+        if source is None and "weight" in arrays:
+            target = self.recipe.settings_for(path, tuple(arrays["weight"].shape))
+        if self.options.dequantize:
+            target = None
+        if source is not None and target == source and pair is None:
+            return self._cast(arrays), source
+        if source is not None:
+            arrays = unpack(arrays, source)
+        if pair is not None:
+            arrays["weight"] = merge_into(arrays["weight"], pair)
+        arrays = self._cast(arrays)
+        return (pack(arrays, target) if target else arrays), target
+
+    def _cast(self, arrays: Parts) -> Parts:
+        if self.options.dtype is None:
+            return arrays
+        dtype = DType[self.options.dtype].to_mx()
+        return {
+            part: array.astype(dtype) if mx.issubdtype(array.dtype, mx.floating) else array
+            for part, array in arrays.items()
+        }
+
+
+def unpack(arrays: Parts, settings: Settings) -> Parts:
+    """A packed module as floats: those of its scales, bfloat16 where these are no floats."""
+    group_size, bits, mode = settings
+    scales = arrays["scales"]
+    is_float = mx.issubdtype(scales.dtype, mx.floating)
+    weight = mx.dequantize(
+        arrays["weight"], scales, arrays.get("biases"), group_size, bits, mode,
+        dtype=scales.dtype if is_float else mx.bfloat16,
+    )  # fmt: skip
+    kept = {part: array for part, array in arrays.items() if part not in ("scales", "biases")}
+    return {**kept, "weight": weight}
+
+
+def pack(arrays: Parts, settings: Settings) -> Parts:
+    """A module of floats, packed."""
+    group_size, bits, mode = settings
+    made = mx.quantize(arrays["weight"], group_size, bits, mode)
+    names = ("weight", "scales", "biases")
+    return {**arrays, **dict(zip(names, made, strict=False))}

@@ -1,0 +1,117 @@
+"""What a request will need, before anything runs: tokens, cache, peak memory.
+
+The peak is what is resident (weights, caches) + keys and values + the larger of encoding and prefill. Their transients follow
+how MLX runs a layer: the outputs of some ten consecutive operations are alive at once, which comes
+to about 9 hidden states, 4 widths of all heads, 5 MLP widths and, without fused attention, the
+scores of one layer. The factors were fitted to measured peaks, with a margin so that the plan is
+not below them (tests/engine/test_plan.py keeps it honest).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_vlm_pipes.contexts import ImageMetadata, TextAndVisionContext, TextContext
+from mlx_vlm_pipes.engine.state import EngineConfig, EngineState
+from mlx_vlm_pipes.interfaces import PipelineModelWithKVCache, VisionWork
+from mlx_vlm_pipes.kv_cache import capacity_bucket
+
+HIDDEN_STATES = 9
+HEAD_WIDTHS = 4
+MLP_WIDTHS = 5
+SCORES = 1.25  # a mask or a second, smaller copy beside them
+MARGIN = 1.2
+FIXED_BYTES = 1 << 15  # small arrays, whatever the size of the request
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Counts in tokens, sizes in bytes. fits: the peak and the cache are within their limits."""
+
+    prompt_tokens: int
+    image_tokens: int
+    max_new_tokens: int
+    kv_bytes: int
+    resident_bytes: int
+    vision_peak_bytes: int
+    prefill_peak_bytes: int
+    peak_bytes: int
+    memory_bytes: int
+    fits: bool
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        verdict = "fits" if self.fits else "does not fit"
+        return (
+            f"prompt: {self.prompt_tokens} tokens ({self.image_tokens} of them image tokens), "
+            f"answer: up to {self.max_new_tokens}; KV cache: {self.kv_bytes / 1e6:.1f} MB; "
+            f"predicted peak: {self.peak_bytes / 1e6:.1f} MB of {self.memory_bytes / 1e9:.1f} GB; "
+            f"{verdict}"
+        )
+
+
+def make_plan(
+    state: EngineState, context: TextContext, resident_bytes: int, memory_bytes: int
+) -> Plan:
+    """The plan of one processed request on an otherwise idle engine."""
+    tokens, limit = context.tokens, context.sampling_params.max_new_tokens
+    new = min(limit or context.max_length, context.max_length - len(tokens))
+    images = context.images if isinstance(context, TextAndVisionContext) else []
+    kv = capacity_bucket(len(tokens) + new) * state.model.kv_params.bytes_per_token
+    vision = _vision_bytes(state.model, images, state.config)
+    prefill = _prefill_bytes(state.model, len(tokens), state.config)
+    # A finished row is copied into the prefix cache while its own arrays are still there.
+    copied = kv if state.config.enable_prefix_caching else 0
+    peak = resident_bytes + kv + max(vision, prefill, copied)
+    fits = peak <= memory_bytes and kv <= state.config.kv_bytes
+    placeholders = (
+        len(context.image_token_indices) if isinstance(context, TextAndVisionContext) else 0
+    )
+    return Plan(
+        len(tokens), placeholders, new, kv, resident_bytes, vision, prefill, peak, memory_bytes, fits
+    )
+
+
+def _transient(work: VisionWork, itemsize: int, *, fused: bool) -> float:
+    widths = HIDDEN_STATES * work.width + HEAD_WIDTHS * work.heads + MLP_WIDTHS * work.inner
+    scores = 0 if fused else SCORES * work.scores
+    return FIXED_BYTES + MARGIN * itemsize * (work.patches * widths + scores)
+
+
+def _vision_bytes(
+    model: PipelineModelWithKVCache, images: Sequence[ImageMetadata], config: EngineConfig
+) -> int:
+    """The largest micro-batch of images, and the rows that all of them leave behind."""
+    itemsize, fused = _compute(model)
+    sizes = [_transient(model.vision_work(image), itemsize, fused=fused) for image in images]
+    sizes = [size + image.pixel_values.nbytes for size, image in zip(sizes, images, strict=True)]
+    batches = [
+        sum(sizes[i : i + config.image_batch]) for i in range(0, len(sizes), config.image_batch)
+    ]
+    return int(max(batches, default=0))
+
+
+def _prefill_bytes(model: PipelineModelWithKVCache, tokens: int, config: EngineConfig) -> int:
+    itemsize, fused = _compute(model)
+    decoder = model.language.decoder.config
+    chunk = min(tokens, config.prefill_chunk)
+    work = VisionWork(
+        patches=chunk,
+        width=decoder.hidden_size,
+        heads=decoder.num_heads * decoder.head_dim,
+        inner=decoder.intermediate_size,
+        scores=decoder.num_heads * chunk * tokens,
+    )
+    return int(_transient(work, itemsize, fused=fused)) + 4 * 3 * decoder.vocab_size
+
+
+def _compute(model: PipelineModelWithKVCache) -> tuple[int, bool]:
+    """Bytes of an element while computing, and whether attention is fused."""
+    on_gpu = mx.default_device().type == mx.DeviceType.gpu
+    return model.kv_params.dtype.size_in_bytes, on_gpu
