@@ -9,6 +9,7 @@ dispatch counts), `smollm` has SmolLM-135M's shape (the bytes count).
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import tempfile
@@ -105,14 +106,16 @@ class Theirs:
     """mlx-lm: generate_step for one row, BatchGenerator for several."""
 
     def __init__(self, folder: Path) -> None:
-        from mlx_lm.utils import load_model
+        from mlx_lm.utils import load_model  # pyright: ignore[reportMissingImports]  # optional
 
         self.model, _ = load_model(folder)
 
     def run(self, prompts: list[list[int]], count: int) -> float:
         if len(prompts) > 1:
             return self._batch(prompts, count)
-        from mlx_lm.generate import generate_step
+        from mlx_lm.generate import (  # pyright: ignore[reportMissingImports]  # optional
+            generate_step,
+        )
 
         begun = None
         for i, _ in enumerate(generate_step(mx.array(prompts[0]), self.model, max_tokens=count)):
@@ -122,7 +125,9 @@ class Theirs:
         return (time.perf_counter() - begun) / (count - 1)
 
     def _batch(self, prompts: list[list[int]], count: int) -> float:
-        from mlx_lm.generate import BatchGenerator
+        from mlx_lm.generate import (  # pyright: ignore[reportMissingImports]  # optional
+            BatchGenerator,
+        )
 
         generator = BatchGenerator(self.model, max_tokens=count)
         generator.insert(prompts)
@@ -133,12 +138,12 @@ class Theirs:
                 break
             done.append(time.perf_counter())
         generator.close()
-        gaps = [b - a for a, b in zip(done, done[1:], strict=False)]
+        gaps = [b - a for a, b in itertools.pairwise(done)]
         return statistics.median(gaps)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--tokens", type=int, default=50)

@@ -45,7 +45,7 @@ def widen(source: Path, target: Path) -> None:
     text = config.get("text_config", config)
     text.update(TEXT)
     text.pop("layer_types", None)
-    vision = dict(VISION)
+    vision: dict[str, Any] = dict(VISION)
     if config["model_type"] == "qwen2_5_vl":
         vision = {"hidden_size": 256, "intermediate_size": 768, "depth": 6}
         vision["out_hidden_size"] = TEXT["hidden_size"]
@@ -109,14 +109,14 @@ class Theirs:
     """mlx-vlm: input embeddings, then the language model with a prompt cache."""
 
     def __init__(self, folder: Path, ids: np.ndarray, media: dict[str, np.ndarray]) -> None:
-        from mlx_vlm.utils import load_model
+        from mlx_vlm.utils import load_model  # pyright: ignore[reportMissingImports]  # optional
 
         self.model = load_model(as_mlx_vlm(folder))
         self.ids = mx.array(ids)[None]
         self.media = {key: mx.array(value) for key, value in media.items()}
 
     def run(self) -> None:
-        from mlx_vlm.models import cache
+        from mlx_vlm.models import cache  # pyright: ignore[reportMissingImports]  # optional
 
         extra = {k: v for k, v in self.media.items() if k != "pixel_values"}
         pixels = self.media["pixel_values"]
@@ -173,7 +173,7 @@ def compare(family: str, rounds: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--families", nargs="+", default=list(FIXTURES), choices=list(FIXTURES))
     args = parser.parse_args()

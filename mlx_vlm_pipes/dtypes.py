@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import enum
 from dataclasses import dataclass
 
@@ -36,10 +37,10 @@ class DType(enum.Enum):
         """Bytes of one element; the 4-bit float counts as one."""
         return _SIZES[self]
 
-    def is_float(self) -> "bool":  # quoted: `bool` is a member here
+    def is_float(self) -> builtins.bool:
         return self.name.startswith(("float", "bfloat"))
 
-    def is_float8(self) -> "bool":
+    def is_float8(self) -> builtins.bool:
         return self.name.startswith("float8")
 
     def to_mx(self) -> mx.Dtype:

@@ -69,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     answer.add_argument("--stop", action="append", help="text that ends the answer; repeatable")
     answer.add_argument("--ignore-eos", action="store_true", help="go on after the end token")
     output = parser.add_argument_group("output")
-    output.add_argument("--plan", action="store_true", help="say what the request needs; run nothing")
+    output.add_argument("--plan", action="store_true", help="say what it needs; run nothing")
     output.add_argument("--json", action="store_true", help="print one JSON object at the end")
     output.add_argument("--quiet", action="store_true", help="the answer only, no figures")
     output.add_argument("--version", action="version", version=f"mlx_vlm_pipes {__version__}")
@@ -98,7 +98,7 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
         choices=["auto", "float32", "float16", "bfloat16"],
         help="auto: the checkpoint's own on a GPU, float32 on a CPU",
     )
-    model.add_argument("--device", choices=["cpu", "gpu"], help="default: the GPU where there is one")
+    model.add_argument("--device", choices=["cpu", "gpu"], help="default: the GPU if there is one")
     model.add_argument("--adapter", help="folder of a LoRA adapter")
     model.add_argument("--kv-bits", type=int, choices=[4, 8], help="quantise the KV cache")
     model.add_argument("--max-length", type=int, help="limit on prompt plus answer, in tokens")

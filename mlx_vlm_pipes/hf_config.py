@@ -90,7 +90,9 @@ class HuggingFaceConfig:
     transformers does. A key known to neither raises AttributeError.
     """
 
-    def __init__(self, values: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, values: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
+    ) -> None:
         outer = values.get("model_type")
         text_type, vision_type = _PARTS.get(outer if isinstance(outer, str) else "", ("", ""))
         self._values: dict[str, Any] = {}

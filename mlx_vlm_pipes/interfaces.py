@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from mlx_vlm_pipes.contexts import (
     EOSTracker,
@@ -37,11 +38,13 @@ __all__ = [
     "AlwaysSignalBuffersMixin", "ArchConfigWithKVCache", "Buffer", "EOSTracker", "ImageMetadata",
     "InferenceSession", "LogProbabilities", "LogProbabilitiesMixin", "Model", "ModelInputs",
     "ModelOutputs", "PipelineModel", "PipelineModelWithKVCache", "ReturnHiddenStates",
-    "ReturnLogits", "SamplingParams", "TextAndVisionContext", "TextContext", "TokenBuffer", "VisionWork",
+    "ReturnLogits", "SamplingParams", "TextAndVisionContext", "TextContext", "TokenBuffer",
+    "VisionWork",
 ]  # fmt: skip
 
 Buffer = mx.array
 ContextT = TypeVar("ContextT", bound=TextContext)
+
 
 class ReturnLogits(str, enum.Enum):
     """Which positions get logits: the last of each row, the last n of each row, or all."""
@@ -49,6 +52,7 @@ class ReturnLogits(str, enum.Enum):
     LAST_TOKEN = "last_token"
     VARIABLE = "variable"
     ALL = "all"
+
 
 class ReturnHiddenStates(str, enum.Enum):
     """Which hidden states `execute` returns beside the logits (spec, section 1.7)."""
@@ -59,6 +63,7 @@ class ReturnHiddenStates(str, enum.Enum):
     ALL = "all"
     ALL_NORMALIZED = "all_normalized"
     EAGLE3 = "eagle3"
+
 
 @dataclass(kw_only=True)
 class ModelInputs:
@@ -80,6 +85,7 @@ class ModelInputs:
     def buffers(self) -> tuple[Buffer, ...]:
         raise NotImplementedError(f"{type(self).__name__} does not list its buffers")
 
+
 @dataclass
 class ModelOutputs:
     """logits float32 [rows, V]; row i of the batch is logits[offsets[i]:offsets[i+1]]."""
@@ -88,6 +94,7 @@ class ModelOutputs:
     next_token_logits: Buffer | None = None
     logit_offsets: Buffer | None = None
     hidden_states: Buffer | None = None
+
 
 @dataclass(frozen=True)
 class VisionWork:
@@ -111,6 +118,7 @@ class LogProbabilities:
     token_log_probabilities: list[float]
     top_log_probabilities: list[dict[int, float]]
 
+
 class ArchConfigWithKVCache(ABC):
     """A config class with the documented initialize / finalize split."""
 
@@ -127,6 +135,7 @@ class ArchConfigWithKVCache(ABC):
     @abstractmethod
     def get_max_seq_len(self) -> int: ...
 
+
 class Model:
     """A loaded, callable network. Call it as the module it holds."""
 
@@ -142,6 +151,7 @@ class Model:
         result = self.module(*buffers)
         return list(result) if isinstance(result, (list, tuple)) else [result]
 
+
 @dataclass
 class InferenceSession:
     """The devices and the compile switch that models are loaded with."""
@@ -149,7 +159,9 @@ class InferenceSession:
     devices: Sequence[Device] = ()
     compile: bool = True
 
-    def load(self, module: nn.Module, weights_registry: Mapping[str, Buffer] | None = None) -> Model:
+    def load(
+        self, module: nn.Module, weights_registry: Mapping[str, Buffer] | None = None
+    ) -> Model:
         """Install weights (all of them, strictly), evaluate them, and wrap the module."""
         if weights_registry is not None:
             module.load_weights(list(weights_registry.items()), strict=True)
@@ -158,6 +170,7 @@ class InferenceSession:
         module.eval()
         return Model(module, dict(_flatten(parameters)))
 
+
 def _flatten(tree: Any, prefix: str = "") -> list[tuple[str, Buffer]]:
     if isinstance(tree, Mapping):
         items = [(str(k), v) for k, v in tree.items()]
@@ -165,9 +178,8 @@ def _flatten(tree: Any, prefix: str = "") -> list[tuple[str, Buffer]]:
         items = [(str(i), v) for i, v in enumerate(tree)]
     else:
         return [(prefix, tree)]
-    return [
-        pair for k, v in items for pair in _flatten(v, f"{prefix}.{k}" if prefix else k)
-    ]
+    return [pair for k, v in items for pair in _flatten(v, f"{prefix}.{k}" if prefix else k)]
+
 
 class PipelineModel(ABC, Generic[ContextT]):
     """One architecture, loaded. The engine calls prepare, execute, prepare_next, execute, ..."""
@@ -270,6 +282,7 @@ class PipelineModel(ABC, Generic[ContextT]):
     ) -> list[LogProbabilities | None]:
         raise NotImplementedError(f"{type(self).__name__} computes no log-probabilities")
 
+
 class DecoderSizes(Protocol):
     """A decoder whose `config` says its widths (nn.decoder.DecoderConfig)."""
 
@@ -349,6 +362,7 @@ class PipelineModelWithKVCache(PipelineModel[ContextT]):
         cache_dtype: DType,
     ) -> KVCacheParams: ...
 
+
 class AlwaysSignalBuffersMixin:
     """Keeps the documented one (empty) signal buffer per device, even for a single device."""
 
@@ -360,11 +374,13 @@ class AlwaysSignalBuffersMixin:
             self._signal_buffers = [mx.zeros((0,), mx.uint8) for _ in self.devices]
         return self._signal_buffers
 
+
 class HasRaggedRows(Protocol):
     """Inputs that say where each row of the flat batch begins."""
 
     tokens: Buffer
     input_row_offsets: Buffer | list[Buffer]
+
 
 class LogProbabilitiesMixin:
     """Log-probabilities of sampled (and, with echo, prompt) tokens (spec, section 1.9)."""
@@ -385,8 +401,8 @@ class LogProbabilitiesMixin:
         del session
         inputs: HasRaggedRows = model_inputs  # pyright: ignore[reportAssignmentType]  # by duck
         rows = _row_bounds(inputs)
-        sampled = next_tokens.reshape(-1).tolist()
-        active = inputs.tokens.tolist()
+        sampled: list[int] = np.array(next_tokens).reshape(-1).tolist()
+        active: list[int] = np.array(inputs.tokens).tolist()
         results: list[LogProbabilities | None] = []
         for i, (top_n, echo) in enumerate(zip(batch_top_n, batch_echo, strict=True)):
             if not top_n:
@@ -401,24 +417,27 @@ class LogProbabilitiesMixin:
             results.append(log_probabilities(logits, scored, top_n))
         return results
 
+
 def log_probabilities(logits: Buffer, tokens: list[int], top_n: int) -> LogProbabilities:
     """Score `tokens` under logits [len(tokens), V]; each place lists its top_n and its token."""
     scores = logits.astype(mx.float32)
     scores = scores - mx.logsumexp(scores, axis=-1, keepdims=True)
     best = mx.argpartition(-scores, min(top_n, scores.shape[-1]) - 1, axis=-1)[:, :top_n]
     index = mx.concatenate([best, mx.array(tokens)[:, None].astype(best.dtype)], axis=-1)
-    values = mx.take_along_axis(scores, index, axis=-1).tolist()
+    values = np.array(mx.take_along_axis(scores, index, axis=-1))
     own: list[float] = []
     tops: list[dict[int, float]] = []
-    for ids, row in zip(index.tolist(), values, strict=True):
+    for ids, row in zip(np.array(index).tolist(), values.tolist(), strict=True):
         own.append(row[-1])
         ranked = sorted(zip(ids, row, strict=True), key=lambda pair: -pair[1])
         tops.append(dict(ranked))
     return LogProbabilities(own, tops)
 
+
 def _row_bounds(inputs: HasRaggedRows) -> list[int]:
     offsets = inputs.input_row_offsets
-    return (offsets[0] if isinstance(offsets, list) else offsets).tolist()  # pyright: ignore[reportReturnType]  # 1-D
+    return np.array(offsets[0] if isinstance(offsets, list) else offsets).tolist()
+
 
 def _echo_logits(outputs: ModelOutputs, row: int, rows: list[int]) -> Buffer:
     wanted = rows[row + 1] - rows[row]
@@ -426,7 +445,7 @@ def _echo_logits(outputs: ModelOutputs, row: int, rows: list[int]) -> Buffer:
         have = 1
         begin = row
     else:
-        bounds: list[int] = outputs.logit_offsets.tolist()  # pyright: ignore[reportAssignmentType]  # 1-D
+        bounds: list[int] = np.array(outputs.logit_offsets).tolist()
         begin, have = bounds[row], bounds[row + 1] - bounds[row]
     if have != wanted:
         raise InputError(
@@ -435,10 +454,10 @@ def _echo_logits(outputs: ModelOutputs, row: int, rows: list[int]) -> Buffer:
         )
     return outputs.logits[begin : begin + have]
 
+
 def require_inputs(inputs: ModelInputs, kind: type[Any]) -> None:
     """Raises: TypeError for another inputs class, ConfigError without a KV cache."""
     if not isinstance(inputs, kind):
         raise TypeError(f"expected {kind.__name__}, got {type(inputs).__name__}")
     if inputs.kv_cache_inputs is None:
         raise ConfigError(f"{kind.__name__} without kv_cache_inputs; pass the cache of this batch")
-

@@ -32,7 +32,7 @@ _HUB_FILES = [
 _FLOATS = ("float32", "float16", "bfloat16")
 
 
-def load(
+def load(  # noqa: PLR0913  # the options a user may say, all but one by keyword only
     path: str | Path | None = None,
     *,
     dtype: str = "auto",
@@ -63,9 +63,7 @@ def load(
                 room,
                 folder,
                 config,
-                LoadOptions(
-                    dtype, device, max_length, KVCacheConfig(bits=kv_bits), compile, lora
-                ),
+                LoadOptions(dtype, device, max_length, KVCacheConfig(bits=kv_bits), compile, lora),
             )
         )
         limits = engine or default_engine_config(machine_memory())
@@ -94,7 +92,9 @@ def lora_config(adapter: str | Path | Sequence[str | Path] | None) -> LoRAConfig
         return None
     listed = [adapter] if isinstance(adapter, (str, Path)) else list(adapter)
     paths = [str(path) for path in listed]
-    return LoRAConfig(True, paths, max_lora_rank=4096, max_num_loras=max(1, len(paths)))
+    return LoRAConfig(
+        enable_lora=True, lora_paths=paths, max_lora_rank=4096, max_num_loras=max(1, len(paths))
+    )
 
 
 def load_model(
@@ -205,5 +205,5 @@ def _download(name: str, revision: str | None) -> Path:
     except Exception as error:
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else repr(error)
         raise CheckpointNotFound(
-            f"no folder {name!r} here, and the hub did not give it ({type(error).__name__}: {reason})"
+            f"no folder {name!r} here, and none from the hub ({type(error).__name__}: {reason})"
         ) from None

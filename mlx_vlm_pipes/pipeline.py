@@ -251,9 +251,7 @@ class Pipeline:
         """Stop the engine and give its memory back once nothing else holds the pipeline."""
         self.engine.close()
 
-    def _submit_request(
-        self, request: BatchRequest | str, shared: GenerateOptions
-    ) -> Handle:
+    def _submit_request(self, request: BatchRequest | str, shared: GenerateOptions) -> Handle:
         own: dict[str, Any] = {"prompt": request} if isinstance(request, str) else dict(request)
         prompt, messages = own.pop("prompt", None), own.pop("messages", None)
         if (prompt is None) == (messages is None):

@@ -10,7 +10,7 @@ from mlx_vlm_pipes.dtypes import DType
 
 
 class QuantizationEncoding(enum.Enum):
-    """Packed encodings. The value is (elements per block, bytes per block); MLX varies by module."""
+    """Packed encodings; the value is (elements, bytes) of a block. MLX varies by module."""
 
     Q4_0 = (32, 18)
     Q4_K = (256, 144)

@@ -150,7 +150,9 @@ def examine_tensors(
     checkup.quantization = describe_quantization(declared, packed)
     state = StateDict(_renamed(raw, layout, changes, checkup), None)
     state.quantization = canonical_overrides(packed, layout, changes) if packed else None
-    if declared is not None and not any(".scale" in name or "weight_scale" in name for name in infos):
+    if declared is not None and not any(
+        ".scale" in name or "weight_scale" in name for name in infos
+    ):
         checkup.warn("quantization", "config.json declares it, but no tensor is packed")
     _sum_up(state, infos, layout, checkup)
     _look_at_head(state, config, checkup)
@@ -251,7 +253,10 @@ def _look_at_head(state: StateDict, config: HuggingFaceConfig, checkup: Checkup)
     if head is None:
         checkup.embeddings = "tied"
         if declared is False:
-            checkup.error("missing", "no output head, and tie_word_embeddings is false")
+            checkup.warn(
+                "missing",
+                "no lm_head, though tie_word_embeddings is false; the embedding takes its place",
+            )
     elif declared:
         checkup.embeddings = "declared tied, and a head is in the files too (used if it differs)"
     else:

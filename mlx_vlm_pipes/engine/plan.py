@@ -1,10 +1,10 @@
 """What a request will need, before anything runs: tokens, cache, peak memory.
 
-The peak is what is resident (weights, caches) + keys and values + the larger of encoding and prefill. Their transients follow
-how MLX runs a layer: the outputs of some ten consecutive operations are alive at once, which comes
-to about 9 hidden states, 4 widths of all heads, 5 MLP widths and, without fused attention, the
-scores of one layer. The factors were fitted to measured peaks, with a margin so that the plan is
-not below them (tests/engine/test_plan.py keeps it honest).
+The peak is what is resident (weights, caches) + keys and values + the larger of encoding and
+prefill. Their transients follow how MLX runs a layer: the outputs of some ten consecutive
+operations are alive at once, which comes to about 9 hidden states, 4 widths of all heads, 5 MLP
+widths and, without fused attention, the scores of one layer. The factors were fitted to measured
+peaks, with a margin so that the plan is not below them (tests/engine/test_plan.py).
 """
 
 from __future__ import annotations
@@ -74,7 +74,16 @@ def make_plan(
         len(context.image_token_indices) if isinstance(context, TextAndVisionContext) else 0
     )
     return Plan(
-        len(tokens), placeholders, new, kv, resident_bytes, vision, prefill, peak, memory_bytes, fits
+        len(tokens),
+        placeholders,
+        new,
+        kv,
+        resident_bytes,
+        vision,
+        prefill,
+        peak,
+        memory_bytes,
+        fits,
     )
 
 

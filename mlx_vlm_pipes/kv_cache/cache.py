@@ -1,8 +1,8 @@
 """The KV cache: rows that prefill alone and decode together.
 
 A `CacheRow` holds one sequence. While it is prefilled it is *staged*: it owns its arrays. To
-decode, rows are *placed* side by side in the batch arrays of the `KVCache`, whose sizes grow in buckets so
-that the compiled step sees few shapes. A single row is placed without a copy.
+decode, rows are *placed* side by side in the batch arrays of the `KVCache`, whose sizes grow in
+buckets so that the compiled step sees few shapes. A single row is placed without a copy.
 """
 
 from __future__ import annotations
@@ -254,7 +254,7 @@ class KVCache:
             blank = self.format.empty(self.params, idle, capacity)
             parts.append([blank] * self.params.num_layers)
         self._layers = [
-            tuple(mx.concatenate(column, axis=0) for column in zip(*layer, strict=True))
+            tuple(mx.concatenate(list(column), axis=0) for column in zip(*layer, strict=True))
             for layer in zip(
                 *[[resize(layer, capacity) for layer in row] for row in parts], strict=True
             )

@@ -20,7 +20,6 @@ from mlx_vlm_pipes.nn.attention import (
     decode_attention,
     merge_heads,
     prefill_attention,
-    split_heads,
 )
 from mlx_vlm_pipes.nn.lora import LoRATable, adapted
 from mlx_vlm_pipes.nn.rope import Rope, RopeSpec, Rotation
@@ -134,9 +133,7 @@ class Projections(nn.Module):
         """Output widths of the linears that may be fused."""
         raise NotImplementedError
 
-    def into(
-        self, name: str, x: mx.array, residual: mx.array, slots: mx.array | None
-    ) -> mx.array:
+    def into(self, name: str, x: mx.array, residual: mx.array, slots: mx.array | None) -> mx.array:
         """residual + multiplier * linear(x), with the row's adapter."""
         factor = self.residual_multiplier
         table: LoRATable | None = self.get("adapters", {}).get(name)
@@ -277,9 +274,7 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = _norm(config.hidden_size, config.norm_eps)
         self.mlp = MLP(config)
 
-    def prefill(
-        self, h: mx.array, rows: Sequence[PrefillRow], slots: mx.array | None
-    ) -> mx.array:
+    def prefill(self, h: mx.array, rows: Sequence[PrefillRow], slots: mx.array | None) -> mx.array:
         h = self.self_attn.prefill(self.input_layernorm(h), h, rows, slots)
         return self.mlp(self.post_attention_layernorm(h), h, slots)
 
@@ -344,10 +339,8 @@ class DenseDecoder(nn.Module):
     def logits(self, h: mx.array) -> mx.array:
         """Hidden states [T, E] -> logits float32 [T, V]."""
         normed = self.norm(h)
-        if "lm_head" in self:
-            out = self.lm_head(normed)
-        else:
-            out = self.embed_tokens.as_linear(normed)
+        head = self.lm_head if "lm_head" in self else self.embed_tokens.as_linear
+        out = head(normed)
         out = out.astype(mx.float32)
         scaling = self.config.logits_scaling
         return out if scaling == 1.0 else out / scaling

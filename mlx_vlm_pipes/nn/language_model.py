@@ -99,7 +99,9 @@ class LanguageModel:
         self, kv: RowCacheInputs, bounds: np.ndarray, position_ids: mx.array | None
     ) -> list[PrefillRow]:
         rows = []
-        for cache, begin, end in zip(kv.rows, bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+        for cache, begin, end in zip(
+            kv.rows, bounds[:-1].tolist(), bounds[1:].tolist(), strict=True
+        ):
             kv.cache.release(cache, keep=True)
             stop = cache.length + end - begin
             reach = max(stop, cache.planned_length)

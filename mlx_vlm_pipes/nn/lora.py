@@ -22,9 +22,7 @@ class LoRATable(nn.Module):
     weight, the base's [out, in] (for DoRA), dtype the type to compute in.
     """
 
-    def __init__(
-        self, pairs: Sequence[LoRAPair | None], weight: mx.array, dtype: mx.Dtype
-    ) -> None:
+    def __init__(self, pairs: Sequence[LoRAPair | None], weight: mx.array, dtype: mx.Dtype) -> None:
         super().__init__()
         out, inputs = weight.shape
         rank = max(pair.rank for pair in pairs if pair is not None)
@@ -36,8 +34,8 @@ class LoRATable(nn.Module):
                 gains.append(gains[0])
                 continue
             pad = rank - pair.rank
-            downs.append(mx.pad(pair.a.astype(mx.float32), ((0, pad), (0, 0))).T)
-            ups.append(mx.pad(pair.b.astype(mx.float32) * pair.scale, ((0, 0), (0, pad))).T)
+            downs.append(mx.pad(pair.a.astype(mx.float32), [(0, pad), (0, 0)]).T)
+            ups.append(mx.pad(pair.b.astype(mx.float32) * pair.scale, [(0, 0), (0, pad)]).T)
             factor = dora_factor(weight, pair)
             gains.append(gains[0] if factor is None else factor)
         self.down = mx.stack(downs).astype(dtype)  # [slots, in, r]

@@ -32,8 +32,8 @@ from mlx_vlm_pipes.interfaces import (
     ModelOutputs,
     PipelineModelWithKVCache,
     ReturnLogits,
-    require_inputs,
     VisionWork,
+    require_inputs,
 )
 from mlx_vlm_pipes.kv_cache import KVCacheInputs
 from mlx_vlm_pipes.nn.decoder import DecoderConfig

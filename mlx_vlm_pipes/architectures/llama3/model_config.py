@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from mlx_vlm_pipes.config import (
     KVCacheConfig,
@@ -167,7 +167,7 @@ class Llama3Config(ArchConfigWithKVCache):
         return_logits: ReturnLogits,
         return_hidden_states: ReturnHiddenStates = ReturnHiddenStates.NONE,
         norm_method: NormMethod = "rms_norm",
-        attention_bias: bool = False,
+        attention_bias: bool = False,  # noqa: FBT001, FBT002  # documented so
     ) -> None:
         """Read what only the weights can say. Looks at names and dtypes, never at values.
 

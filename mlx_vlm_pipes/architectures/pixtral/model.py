@@ -30,8 +30,8 @@ from mlx_vlm_pipes.interfaces import (
     PipelineModelWithKVCache,
     ReturnHiddenStates,
     ReturnLogits,
-    require_inputs,
     VisionWork,
+    require_inputs,
 )
 from mlx_vlm_pipes.kv_cache import KVCacheInputs
 from mlx_vlm_pipes.nn.decoder import DecoderConfig

@@ -23,9 +23,7 @@ LAYOUTS = (
     Layout("mlx-vlm", (*DECODER_MLX_VLM, Prefix("vision_tower.", VISION))),
     Layout("canonical", (*DECODER_CANONICAL, Prefix(VISION, VISION))),
 )
-MLX_FORM = MLXForm(
-    ("mlx-vlm",), model_types={"qwen2_5_vl_vision": "qwen2_5_vl"}, flat_text=True
-)
+MLX_FORM = MLXForm(("mlx-vlm",), model_types={"qwen2_5_vl_vision": "qwen2_5_vl"}, flat_text=True)
 
 
 def transforms(vision_config: VisionConfig) -> tuple[Transform, ...]:
