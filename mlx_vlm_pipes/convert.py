@@ -43,12 +43,11 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     vision = packing.add_mutually_exclusive_group()
     vision.add_argument(
-        "--keep-vision", dest="quantize_vision", action="store_false",
+        "--keep-vision",
+        action="store_true",
         help="leave the vision tower and the connector as floats (default)",
-    )  # fmt: skip
-    vision.add_argument(
-        "--quantize-vision", action="store_true", default=False, help="quantise them too"
     )
+    vision.add_argument("--quantize-vision", action="store_true", help="quantise them too")
     packing.add_argument("--dequantize", action="store_true", help="write plain floats")
     parser.add_argument("--dtype", help="float32, float16 or bfloat16; default: as it is")
     parser.add_argument("--lora", type=Path, help="folder of an adapter to merge")

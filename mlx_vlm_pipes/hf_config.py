@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mlx_vlm_pipes.config_limits import check_limits
 from mlx_vlm_pipes.errors import ConfigError
 
 _LLAMA = {
@@ -88,11 +89,14 @@ class HuggingFaceConfig:
 
     Keys that the file leaves out are answered with the class default of its `model_type`, as
     transformers does. A key known to neither raises AttributeError.
+    Raises: ConfigError for values beyond any model, of the keys that models are built from.
     """
 
     def __init__(
         self, values: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
     ) -> None:
+        if defaults is None:
+            check_limits(values)
         outer = values.get("model_type")
         text_type, vision_type = _PARTS.get(outer if isinstance(outer, str) else "", ("", ""))
         self._values: dict[str, Any] = {}

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from mlx_vlm_pipes import Pipeline, load
-from tests.fixtures_helper import cases, reference
+from tests.fixtures_helper import SAME_PILLOW, cases, reference
 
 LOGITS_BAR = 2e-5  # of the largest logit; the promise is 2e-3
 PIXELS_BAR = 1e-5  # the promise is 1e-2
@@ -38,6 +38,12 @@ def arguments(folder: Path, fact: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def comparable(facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """The prompts whose stored numbers hold for the installed Pillow."""
+    prompts = facts["prompts"]
+    return [p for p in prompts if SAME_PILLOW or not (p["images"] or p["videos"])]
+
+
 def wanted(arrays: Any, prompt: str, name: str) -> Any:
     """A stored array; after clips the alternative reading of positions."""
     other = f"{prompt}/position_ids_alt" in arrays.files and name in ("logits", "greedy")
@@ -47,7 +53,7 @@ def wanted(arrays: Any, prompt: str, name: str) -> Any:
 def test_every_prompt_equals_transformers(checkpoint: tuple[Path, Pipeline]) -> None:
     folder, pipe = checkpoint
     facts, arrays = reference(folder)
-    for fact in facts["prompts"]:
+    for fact in comparable(facts):
         request = arguments(folder, fact)
         encoded = pipe.encode(**request)
         name = fact["name"]
@@ -71,13 +77,13 @@ def test_a_batch_gives_the_same_answers(checkpoint: tuple[Path, Pipeline]) -> No
     facts, arrays = reference(folder)
     pipe.engine.forget()
     requests = []
-    for fact in facts["prompts"]:
+    for fact in comparable(facts):
         request = arguments(folder, fact)
         if not fact["raw"]:
             request["messages"] = request.pop("prompt")
         requests.append(request)
     answers = pipe.generate_batch(requests, max_tokens=facts["max_new"])
-    for fact, answer in zip(facts["prompts"], answers, strict=True):
+    for fact, answer in zip(comparable(facts), answers, strict=True):
         assert answer.tokens == wanted(arrays, fact["name"], "greedy").tolist(), fact["name"]
 
 

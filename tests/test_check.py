@@ -6,6 +6,7 @@ import struct
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import mlx.core as mx
 import numpy as np
@@ -38,7 +39,7 @@ def edit_json(folder: Path, name: str, change: Callable[[dict], object]) -> None
 
 
 def edit_tensors(folder: Path, change: Callable[[dict[str, mx.array]], object]) -> None:
-    arrays = dict(mx.load(str(folder / WEIGHTS)))
+    arrays = cast("dict[str, mx.array]", mx.load(str(folder / WEIGHTS)))
     mx.eval(list(arrays.values()))
     change(arrays)
     mx.save_safetensors(str(folder / WEIGHTS), arrays, metadata={"format": "pt"})
@@ -50,7 +51,7 @@ def test_good_folders_are_silent(folder):
     assert checkup.findings == []
     assert checkup.verdict == "good"
     assert checkup.parts["text"].parameters > 1000
-    assert checkup.run_bytes > checkup.load_bytes > 0
+    assert (checkup.run_bytes or 0) > (checkup.load_bytes or 0) > 0
     is_text = "vision_config" not in json.loads((folder / "config.json").read_text())
     assert list(checkup.parts) == (["text"] if is_text else ["text", "vision", "connector"])
 
@@ -69,7 +70,7 @@ def test_converted_folders_are_silent(options, said, tmp_path):
     convert(ConvertOptions(model=source, out=out, quantize_vision=True, measure=False, **options))
     checkup = examine(out)
     assert checkup.findings == []
-    assert checkup.quantization.startswith(said)
+    assert str(checkup.quantization).startswith(said)
     assert checkup.parts["text"].parameters == examine(source).parts["text"].parameters
 
 
@@ -97,8 +98,8 @@ def without(name: str) -> Callable[[Path], None]:
     return lambda folder: edit_tensors(folder, lambda arrays: arrays.pop(name))
 
 
-def write(name: str, text: str) -> Callable[[Path], None]:
-    return lambda folder: (folder / name).write_text(text) and None
+def write(name: str, text: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_text(text)
 
 
 def remove(name: str) -> Callable[[Path], None]:
@@ -296,7 +297,7 @@ def test_head_beside_a_tied_embedding_is_said(tmp_path):
         folder, lambda a: a.update({"lm_head.weight": mx.array(a["model.embed_tokens.weight"])})
     )
     checkup = examine(folder)
-    assert "declared tied" in checkup.embeddings
+    assert "declared tied" in str(checkup.embeddings)
     assert checkup.findings == []
 
 

@@ -1,5 +1,6 @@
 """Conversion: the numbers of what is written, its form, and that it is whole or not there."""
 
+import importlib
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -14,8 +16,8 @@ import pytest
 
 from mlx_vlm_pipes import convert as command
 from mlx_vlm_pipes import load
-from mlx_vlm_pipes.conversion import ConvertOptions, convert
-from mlx_vlm_pipes.conversion.measure import compare, text_logits
+from mlx_vlm_pipes.conversion import ConvertOptions, Report, convert
+from mlx_vlm_pipes.conversion.measure import Difference, compare, text_logits
 from mlx_vlm_pipes.conversion.recipe import RECIPES, Recipe
 from mlx_vlm_pipes.errors import CheckpointError, InputError, WeightsError
 from mlx_vlm_pipes.weights import find_weight_files, load_weights, read_header
@@ -42,16 +44,21 @@ def first_prompt(case: str) -> tuple[list, list[Path]]:
     return prompt["messages"], [FIXTURES / case / name for name in prompt.get("images", [])]
 
 
-def run(case: str, out: Path, **options) -> object:
+def run(case: str, out: Path, **options: Any) -> Report:
     return convert(ConvertOptions(model=FIXTURES / case, out=out, **options))
+
+
+def difference(report: Report) -> Difference:
+    assert report.difference is not None
+    return report.difference
 
 
 @pytest.mark.parametrize("case", [*VISION_CASES, *TEXT_CASES])
 def test_unquantised_conversion_changes_no_logit(case, tmp_path):
     report = run(case, tmp_path / "out")
-    assert report.difference.mean_kl < 1e-9
-    assert report.difference.same_top == 1.0
-    assert report.difference.with_image is (case in VISION_CASES)
+    assert difference(report).mean_kl < 1e-9
+    assert difference(report).same_top == 1.0
+    assert difference(report).with_image is (case in VISION_CASES)
 
 
 @pytest.mark.parametrize("case", ["idefics3", "internvl-qwen3", "qwen25vl-v5", "llama-tied"])
@@ -81,14 +88,14 @@ def test_vision_is_kept_unless_asked_for(tmp_path):
     assert not [name for name in kept.packed if "vision" in name or "connector" in name]
     assert "connector.modality_projection.proj" in packed.packed
     assert "vision_model.embeddings.position_embedding" not in packed.packed
-    assert packed.difference.mean_kl < 0.02  # 8 bits
+    assert difference(packed).mean_kl < 0.02  # 8 bits
 
 
 @pytest.mark.parametrize("mode", ["mxfp4", "mxfp8", "nvfp4"])
 def test_float_modes_load(mode, tmp_path):
     report = run("smolvlm" if mode == "nvfp4" else "idefics3", tmp_path / "out", mode=mode)
     assert {settings[2] for settings in report.packed.values()} == {mode}
-    assert np.isfinite(report.difference.mean_kl)
+    assert np.isfinite(difference(report).mean_kl)
 
 
 def test_mixed_recipe_writes_overrides_that_load(tmp_path):
@@ -97,20 +104,37 @@ def test_mixed_recipe_writes_overrides_that_load(tmp_path):
     assert entry["bits"] == 3
     assert entry["model.embed_tokens"] == {"group_size": 32, "bits": 6, "mode": "affine"}
     assert entry["model.layers.2.mlp.down_proj"]["bits"] == 6
-    assert 0 < report.difference.mean_kl < 5
+    assert 0 < difference(report).mean_kl < 5
 
 
 def test_recipes_follow_mlx_lm():
     recipe = Recipe((64, 4, "affine"), "mixed_4_6", num_layers=32)
-    high = [
-        i
-        for i in range(32)
-        if recipe.settings_for(f"language_model.layers.{i}.mlp.down_proj", (64, 64))[1] == 6
-    ]
+
+    def bits(path: str) -> int:
+        settings = recipe.settings_for(f"language_model.{path}", (64, 64))
+        assert settings is not None
+        return settings[1]
+
+    high = [i for i in range(32) if bits(f"layers.{i}.mlp.down_proj") == 6]
     assert high == [0, 1, 2, 3, 6, 9, 12, 15, 18, 21, 24, 27, 28, 29, 30, 31]
-    assert recipe.settings_for("language_model.layers.0.self_attn.q_proj", (64, 64))[1] == 4
-    assert recipe.settings_for("language_model.lm_head", (64, 64))[1] == 6
+    assert bits("layers.0.self_attn.q_proj") == 4
+    assert bits("lm_head") == bits("embed_tokens") == 6
     assert set(RECIPES) <= set(command.build_parser().format_help().replace(",", " ").split())
+
+
+def test_command_keeps_vision_by_default(tmp_path):
+    argv = ["--model", str(FIXTURES / "idefics3"), "--bits", "8", "--group-size", "32"]
+    assert command.main([*argv, "--out", str(tmp_path / "a"), "--no-measure"]) == 0
+    assert command.main([*argv, "--out", str(tmp_path / "b"), "--quantize-vision"]) == 0
+    kept, packed = tensors(tmp_path / "a"), tensors(tmp_path / "b")
+    assert "connector.modality_projection.proj.scales" not in kept
+    assert "connector.modality_projection.proj.scales" in packed
+
+
+def test_mixed_recipe_on_projections_with_bias(tmp_path):
+    """Parts of different bits are not fused; their biases are joined all the same."""
+    report = run("qwen25vl", tmp_path / "out", mixed="mixed_4_8", group_size=32)
+    assert {settings[1] for settings in report.packed.values()} == {4, 8}
 
 
 def test_width_that_no_group_divides_stays(tmp_path):
@@ -124,7 +148,7 @@ def test_dequantize_gives_the_packed_models_logits(tmp_path):
     report = convert(
         ConvertOptions(model=tmp_path / "q", out=tmp_path / "f", dequantize=True, dtype="float32")
     )
-    assert report.difference.mean_kl < 1e-7
+    assert difference(report).mean_kl < 1e-7
     assert "quantization" not in config(tmp_path / "f")
     assert not report.packed
 
@@ -155,7 +179,7 @@ def make_adapter(folder: Path, modules: dict[str, tuple[int, int]], rank: int = 
 def test_merged_adapter_answers_as_the_loaded_one(tmp_path):
     adapter = make_adapter(tmp_path / "lora", adapted_shapes("llama-tied"))
     report = run("llama-tied", tmp_path / "out", lora=adapter)
-    assert report.difference.mean_kl < 1e-8
+    assert difference(report).mean_kl < 1e-8
     plain, _ = text_logits(FIXTURES / "llama-tied")
     fused, _ = text_logits(tmp_path / "out")
     assert compare(plain, fused, with_image=False).mean_kl > 1e-3
@@ -164,7 +188,7 @@ def test_merged_adapter_answers_as_the_loaded_one(tmp_path):
 def adapted_shapes(case: str) -> dict[str, tuple[int, int]]:
     found = {name: w.shape for name, w in tensors(FIXTURES / case).items()}
     wanted = ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj")
-    return {path: tuple(found[f"{path}.weight"]) for path in wanted}
+    return {path: (found[f"{path}.weight"][0], found[f"{path}.weight"][1]) for path in wanted}
 
 
 def test_adapter_on_packed_base_repacks_only_what_it_touches(tmp_path):
@@ -245,7 +269,7 @@ def test_card_and_processor_files_come_along(tmp_path):
     (source / "modeling_evil.py").write_text("raise SystemExit")
     report = convert(ConvertOptions(model=source, out=tmp_path / "out", bits=8, group_size=32))
     card = (tmp_path / "out/README.md").read_text()
-    assert f"mean KL {report.difference.mean_kl:.3g}" in card
+    assert f"mean KL {difference(report).mean_kl:.3g}" in card
     assert not list((tmp_path / "out").glob("*.py"))
     assert "auto_map" not in config(tmp_path / "out")
     assert (tmp_path / "out/tokenizer_config.json").exists()
@@ -289,6 +313,7 @@ def test_kill_half_way_leaves_nothing_that_looks_whole(tmp_path):
     child = subprocess.Popen(
         [sys.executable, "-c", code, str(FIXTURES / "olmo"), str(path)], stdout=subprocess.PIPE
     )
+    assert child.stdout is not None
     assert child.stdout.readline() == b"half\n"
     os.kill(child.pid, signal.SIGKILL)
     child.wait()
@@ -349,10 +374,8 @@ def test_command_prints_figures_and_one_line_of_error(tmp_path, capsys):
 
 def their_logits(folder: Path, ids: list[int], media: dict[str, np.ndarray]) -> np.ndarray:
     """Logits [n, V] as mlx-vlm's own generation computes them."""
-    from mlx_vlm.models import cache
-    from mlx_vlm.utils import load_model
-
-    model = load_model(folder)
+    cache = importlib.import_module("mlx_vlm.models.cache")
+    model = importlib.import_module("mlx_vlm.utils").load_model(folder)
     tokens = mx.array([ids])
     arrays = {name: mx.array(value) for name, value in media.items()}
     rest = {name: value for name, value in arrays.items() if name != "pixel_values"}

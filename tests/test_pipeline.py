@@ -29,7 +29,11 @@ def greedy(pipe: Pipeline) -> list[int]:
 
 def log_softmax(x: np.ndarray) -> np.ndarray:
     x = x.astype(np.float64)
-    return x - x.max(-1, keepdims=True) - np.log(np.exp(x - x.max(-1, keepdims=True)).sum(-1, keepdims=True))
+    return (
+        x
+        - x.max(-1, keepdims=True)
+        - np.log(np.exp(x - x.max(-1, keepdims=True)).sum(-1, keepdims=True))
+    )
 
 
 def test_a_stream_is_the_answer_in_pieces(pipe: Pipeline, greedy: list[int]) -> None:
@@ -108,7 +112,9 @@ def test_stop_tokens_end_tokens_and_min_tokens(pipe: Pipeline, greedy: list[int]
     result = pipe.generate(PROMPT, max_tokens=30, ignore_eos=True, stop_token_ids=[stop])
     assert (result.tokens, result.finish_reason) == (greedy[: first + 1], "stop")
     assert result.text == pipe.tokenizer.decode(greedy[:first])  # a stop token is no text
-    late = pipe.generate(PROMPT, max_tokens=30, ignore_eos=True, stop_token_ids=[stop], min_tokens=9)
+    late = pipe.generate(
+        PROMPT, max_tokens=30, ignore_eos=True, stop_token_ids=[stop], min_tokens=9
+    )
     assert stop not in late.tokens[:9]
     assert len(late.tokens) >= 10 or late.finish_reason == "length"
 
@@ -130,13 +136,21 @@ def test_every_eos_id_of_generation_config_ends() -> None:
 def test_penalties_and_bias_change_the_answer(pipe: Pipeline, greedy: list[int]) -> None:
     banned = pipe.generate(PROMPT, max_tokens=8, ignore_eos=True, logit_bias={greedy[0]: -1e4})
     assert greedy[0] not in banned.tokens
-    varied = pipe.generate(PROMPT, max_tokens=30, ignore_eos=True, frequency_penalty=2.0, presence_penalty=2.0)
+    varied = pipe.generate(
+        PROMPT, max_tokens=30, ignore_eos=True, frequency_penalty=2.0, presence_penalty=2.0
+    )
     again = pipe.generate(PROMPT, max_tokens=30, ignore_eos=True, repetition_penalty=5.0)
     assert len(set(varied.tokens)) > len(set(greedy)) or len(set(greedy)) == 30
     assert len(set(again.tokens)) == 30
 
 
-SAMPLED: dict[str, Any] = {"temperature": 1.3, "top_p": 0.95, "top_k": 50, "max_tokens": 16, "ignore_eos": True}
+SAMPLED: dict[str, Any] = {
+    "temperature": 1.3,
+    "top_p": 0.95,
+    "top_k": 50,
+    "max_tokens": 16,
+    "ignore_eos": True,
+}
 
 
 def test_a_seed_gives_the_same_tokens_in_any_batch(pipe: Pipeline) -> None:

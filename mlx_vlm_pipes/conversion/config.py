@@ -31,11 +31,7 @@ def written_config(
             section.update({"dtype": dtype, "torch_dtype": dtype})
     if dtype is not None:
         values["torch_dtype"] = dtype
-    vision = values.get("vision_config")
-    for section in (values, *([vision] if isinstance(vision, dict) else [])):
-        kind = str(section.get("model_type"))
-        if kind in source.form.model_types:
-            section["model_type"] = source.form.model_types[kind]
+    _rename_types(values, source.form.model_types)
     _spell_rope(sections[-1])
     if not source.tied or any("tie_word_embeddings" in section for section in sections):
         for section in sections:
@@ -46,6 +42,16 @@ def written_config(
         values["quantization"] = quantization_entry(packed)
         values["quantization_config"] = values["quantization"]
     return values
+
+
+def _rename_types(values: dict[str, Any], names: Mapping[str, str]) -> None:
+    """Give the model and its vision part the `model_type` that mlx-vlm knows them by."""
+    vision = values.get("vision_config")
+    for section in (values, *([vision] if isinstance(vision, dict) else [])):
+        kind = str(section.get("model_type"))
+        section["model_type"] = names.get(kind, section.get("model_type"))
+        if section["model_type"] is None:
+            del section["model_type"]
 
 
 def quantization_entry(packed: Mapping[str, Settings]) -> dict[str, Any]:

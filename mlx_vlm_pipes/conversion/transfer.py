@@ -68,8 +68,8 @@ class Transfer:
         for part, array in arrays.items():
             if packed is not None and part in ("scales", "biases"):
                 continue
-            is_packed = packed is not None and part == "weight"
-            self.tally.elements += array.size * 32 // packed[1] if is_packed else array.size
+            factor = 32 / packed[1] if packed is not None and part == "weight" else 1
+            self.tally.elements += round(array.size * factor)
         if packed is not None:
             self.tally.packed[written] = packed
         elif "weight" in arrays and arrays["weight"].ndim == 2:

@@ -41,8 +41,11 @@ def examine(folder: str | Path) -> Checkup:
         if not checkup.errors:
             checkup.error("config", "config.json is empty")
         return checkup
-    config = HuggingFaceConfig(values)
-    room = None
+    room = config = None
+    with checkup.collecting("config"):
+        config = HuggingFaceConfig(values)
+    if config is None:
+        return checkup
     with checkup.collecting("architecture"):
         room = find_room(config)
         kind = values.get("model_type")

@@ -37,11 +37,11 @@ def estimate_memory(room: Room, tensors: Tensors, checkup: Checkup) -> None:
     vocab = optional_int(text, "vocab_size", default=32000)
     step = CHUNK * (WIDE * hidden + 3 * inner) * size + 2 * vocab * 4
     checkup.load_bytes = load
-    checkup.run_bytes = load + params.bytes_per_token * TOKENS + step
+    checkup.run_bytes = needed = load + params.bytes_per_token * TOKENS + step
     checkup.max_tokens = room_class.calculate_max_seq_len(tensors.pipeline, config)
-    if checkup.run_bytes > machine_memory():
+    if needed > machine_memory():
         checkup.warn(
             "memory",
-            f"needs {checkup.run_bytes / GB:.1f} GB to run, this machine has"
+            f"needs {needed / GB:.1f} GB to run, this machine has"
             f" {machine_memory() / GB:.1f} GB; use a quantised version",
         )

@@ -14,7 +14,7 @@ GB = 1e9
 
 @dataclass(frozen=True)
 class Finding:
-    """level: "error" (it will not load, or answers wrongly) or "warning"; where: what is at fault."""
+    """level: "error" (does not load, or answers wrongly) or "warning"; where: what is at fault."""
 
     level: str
     where: str

@@ -65,7 +65,7 @@ class HeaderWeights(Weights):
     def metadata(self) -> dict[str, str]:
         return {}
 
-    def items(self) -> Iterable[tuple[str, Weights]]:  # pyright: ignore[reportIncompatibleMethodOverride]  # a list does
+    def items(self) -> Iterable[tuple[str, Weights]]:  # pyright: ignore[reportIncompatibleMethodOverride]
         return [(name, HeaderWeights(self._infos, name)) for name in self._infos]
 
     def exists(self) -> bool:

@@ -31,8 +31,9 @@ def prefix_keys(context: TextContext, salt: int = 0) -> np.ndarray:
     if isinstance(context, TextAndVisionContext):
         for image in context.images:
             place = np.arange(image.end_idx - image.start_idx, dtype=np.uint64)
-            unknown = image.image_hash is None  # such an image equals no other
-            digest = secrets.randbits(63) if unknown else image.image_hash
+            digest = image.image_hash
+            if digest is None:  # such an image equals no other
+                digest = secrets.randbits(63)
             start = np.full(1, (digest + salt) % 2**64, dtype=np.uint64)
             mixed = (start + place * _GOLDEN) | _SIGN  # negative: never a token id
             keys[image.start_idx : image.end_idx] = mixed.view(np.int64)

@@ -109,7 +109,7 @@ class Decode:
         """Wait for a step's tokens and hand them out; jobs that end leave."""
         values: list[int] = flight.tokens.tolist()  # pyright: ignore[reportAssignmentType]  # 1-D
         for i, (job, token) in enumerate(zip(flight.jobs, values, strict=True)):
-            if job in self.jobs and not self._results.deliver(job, token, flight.logits[i : i + 1]):
+            if job in self.jobs and not self._results.deliver(job, token, flight.logits, i):
                 self.jobs.remove(job)
 
 

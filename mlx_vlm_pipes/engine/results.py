@@ -36,20 +36,20 @@ class Results:
             job.failure = error
             return mx.argmax(logits)
 
-    def deliver(self, job: Job, token: int, logits: mx.array) -> bool:
-        """Give a token, chosen from logits [1, V], to its request; False if it has ended."""
+    def deliver(self, job: Job, token: int, logits: mx.array, row: int = 0) -> bool:
+        """Give a token, chosen from logits [B, V] at `row`, to its request; False if it ended."""
         try:
             if job.failure is not None:
                 raise job.failure
-            return self._deliver(job, token, logits)
+            return self._deliver(job, token, logits, row)
         except Exception as error:
             self.fail(job, error)
             return False
 
-    def _deliver(self, job: Job, token: int, logits: mx.array) -> bool:
+    def _deliver(self, job: Job, token: int, logits: mx.array, row: int) -> bool:
         context, score = job.context, None
         if job.top_logprobs:
-            score = log_probabilities(logits, [token], job.top_logprobs)
+            score = log_probabilities(logits[row : row + 1], [token], job.top_logprobs)
         context.update(token)
         ended = context.status is GenerationStatus.END_OF_SEQUENCE
         # An end token is no text; it is still reported as a token.

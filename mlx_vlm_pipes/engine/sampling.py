@@ -91,8 +91,8 @@ class RowSampler:
         if params.presence_penalty or params.frequency_penalty:
             self._counts = mx.zeros((vocab_size,))
         if params.repetition_penalty != 1.0:
-            present = np.bincount(prompt[prompt < vocab_size], minlength=vocab_size) > 0
-            self._seen = mx.array(present)
+            counts = np.bincount(prompt[prompt < vocab_size], minlength=vocab_size)
+            self._seen = mx.array(counts) > 0
 
     @property
     def is_greedy(self) -> bool:

@@ -21,6 +21,7 @@ class EngineConfig:
 
     prefill_chunk bounds a slice of prefill while nothing decodes; running_chunk (tokens) and
     image_batch (pictures) bound what a running request may wait for between two of its tokens.
+    Raises: InputError for a limit that would let nothing run.
     """
 
     max_batch_size: int = 16
@@ -31,6 +32,11 @@ class EngineConfig:
     prefix_bytes: int = 1 << 30
     image_bytes: int = 256 << 20
     enable_prefix_caching: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("max_batch_size", "prefill_chunk", "running_chunk", "image_batch"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}, expected at least 1")
 
 
 @dataclass
@@ -148,6 +154,7 @@ class EngineState:
         tokens.advance_chunk()  # lifts the limit of an unfinished slice
         tokens.rewind_processing(tokens.processed_length)
         job.cached_tokens = 0
+        job.echoed.clear()
         job.row = self.new_row(job)
 
     def remember(self, job: Job) -> None:

@@ -20,7 +20,9 @@ from mlx_vlm_pipes.loading import LoadOptions, load_model
 VOCAB = 128
 
 
-def write_llama(folder: Path, *, layers: int = 2, heads: int = 4, kv_heads: int = 2, head_dim: int = 64) -> Path:
+def write_llama(
+    folder: Path, *, layers: int = 2, heads: int = 4, kv_heads: int = 2, head_dim: int = 64
+) -> Path:
     """A random Llama, hidden size 64."""
     hidden, inner = 64, 96
     config = {

@@ -154,7 +154,10 @@ def test_requests_that_arrive_together_share_a_picture(pipe: Pipeline) -> None:
     assert pipe.engine.stats.images_encoded - before == 2 * each
     pipe.engine.forget()
     for request, result in zip(requests, results, strict=True):
-        assert pipe.generate(request["prompt"], request["images"], max_tokens=3).tokens == result.tokens
+        assert (
+            pipe.generate(request["prompt"], request["images"], max_tokens=3).tokens
+            == result.tokens
+        )
 
 
 def test_an_overwritten_file_is_a_new_picture(pipe: Pipeline, tmp_path: Path) -> None:
@@ -177,7 +180,9 @@ def test_equal_bytes_of_another_size_are_another_picture(name: str) -> None:
     pipe = load(FIXTURES / name, dtype="float32")
     try:
         wide, high = (Image.new("RGB", size, (90, 90, 90)) for size in ((64, 32), (32, 64)))
-        texts = [pipe.generate("What?", [image], max_tokens=6, logprobs=3) for image in (wide, high)]
+        texts = [
+            pipe.generate("What?", [image], max_tokens=6, logprobs=3) for image in (wide, high)
+        ]
         assert wide.tobytes() == high.tobytes()
         hashes = [pipe.encode("What?", [image]).images[0].image_hash for image in (wide, high)]
         assert hashes[0] != hashes[1]
@@ -242,7 +247,9 @@ def test_prefixes_stay_under_their_budget() -> None:
 
 def test_n_answers_read_the_prompt_once(pipe: Pipeline) -> None:
     before = pipe.engine.stats
-    results = pipe.generate_n("Long? " * 30, 4, [picture("red")], temperature=1.0, seed=5, max_tokens=6)
+    results = pipe.generate_n(
+        "Long? " * 30, 4, [picture("red")], temperature=1.0, seed=5, max_tokens=6
+    )
     after = pipe.engine.stats
     prompt = results[0].usage.prompt_tokens
     assert after.prefill_tokens - before.prefill_tokens == prompt + 3

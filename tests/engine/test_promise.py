@@ -70,7 +70,8 @@ def difference(a: GenerationResult, b: GenerationResult) -> float:
     return max(gaps)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+# all architectures, and the two kinds of cache that look at a row's length
+@pytest.fixture(scope="module", params=[*FAMILIES, "mistral-window", "phi3-longrope"])
 def family(request: pytest.FixtureRequest) -> Iterator[Family]:
     made = Family(request.param)
     yield made
@@ -82,6 +83,8 @@ def test_any_mix_in_a_batch_is_as_alone(family: Family) -> None:
     for mix in (names, names[::-1], names[:2] * 3):
         family.configure(enable_prefix_caching=False)
         family.check(family.together(mix))
+    stats = family.pipe.engine.stats
+    assert 0 < stats.traces <= stats.buckets
 
 
 def test_a_warm_prefix_is_as_a_cold_one(family: Family) -> None:
@@ -89,7 +92,8 @@ def test_a_warm_prefix_is_as_a_cold_one(family: Family) -> None:
     family.check(family.one_by_one())
     warm = family.one_by_one()
     family.check(warm)
-    assert all(a.usage.cached_tokens == a.usage.prompt_tokens - 1 for a in warm.values())
+    if family.pipe.model.cache_break_length is None:  # a crossed row is no prefix of a short one
+        assert all(a.usage.cached_tokens == a.usage.prompt_tokens - 1 for a in warm.values())
     assert all(a.usage.images_encoded == 0 for a in warm.values())
 
 

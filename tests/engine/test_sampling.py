@@ -1,4 +1,4 @@
-"""Each filter against the same thing written in numpy, and against transformers where it is there."""
+"""Each filter against the same thing written in numpy, and against transformers."""
 
 from __future__ import annotations
 
@@ -33,6 +33,10 @@ def softmax(x: np.ndarray) -> np.ndarray:
 
 def kept(filtered: mx.array) -> set[int]:
     return set(np.flatnonzero(np.array(filtered) > NEGATIVE / 2).tolist())
+
+
+def draw(sampler: RowSampler, logits: np.ndarray) -> int:
+    return int(np.array(sampler.next_token(mx.array(logits))))
 
 
 def make(prompt: np.ndarray = PROMPT, ends: Sequence[int] = (), **options: Any) -> RowSampler:
@@ -73,7 +77,7 @@ def test_min_p(p: float) -> None:
 
 def test_repetition_penalty_counts_prompt_and_answer() -> None:
     sampler, x = make(temperature=0.0, repetition_penalty=1.5), logits_of(1)
-    first = int(sampler.next_token(mx.array(x)).item())
+    first = draw(sampler, x)
     punished = np.where(x < 0, x * 1.5, x / 1.5)
     expected = np.where(np.isin(np.arange(VOCAB), PROMPT), punished, x)
     assert first == expected.argmax()
@@ -84,7 +88,7 @@ def test_repetition_penalty_counts_prompt_and_answer() -> None:
 def test_presence_and_frequency_count_the_answer_only() -> None:
     sampler = make(presence_penalty=0.5, frequency_penalty=0.25, logit_bias={4: 100.0})
     x = logits_of(2)
-    tokens = [int(sampler.next_token(mx.array(x)).item()) for _ in range(3)]
+    tokens = [draw(sampler, x) for _ in range(3)]
     assert tokens == [4, 4, 4]
     expected = x.copy()
     expected[4] += 100 - 0.5 - 3 * 0.25
@@ -95,7 +99,7 @@ def test_no_end_before_min_tokens() -> None:
     x = logits_of(3)
     best = int(x.argmax())
     sampler = make(temperature=0.0, min_new_tokens=2, ends=[best])
-    tokens = [int(sampler.next_token(mx.array(x)).item()) for _ in range(3)]
+    tokens = [draw(sampler, x) for _ in range(3)]
     assert tokens[0] == tokens[1] != best
     assert tokens[2] == best
 
@@ -115,11 +119,11 @@ def test_drawn_tokens_follow_the_filtered_distribution() -> None:
 
 
 def test_a_seed_repeats_and_no_seed_does_not() -> None:
-    x = mx.array(logits_of(5) * 0.1)
+    x = logits_of(5) * 0.1
 
     def run(seed: int | None) -> list[int]:
         sampler = make(seed=seed)
-        return [int(sampler.next_token(x).item()) for _ in range(12)]
+        return [draw(sampler, x) for _ in range(12)]
 
     assert run(3) == run(3)
     assert run(3) != run(4)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -16,6 +15,7 @@ from mlx_vlm_pipes.engine.scheduler import EngineConfig
 from mlx_vlm_pipes.errors import InputError, OutOfBudget
 from mlx_vlm_pipes.kv_cache import row_bucket
 from tests.engine.driving import IDEFICS3, LLAMA, Driven, fixture_requests
+from tests.fixtures_helper import FIXTURES
 
 PROMPTS = ["Hello", "What do you see in this picture?", "The quick brown fox. " * 5]
 
@@ -41,7 +41,10 @@ def pictures(driven: Driven) -> list[tuple[Any, list[str]]]:
 
 
 def test_requests_join_and_leave_between_steps(fresh: Driven) -> None:
-    alone = [fresh.generate(p, max_tokens=n, ignore_eos=True) for p, n in zip(PROMPTS, (4, 30, 12), strict=True)]
+    alone = [
+        fresh.generate(p, max_tokens=n, ignore_eos=True)
+        for p, n in zip(PROMPTS, (4, 30, 12), strict=True)
+    ]
     long = fresh.submit(PROMPTS[1], max_tokens=30, ignore_eos=True)
     fresh.step(6)
     short = fresh.submit(PROMPTS[0], max_tokens=4, ignore_eos=True)
@@ -123,7 +126,9 @@ def test_a_short_row_beside_a_long_one_counts_at_the_long_ones_capacity(fresh: D
     token = fresh.model.kv_params.bytes_per_token
     fresh.restart(EngineConfig(kv_bytes=512 * token, enable_prefix_caching=False))
     long = fresh.submit(PROMPTS[1], max_tokens=300, ignore_eos=True)  # 384 tokens of capacity
-    short = fresh.submit(PROMPTS[0], max_tokens=4, ignore_eos=True)  # 64, but 384 beside the long one
+    short = fresh.submit(
+        PROMPTS[0], max_tokens=4, ignore_eos=True
+    )  # 64, but 384 beside the long one
     while fresh.step():
         assert fresh.scheduler.state.cache.nbytes <= 512 * token
     assert (len(fresh.tokens(long)), len(fresh.tokens(short))) == (300, 4)
@@ -179,7 +184,9 @@ class Broken(RowSampler):
 
 def broken_job(driven: Driven, handle: Handle) -> None:
     job = next(job for job in driven.scheduler.waiting if job.handle is handle)
-    job.sampler = Broken(job.context.sampling_params, job.context.tokens.prompt, driven.vocab_size, [])
+    job.sampler = Broken(
+        job.context.sampling_params, job.context.tokens.prompt, driven.vocab_size, []
+    )
 
 
 def test_a_sampler_that_raises_fails_its_request_only(fresh: Driven) -> None:
@@ -266,6 +273,8 @@ def test_bad_values_are_refused_at_once(fresh: Driven) -> None:
         with pytest.raises(InputError):
             fresh.submit("Hello", **options)
     assert not fresh.scheduler.is_busy
+    with pytest.raises(InputError, match="image_batch is 0"):
+        EngineConfig(image_batch=0)
 
 
 def test_rows_keep_their_slots_when_others_leave(fresh: Driven) -> None:
@@ -287,10 +296,8 @@ def test_row_buckets(rows: int, bucket: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def phi3() -> Iterator[Driven]:
-    from tests.fixtures_helper import FIXTURES
-
-    yield Driven(FIXTURES / "phi3-longrope")
+def phi3() -> Driven:
+    return Driven(FIXTURES / "phi3-longrope")
 
 
 def test_longrope_rows_that_cross_are_recomputed_beside_others(phi3: Driven) -> None:

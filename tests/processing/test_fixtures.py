@@ -10,7 +10,7 @@ import pytest
 
 from mlx_vlm_pipes.processing.tokenizer import Tokenizer
 from mlx_vlm_pipes.processing.types import PromptRequest
-from tests.fixtures_helper import cases, reference
+from tests.fixtures_helper import SAME_PILLOW, cases, reference
 
 ROOMS = {
     "idefics3": "idefics3.Idefics3Processor", "smolvlm": "idefics3.Idefics3Processor",
@@ -53,7 +53,7 @@ def test_equals_reference(path: Path) -> None:
         for key in ARRAYS:
             expected = arrays.get(f"{name}/{key}")
             assert (expected is None) == (key not in out.hf_arrays), key
-            if expected is not None:
+            if expected is not None and (SAME_PILLOW or not key.startswith("pixel_values")):
                 np.testing.assert_allclose(out.hf_arrays[key], expected, rtol=0, atol=1e-6)
         context = processor.new_context(out, max_length=100_000)
         positions = arrays.get(f"{name}/position_ids_alt", arrays.get(f"{name}/position_ids"))

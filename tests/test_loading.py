@@ -1,0 +1,159 @@
+"""Checkpoints are untrusted files: each fault is one clear line, before anything is computed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mlx_vlm_pipes import errors, load
+from tests.fixtures_helper import FIXTURES
+
+LLAMA, VLM = FIXTURES / "llama-tied", FIXTURES / "idefics3"
+
+
+def edit_config(**changes: object) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        path = folder / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return edit
+
+
+def remove(*names: str) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        for name in names:
+            (folder / name).unlink()
+
+    return edit
+
+
+def write(name: str, text: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_text(text) and None
+
+
+def truncate_weights(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def lie_in_header(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    path.write_bytes((2**40).to_bytes(8, "little") + data[8:])
+
+
+FAULTS = {
+    "no config": (remove("config.json"), errors.ConfigError, "config.json"),
+    "broken JSON": (write("config.json", "{"), errors.ConfigError, "not readable JSON"),
+    "a list": (write("config.json", "[]"), errors.ConfigError, "list"),
+    "unknown architecture": (
+        edit_config(architectures=["MambaForCausalLM"], model_type="mamba"),
+        errors.UnsupportedModel,
+        "MambaForCausalLM",
+    ),
+    "unknown rope": (
+        edit_config(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}),
+        errors.ConfigError,
+        "yarn",
+    ),
+    "unknown activation": (edit_config(hidden_act="xielu"), errors.ConfigError, "xielu"),
+    "more layers": (edit_config(num_hidden_layers=9), errors.WeightsError, "missing"),
+    "fewer layers": (edit_config(num_hidden_layers=1), errors.WeightsError, "unexpected"),
+    "another width": (edit_config(intermediate_size=72), errors.WeightsError, "mis-shaped"),
+    "no weights": (remove("model.safetensors"), errors.WeightsError, "safetensors"),
+    "truncated": (truncate_weights, errors.WeightsError, "model.safetensors"),
+    "lying header": (lie_in_header, errors.WeightsError, "model.safetensors"),
+    "index names a missing file": (
+        write("model.safetensors.index.json", '{"weight_map": {"a": "gone.safetensors"}}'),
+        errors.WeightsError,
+        "gone.safetensors",
+    ),
+    "index leaves the folder": (
+        write("model.safetensors.index.json", '{"weight_map": {"a": "../x.safetensors"}}'),
+        errors.WeightsError,
+        "..",
+    ),
+    "no tokenizer": (remove("tokenizer.json"), errors.ProcessorError, "tokenizer"),
+    "broken tokenizer": (write("tokenizer.json", "{}"), errors.ProcessorError, "tokenizer.json"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_is_named(name: str, tmp_path: Path) -> None:
+    spoil, kind, words = FAULTS[name]
+    folder = Path(shutil.copytree(LLAMA, tmp_path / "model"))
+    spoil(folder)
+    with pytest.raises(kind) as caught:
+        load(folder)
+    message = str(caught.value)
+    assert words in message
+    assert len(message.splitlines()) == 1
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    with pytest.raises(errors.CheckpointNotFound, match="no model folder"):
+        load(tmp_path / "gone")
+    with pytest.raises(errors.CheckpointNotFound, match="GGUF"):
+        load(tmp_path / "model.gguf")
+    with pytest.raises(errors.CheckpointNotFound, match="hub"):
+        load("nobody/no-such-model")
+
+
+def test_no_chat_template_leaves_raw_prompts(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(LLAMA, tmp_path / "model"))
+    for path in folder.glob("*.json"):
+        values = json.loads(path.read_text())
+        if path.name == "chat_template.json":
+            path.unlink()
+        elif isinstance(values, dict) and values.pop("chat_template", None):
+            path.write_text(json.dumps(values))
+    pipe = load(folder)
+    with pytest.raises(errors.ProcessorError, match="chat template"):
+        pipe.generate("Hello")
+    assert pipe.generate("Hello", raw=True, max_tokens=2).tokens
+    pipe.close()
+
+
+def test_too_long_a_context_is_refused_with_the_counts() -> None:
+    pipe = load(LLAMA, max_length=20)
+    with pytest.raises(errors.ContextTooLong, match=r"\d+ prompt tokens and 15 new ones .* 20"):
+        pipe.generate("The small river crosses the", raw=True, max_tokens=15)
+    with pytest.raises(errors.ContextTooLong):
+        pipe.logits("The small river crosses the garden " * 5, raw=True)
+    assert pipe.engine.stats.prefill_tokens == 0
+    pipe.close()
+    with pytest.raises(errors.ConfigError, match=r"99999.*max_position_embeddings"):
+        load(LLAMA, max_length=99999)
+
+
+@pytest.mark.parametrize(
+    ("picture", "words"),
+    [
+        (b"", "empty"),
+        (b"not a picture", "picture"),
+        ("missing.png", "missing.png"),
+        ("ftp://example.org/a.png", "ftp"),
+        (12, "int"),
+    ],
+)
+def test_a_bad_picture_is_named(picture: object, words: str) -> None:
+    pipe = load(VLM)
+    with pytest.raises(errors.InputError) as caught:
+        pipe.generate("What is it?", images=[picture])
+    assert words in str(caught.value)
+    pipe.close()
+
+
+def test_code_in_the_folder_is_never_run(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(LLAMA, tmp_path / "model"))
+    edit_config(auto_map={"AutoConfig": "evil.Config"}, model_file="evil.py")(folder)
+    (folder / "evil.py").write_text("raise SystemExit('run')")
+    before = sorted(p.name for p in folder.iterdir())
+    pipe = load(folder)
+    assert pipe.generate("Hello", max_tokens=2).tokens
+    pipe.close()
+    assert sorted(p.name for p in folder.iterdir()) == before
