@@ -15,7 +15,7 @@ from mlx_vlm_pipes.errors import ConfigError
 from mlx_vlm_pipes.interfaces import InferenceSession, Model
 from mlx_vlm_pipes.nn.decoder import DecoderConfig, DenseDecoder
 from mlx_vlm_pipes.nn.lora import attach_adapters
-from mlx_vlm_pipes.quantization import LoRAConfig, QuantizationConfig
+from mlx_vlm_pipes.quantization import LoRAConfig, QuantConfig, QuantizationConfig
 from mlx_vlm_pipes.weights import (
     Layout,
     WeightData,
@@ -36,11 +36,12 @@ from mlx_vlm_pipes.weights.lora import (
     split_lora_path,
 )
 from mlx_vlm_pipes.weights.quantized import (
+    ScaledFormat,
     canonical_overrides,
     parse_quantization,
     quantize_modules,
 )
-from mlx_vlm_pipes.weights.scaled import unpack_checkpoint
+from mlx_vlm_pipes.weights.scaled import record_scales, unpack_checkpoint
 
 LANGUAGE = "language_model."
 VISION = "vision_model."
@@ -55,8 +56,10 @@ class StateDict(dict[str, WeightData]):
         quantization: QuantizationConfig | None = None,
         adapters: Sequence[LoRAAdapter] = (),
         prefix: str = "",
+        scaled: QuantConfig | None = None,
     ) -> None:
         super().__init__(tensors)
+        self.scaled = scaled  # what was expanded from scaled floats, None if nothing was
         self.quantization = quantization
         self.adapters = adapters
         self.prefix = prefix
@@ -64,7 +67,7 @@ class StateDict(dict[str, WeightData]):
     def without(self, prefix: str) -> StateDict:
         """The tensors that are not below `prefix`, names unchanged."""
         kept = {k: v for k, v in self.items() if not k.startswith(prefix)}
-        return StateDict(kept, self.quantization, self.adapters, self.prefix)
+        return StateDict(kept, self.quantization, self.adapters, self.prefix, self.scaled)
 
 
 def canonical_state(
@@ -83,7 +86,9 @@ def canonical_state(
     wanted = float_dtype(pipeline_config)
     quantization = parse_quantization(config_dict(config))
     names = [name for name, _ in weights.items()]
-    raw, packed = unpack_checkpoint(load_state_dict(weights), quantization, wanted)
+    stored = load_state_dict(weights)
+    scaled = record_scales(stored, quantization) if isinstance(quantization, ScaledFormat) else None
+    raw, packed = unpack_checkpoint(stored, quantization, wanted)
     if adapter is not None:
         state = adapter(raw, huggingface_config=config, pipeline_config=pipeline_config)
     else:
@@ -95,7 +100,18 @@ def canonical_state(
     if wanted is not None:
         state = cast_floats(state, wanted)
     lora = read_adapters(pipeline_config.lora, layouts, transforms)
-    return StateDict(state, packed, lora)
+    return StateDict(state, packed, lora, scaled=scaled)
+
+
+def expanded_scales(huggingface_config: Any, state: Mapping[str, WeightData]) -> QuantConfig | None:
+    """The documented record of scaled floats, from what loading expanded or from a raw state dict.
+
+    Raises: UnsupportedModel for a quantisation method that is not read.
+    """
+    if isinstance(state, StateDict):
+        return state.scaled
+    declared = parse_quantization(config_dict(huggingface_config))
+    return record_scales(state, declared) if isinstance(declared, ScaledFormat) else None
 
 
 def float_dtype(pipeline_config: PipelineConfig) -> DType | None:
@@ -131,7 +147,9 @@ def part(state: Mapping[str, WeightData], prefix: str) -> StateDict:
     """The tensors below a prefix, named relative to it."""
     kept = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     if isinstance(state, StateDict):
-        return StateDict(kept, state.quantization, state.adapters, state.prefix + prefix)
+        return StateDict(
+            kept, state.quantization, state.adapters, state.prefix + prefix, state.scaled
+        )
     return StateDict(kept, prefix=prefix)
 
 

@@ -30,6 +30,7 @@ from mlx_vlm_pipes.hf_config import (
 from mlx_vlm_pipes.interfaces import ArchConfigWithKVCache, ReturnHiddenStates, ReturnLogits
 from mlx_vlm_pipes.nn.activations import activation
 from mlx_vlm_pipes.nn.decoder import DecoderConfig
+from mlx_vlm_pipes.nn.loading import expanded_scales
 from mlx_vlm_pipes.nn.rope import (
     Llama3RopeScalingParams,
     LongRoPEScalingParams,
@@ -196,6 +197,7 @@ class Llama3Config(ArchConfigWithKVCache):
         tied = tie_flag(huggingface_config, text_config(huggingface_config))
         has_head = "lm_head.weight" in names
         self.tie_word_embeddings = bool(tied) or not has_head
+        self.quant_config = expanded_scales(huggingface_config, state_dict)
 
     @staticmethod
     def calculate_attention_multiplier(huggingface_config: AutoConfig) -> float:
