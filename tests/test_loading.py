@@ -32,7 +32,10 @@ def remove(*names: str) -> Callable[[Path], None]:
 
 
 def write(name: str, text: str) -> Callable[[Path], None]:
-    return lambda folder: (folder / name).write_text(text) and None
+    def edit(folder: Path) -> None:
+        (folder / name).write_text(text)
+
+    return edit
 
 
 def truncate_weights(folder: Path) -> None:
