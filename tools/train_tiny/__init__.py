@@ -1,0 +1,1 @@
+"""Training and evaluation of the small models that come with this repository."""
