@@ -307,7 +307,7 @@ class Pipeline:
 
     def _check_length(self, processed: ProcessedPrompt, new_tokens: int) -> None:
         total = len(processed.input_ids) + new_tokens
-        if total > self.max_seq_len or (new_tokens == 0 and total > self.max_seq_len):
+        if total > self.max_seq_len:
             raise ContextTooLong(
                 f"{len(processed.input_ids)} prompt tokens and {new_tokens} new ones make {total}; "
                 f"this model holds {self.max_seq_len}; shorten the prompt or ask for fewer tokens"
