@@ -3,8 +3,9 @@
     python benchmarks/vision.py [--rounds 5] [--families idefics3 pixtral internvl qwen2_5_vl]
 
 Needs an environment with mlx-vlm, torch and transformers beside this package: the fixtures'
-checkpoints are widened with random weights (HF's own classes save them), so that matrix products
-count as they do in real models. Token ids and pixels are the fixtures' own for both sides.
+checkpoints are widened with random weights (HF's own classes save them) and take pictures of
+256 x 192 pixels, so that matrix products and attention count as they do in real models. Both
+sides get the token ids and pixels of this package's processor, outside of the time.
 """
 
 from __future__ import annotations
@@ -28,19 +29,42 @@ sys.path.insert(0, str(ROOT))
 FIXTURES = {
     "idefics3": "idefics3",
     "pixtral": "pixtral",
-    "internvl": "internvl-llama",
+    "internvl": "internvl-qwen3",  # mlx-vlm cannot load the Llama and Qwen2 ones
     "qwen2_5_vl": "qwen25vl",
 }
 TEXT = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6}
 VISION = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6}
+PICTURE_PX = (256, 192)  # width, height
+# What lets the fixtures' processors keep such a picture: by file, then by key. Idefics3 and
+# InternVL cut it into squares of 128 and 112 pixels.
+LARGER: dict[str, dict[str, dict[str, Any]]] = {
+    "idefics3": {
+        "preprocessor_config.json": {
+            "size": {"longest_edge": 256},
+            "max_image_size": {"longest_edge": 128},
+        },
+        "processor_config.json": {"image_seq_len": 64},
+    },
+    "pixtral": {"preprocessor_config.json": {"size": {"longest_edge": 256}}},
+    "internvl": {
+        "preprocessor_config.json": {"size": {"height": 112, "width": 112}},
+        "processor_config.json": {"image_seq_length": 64},
+        "config.json": {"image_seq_length": 64},
+    },
+    "qwen2_5_vl": {"preprocessor_config.json": {"max_pixels": 256 * 256}},
+}
+TOWER_PX: dict[str, Any] = {"idefics3": 128, "pixtral": 256, "internvl": [112, 112]}
 
 
-def widen(source: Path, target: Path) -> None:
-    """A copy of a fixture with a wider, deeper, random network."""
+def widen(family: str, source: Path, target: Path) -> None:
+    """A copy of a fixture with a wider, deeper, random network that sees larger pictures."""
     import torch
     import transformers
 
     shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.safetensors*"))
+    for name, changes in LARGER[family].items():
+        facts = json.loads((target / name).read_text())
+        (target / name).write_text(json.dumps({**facts, **changes}))
     config = json.loads((target / "config.json").read_text())
     text = config.get("text_config", config)
     text.update(TEXT)
@@ -52,6 +76,8 @@ def widen(source: Path, target: Path) -> None:
         vision["fullatt_block_indexes"] = [2, 5]
     tower = config["vision_config"]
     tower.update(vision)
+    if family in TOWER_PX:
+        tower["image_size"] = TOWER_PX[family]
     if "head_dim" in tower:
         tower["head_dim"] = 256 // tower["num_attention_heads"]
     text["head_dim"] = 256 // text["num_attention_heads"]
@@ -70,7 +96,7 @@ def widen(source: Path, target: Path) -> None:
 class Ours:
     """Encode and prefill through the documented model, on this thread."""
 
-    def __init__(self, folder: Path, fact: dict[str, Any]) -> None:
+    def __init__(self, folder: Path) -> None:
         from mlx_vlm_pipes.architectures.registry import find_room
         from mlx_vlm_pipes.hf_config import read_config
         from mlx_vlm_pipes.loading import LoadOptions, load_model
@@ -80,8 +106,9 @@ class Ours:
         room = find_room(config)
         self.model = load_model(room, folder, config, LoadOptions(dtype="float32"))
         self.processor = room.processor_class().from_folder(folder, config.to_dict())
-        images = tuple(str(folder / name) for name in fact["images"])
-        request = PromptRequest(fact["messages"], images)
+        noise = np.random.default_rng(0).integers(0, 256, (*PICTURE_PX[::-1], 3), np.uint8)
+        content = [{"type": "image"}, {"type": "text", "text": "Describe the picture."}]
+        request = PromptRequest([{"role": "user", "content": content}], (noise,))
         self.processed = self.processor.process(request)
 
     def run(self) -> None:
@@ -108,24 +135,23 @@ def as_mlx_vlm(folder: Path) -> Path:
 class Theirs:
     """mlx-vlm: input embeddings, then the language model with a prompt cache."""
 
-    def __init__(self, folder: Path, ids: np.ndarray, media: dict[str, np.ndarray]) -> None:
+    def __init__(self, folder: Path, ids: list[int], media: dict[str, np.ndarray]) -> None:
         from mlx_vlm.utils import load_model  # pyright: ignore[reportMissingImports]  # optional
 
         self.model = load_model(as_mlx_vlm(folder))
-        self.ids = mx.array(ids)[None]
-        self.media = {key: mx.array(value) for key, value in media.items()}
+        self.ids, self.media = np.array([ids]), media
 
     def run(self) -> None:
         from mlx_vlm.models import cache  # pyright: ignore[reportMissingImports]  # optional
 
-        extra = {k: v for k, v in self.media.items() if k != "pixel_values"}
-        pixels = self.media["pixel_values"]
-        mask = mx.ones_like(self.ids)
-        out = self.model.get_input_embeddings(self.ids, pixels, mask=mask, **extra)
+        ids = mx.array(self.ids)
+        extra = {key: mx.array(value) for key, value in self.media.items()}
+        pixels = extra.pop("pixel_values")
+        out = self.model.get_input_embeddings(ids, pixels, mask=mx.ones_like(ids), **extra)
         kept = {k: v for k, v in out.to_dict().items() if k != "inputs_embeds" and v is not None}
         made = cache.make_prompt_cache(self.model.language_model)
         answer = self.model.language_model(
-            self.ids, inputs_embeds=out.inputs_embeds, cache=made, **{**extra, **kept}
+            ids, inputs_embeds=out.inputs_embeds, cache=made, **{**extra, **kept}
         )
         mx.eval(answer.logits[:, -1], [layer.state for layer in made])
 
@@ -141,33 +167,26 @@ def measure(run: Callable[[], None]) -> tuple[float, float]:
 
 def compare(family: str, rounds: int) -> None:
     """Print both sides' medians and the ratios for one family."""
-    from tests.fixtures_helper import reference
-
     source = ROOT / "tests" / "fixtures" / FIXTURES[family]
-    facts, arrays = reference(source)
-    fact = next(f for f in facts["prompts"] if f["name"] == "one")
-    names = ("pixel_values", "image_grid_thw", "pixel_attention_mask", "image_sizes")
-    media = {n: arrays[f"one/{n}"] for n in names if f"one/{n}" in arrays.files}
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / family
-        widen(source, target)
-        sides = {
-            "ours": Ours(target, fact).run,
-            "mlx-vlm": Theirs(target, arrays["one/input_ids"], media).run,
-        }
+        widen(family, source, target)
+        ours = Ours(target)
+        theirs = Theirs(target, ours.processed.input_ids, ours.processed.hf_arrays)
+        sides = {"ours": ours.run, "mlx-vlm": theirs.run}
         results: dict[str, list[tuple[float, float]]] = {side: [] for side in sides}
         for i in range(rounds + 1):
             for side, run in sides.items():
                 result = measure(run)
                 if i:
                     results[side].append(result)
-    ours, theirs = (
+    (seconds, peak), (their_seconds, their_peak) = (
         tuple(statistics.median(r[k] for r in results[side]) for k in (0, 1)) for side in sides
     )
     print(
-        f"{family}: ours {ours[0] * 1e3:.1f} ms, {ours[1] / 1e6:.1f} MB; mlx-vlm "
-        f"{theirs[0] * 1e3:.1f} ms, {theirs[1] / 1e6:.1f} MB; ratios {ours[0] / theirs[0]:.2f} "
-        f"(time), {ours[1] / theirs[1]:.2f} (memory)",
+        f"{family} ({len(ours.processed.input_ids)} tokens): ours {seconds * 1e3:.1f} ms, "
+        f"{peak / 1e6:.1f} MB; mlx-vlm {their_seconds * 1e3:.1f} ms, {their_peak / 1e6:.1f} MB; "
+        f"ratios {seconds / their_seconds:.2f} (time), {peak / their_peak:.2f} (memory)",
         flush=True,
     )
 

@@ -23,7 +23,9 @@ from mlx_vlm_pipes.nn.attention import (
 )
 from mlx_vlm_pipes.nn.lora import LoRATable, adapted
 from mlx_vlm_pipes.nn.rope import Rope, RopeSpec, Rotation
-from mlx_vlm_pipes.weights.fuse import fuse_linears
+from mlx_vlm_pipes.weights.fuse import fuse_linears, linear_part
+
+MANY_ROWS = 128  # from here on, a product is bound by arithmetic, not by the kernels' number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,16 +120,34 @@ class Projections(nn.Module):
         self, fused: str, names: tuple[str, ...], x: mx.array, slots: mx.array | None
     ) -> mx.array:
         """x [T, E] -> the outputs of `names`, concatenated; one product where they are fused."""
-        if fused in self:
-            y, bias = self[fused](x), self[fused].get("bias")
-        else:
-            y = mx.concatenate([self[name](x) for name in names], axis=-1)
-            biases = [self[name].get("bias") for name in names]
-            bias = None if any(b is None for b in biases) else mx.concatenate(biases)
+        if fused not in self:
+            return mx.concatenate(self.apart(fused, names, x, slots), axis=-1)
+        y, bias = self[fused](x), self[fused].get("bias")
         tables: dict[str, LoRATable] = self.get("adapters", {})
         if slots is None or not tables:
             return y
         return adapted(tables, names, x, y, slots, bias, self.sizes(names))
+
+    def apart(
+        self, fused: str, names: tuple[str, ...], x: mx.array, slots: mx.array | None
+    ) -> list[mx.array]:
+        """x [T, E] -> the outputs of `names`, each by a product of its own."""
+        tables: dict[str, LoRATable] = self.get("adapters", {})
+        outputs, begin = [], 0
+        for name, size in zip(names, self.sizes(names), strict=True):
+            end = begin + size
+            linear = self[fused if fused in self else name]
+            bias = linear.get("bias")
+            if fused in self:
+                y = linear_part(linear, x, begin, end)
+                bias = None if bias is None else bias[begin:end]
+            else:
+                y = linear(x)
+            if slots is not None and name in tables:
+                y = tables[name](x, y, slots, bias)
+            outputs.append(y)
+            begin = end
+        return outputs
 
     def sizes(self, names: tuple[str, ...]) -> list[int]:
         """Output widths of the linears that may be fused."""
@@ -205,8 +225,10 @@ class Attention(Projections):
         outs = []
         for row in rows:
             part = slice(row.begin, row.end)
-            turned = row.rotation(qk[part].transpose(1, 0, 2)[None])  # [1, H + K, T, D]
-            q, k = turned[:, : self.num_heads], turned[:, self.num_heads :]
+            heads = qk[part].transpose(1, 0, 2)[None]  # [1, H + K, T, D]
+            # Apart, unlike in a decode step: the queries can go before the keys are cached.
+            q = row.rotation(heads[:, : self.num_heads])
+            k = row.rotation(heads[:, self.num_heads :])
             fresh = k, v[part].transpose(1, 0, 2)[None]
             cached = row.cache.append(self.layer, *fresh, row.start)
             format = row.cache.format
@@ -259,8 +281,11 @@ class MLP(Projections):
         return [self.inner for _ in names]
 
     def __call__(self, x: mx.array, residual: mx.array, slots: mx.array | None) -> mx.array:
-        both = self.side_by_side("gate_up_proj", ("gate_proj", "up_proj"), x, slots)
-        gate, up = mx.split(both, 2, axis=-1)
+        names = ("gate_proj", "up_proj")
+        if x.shape[0] >= MANY_ROWS:
+            gate, up = self.apart("gate_up_proj", names, x, slots)
+        else:
+            gate, up = mx.split(self.side_by_side("gate_up_proj", names, x, slots), 2, axis=-1)
         return self.into("down_proj", self.act(gate) * up, residual, slots)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -170,19 +170,14 @@ def resolve_head(state: dict[str, WeightData], *, tied: bool) -> bool:
 
 
 def load_module(
-    session: InferenceSession,
-    module: nn.Module,
-    state: Mapping[str, WeightData],
-    fuse: Callable[[], None] | None = None,
+    session: InferenceSession, module: nn.Module, state: Mapping[str, WeightData]
 ) -> Model:
-    """Install all tensors strictly, `fuse` what the module may join, and evaluate them.
+    """Install all tensors strictly and evaluate them.
 
     Raises: WeightsError naming missing, unexpected and mis-shaped tensors.
     """
     quantize_like(module, state)
     install_weights(module, state)
-    if fuse is not None:
-        fuse()
     return session.load(module)
 
 

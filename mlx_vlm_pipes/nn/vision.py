@@ -1,4 +1,8 @@
-"""What several vision towers share: attention within segments, rotation, pixel shuffle."""
+"""What several vision towers share: attention within segments, rotation, pixel shuffle.
+
+Towers keep their projections apart where checkpoints do: at thousands of patches, one matrix for
+several products would save no time, and hold all their results at once.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Projections of the same input joined into one matmul: fewer kernels, the same numbers."""
+"""Projections of the same input joined into one matmul: fewer kernels, the same numbers.
+
+That pays for the few rows of a decode step. For many rows, `linear_part` computes one of them
+alone, so that the results of all need not be held at once.
+"""
 
 from __future__ import annotations
 
@@ -41,6 +45,27 @@ def fuse_linears(parts: Sequence[AnyLinear]) -> AnyLinear | None:
     if biases:
         fused.bias = mx.concatenate([_bias_or_zeros(part, biases[0].dtype) for part in parts])
     return fused
+
+
+def linear_part(linear: AnyLinear, x: mx.array, begin: int, end: int) -> mx.array:
+    """Outputs begin..end-1 of a projection: x [T, in] -> [T, end - begin]. Copies no weights."""
+    weight, bias = linear["weight"][begin:end], linear.get("bias")
+    if not isinstance(linear, nn.QuantizedLinear):
+        if bias is None:
+            return x @ weight.T
+        return mx.addmm(bias[begin:end], x, weight.T)
+    biases = linear.get("biases")
+    out = mx.quantized_matmul(
+        x,
+        weight,
+        scales=linear["scales"][begin:end],
+        biases=None if biases is None else biases[begin:end],
+        transpose=True,
+        group_size=linear.group_size,
+        bits=linear.bits,
+        mode=linear.mode,
+    )
+    return out if bias is None else out + bias[begin:end]
 
 
 def _fuse_key(part: AnyLinear) -> tuple[object, ...] | None:

@@ -8,7 +8,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_vlm_pipes.errors import WeightsError
-from mlx_vlm_pipes.weights import fuse_linears, install_weights, parameter_shapes
+from mlx_vlm_pipes.weights import fuse_linears, install_weights, linear_part, parameter_shapes
 
 
 class Block(nn.Module):
@@ -102,6 +102,8 @@ def test_fused_projections_equal_their_parts(
     assert ("bias" in fused) == any(bias)
     x = mx.random.normal((5, 64))
     assert mx.allclose(fused(x), mx.concatenate([part(x) for part in parts], axis=-1), atol=1e-6)
+    for (begin, end), part in zip(((0, 32), (32, 48)), parts, strict=True):
+        assert mx.allclose(linear_part(fused, x, begin, end), part(x), atol=1e-6)
 
 
 def test_unlike_projections_stay_separate() -> None:

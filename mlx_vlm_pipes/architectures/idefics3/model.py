@@ -169,7 +169,7 @@ class Idefics3Model(LogProbabilitiesMixin, PipelineModelWithKVCache[TextAndVisio
             config, self.pipeline_config, state, self.return_logits, self.return_hidden_states
         )
         self.model_config = config
-        vision_model = load_module(self.session, tower, state.without(LANGUAGE), tower.fuse)
+        vision_model = load_module(self.session, tower, state.without(LANGUAGE))
         decoder, loaded = load_decoder(self.session, decoder_config, part(state, LANGUAGE))
         self.language = LanguageModel(
             decoder,

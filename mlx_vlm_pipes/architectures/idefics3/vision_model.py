@@ -12,7 +12,6 @@ import numpy as np
 from mlx_vlm_pipes.architectures.idefics3.model_config import Idefics3VisionConfig
 from mlx_vlm_pipes.nn.activations import activation
 from mlx_vlm_pipes.nn.vision import pixel_shuffle
-from mlx_vlm_pipes.weights import fuse_linears
 
 MAX_PATCHES = 8192  # encoded at once: bounds the memory of long clips, keeps a GPU busy
 
@@ -86,22 +85,12 @@ class VisionAttention(nn.Module):
         self.v_proj = nn.Linear(hidden, hidden)
         self.out_proj = nn.Linear(hidden, hidden)
 
-    def fuse(self) -> None:
-        """Make one matrix of the three projections, where their formats agree."""
-        fused = fuse_linears([self.q_proj, self.k_proj, self.v_proj])
-        if fused is not None:
-            self.qkv_proj = fused
-            for name in ("q_proj", "k_proj", "v_proj"):
-                self.pop(name)
-
     def __call__(self, x: mx.array, mask: mx.array | None) -> mx.array:
-        if "qkv_proj" in self:
-            qkv = self.qkv_proj(x)
-        else:
-            qkv = mx.concatenate([self.q_proj(x), self.k_proj(x), self.v_proj(x)], axis=-1)
         n, p, _ = x.shape
-        qkv = qkv.reshape(n, p, 3, self.num_heads, -1)
-        q, k, v = (qkv[:, :, i].transpose(0, 2, 1, 3) for i in range(3))  # [N, H, P, D]
+        q, k, v = (
+            projection(x).reshape(n, p, self.num_heads, -1).transpose(0, 2, 1, 3)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )  # [N, H, P, D]
         out = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.scale, mask=mask)
         return self.out_proj(out.transpose(0, 2, 1, 3).reshape(n, p, -1))
 
@@ -197,11 +186,6 @@ class Idefics3Vision(nn.Module):
         self.patch_size = config.patch_size
         self.vision_model = VisionTransformer(config)
         self.connector = Connector(config)
-
-    def fuse(self) -> None:
-        """Fewer, larger matrix products. Call it once, after the weights are in."""
-        for layer in self.vision_model.encoder.layers:
-            layer.self_attn.fuse()
 
     def __call__(self, pixel_values: mx.array, patch_mask: np.ndarray | None = None) -> mx.array:
         """Vision rows of all frames.

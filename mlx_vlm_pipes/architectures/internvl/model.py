@@ -194,7 +194,7 @@ class InternVLModel(
             config, self.pipeline_config, state, self.return_logits
         )
         self.model_config = config
-        vision_model = load_module(session, tower, state.without(LANGUAGE), tower.fuse)
+        vision_model = load_module(session, tower, state.without(LANGUAGE))
         decoder, loaded = load_decoder(session, decoder_config, part(state, LANGUAGE))
         self.language = LanguageModel(
             decoder, self.kv_params, self.return_logits, compile=session.compile

@@ -20,7 +20,6 @@ from mlx_vlm_pipes.architectures.internvl.model_config import (
 from mlx_vlm_pipes.errors import InputError
 from mlx_vlm_pipes.nn.activations import activation
 from mlx_vlm_pipes.nn.vision import pixel_shuffle
-from mlx_vlm_pipes.weights import fuse_linears
 
 PASS_TOKENS = 8192  # tokens that go through the tower together: bounds memory, still fills a GPU
 PROJECTOR_EPS = 1e-5
@@ -119,15 +118,6 @@ class Attention(nn.Module):
             self.q_norm = nn.RMSNorm(size, config.qk_norm_eps)
             self.k_norm = nn.RMSNorm(size, config.qk_norm_eps)
         self.proj = nn.Linear(size, size, bias=config.o_proj_bias)
-
-    def fuse(self) -> None:
-        """Make one matrix of the three projections, where their formats agree."""
-        if "q_proj" in self:
-            fused = fuse_linears([self.q_proj, self.k_proj, self.v_proj])
-            if fused is not None:
-                self.qkv = fused
-                for name in ("q_proj", "k_proj", "v_proj"):
-                    self.pop(name)
 
     def __call__(self, x: mx.array, tokens: int) -> mx.array:
         if "qkv" in self:
@@ -238,11 +228,6 @@ class VisionModel(nn.Module):
         self.patch_size, self.factor = config.vision_config.patch_size, config.shuffle_factor
         self.vision_model = Tower(config.vision_config, config.vision_feature_layer)
         self.multi_modal_projector = Projector(config)
-
-    def fuse(self) -> None:
-        """Fewer, larger matrix products. Call it once, after the weights are in."""
-        for layer in self.vision_model.encoder.layers:
-            layer.attn.fuse()
 
     def __call__(self, pixels: mx.array) -> mx.array:
         pixels = as_patches(pixels, self.patch_size)

@@ -162,7 +162,7 @@ class PixtralModel(LogProbabilitiesMixin, PipelineModelWithKVCache[TextAndVision
         self.model_config = config
         state = canonical_state(self.weights, self.adapter, LAYOUTS, self.pipeline_config, changes)
         tower, decoder_config = self.blueprint(config, self.pipeline_config, state)
-        vision_model = load_module(session, tower, state.without(LANGUAGE), tower.fuse)
+        vision_model = load_module(session, tower, state.without(LANGUAGE))
         decoder, loaded = load_decoder(session, decoder_config, part(state, LANGUAGE))
         self.language = LanguageModel(
             decoder,

@@ -15,7 +15,6 @@ from mlx_vlm_pipes.architectures.pixtral.model_config import PixtralConfig
 from mlx_vlm_pipes.nn.activations import activation
 from mlx_vlm_pipes.nn.rope import inverse_frequencies
 from mlx_vlm_pipes.nn.vision import rotate_half_split, segment_attention
-from mlx_vlm_pipes.weights import fuse_linears
 
 NORM_EPS = 1e-5  # of the whole tower; no configuration names it
 
@@ -85,24 +84,14 @@ class PixtralAttention(nn.Module):
         self.v_proj = nn.Linear(hidden, inner, bias=False)
         self.o_proj = nn.Linear(inner, hidden, bias=False)
 
-    def fuse(self) -> None:
-        """Make one matrix of the three projections, where their formats agree."""
-        fused = fuse_linears([self.q_proj, self.k_proj, self.v_proj])
-        if fused is not None:
-            self.qkv_proj = fused
-            for name in ("q_proj", "k_proj", "v_proj"):
-                self.pop(name)
-
     def __call__(
         self, x: mx.array, rotary: tuple[mx.array, mx.array], lengths: Sequence[int]
     ) -> mx.array:
-        if "qkv_proj" in self:
-            qkv = self.qkv_proj(x)
-        else:
-            qkv = mx.concatenate([self.q_proj(x), self.k_proj(x), self.v_proj(x)], axis=-1)
-        qkv = qkv.reshape(x.shape[0], 3 * self.num_heads, -1)  # [P, 3 * H, D]
-        qk = rotate_half_split(qkv[:, : 2 * self.num_heads], *rotary)
-        q, k, v = qk[:, : self.num_heads], qk[:, self.num_heads :], qkv[:, 2 * self.num_heads :]
+        q, k, v = (
+            projection(x).reshape(x.shape[0], self.num_heads, -1)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )  # [P, H, D]
+        q, k = rotate_half_split(q, *rotary), rotate_half_split(k, *rotary)
         out = segment_attention(q, k, v, lengths, self.scale)  # [P, H, D]
         return self.o_proj(out.reshape(x.shape[0], -1))
 
@@ -118,20 +107,8 @@ class PixtralMLP(nn.Module):
         self.up_proj = nn.Linear(hidden, inner, bias=False)
         self.down_proj = nn.Linear(inner, hidden, bias=False)
 
-    def fuse(self) -> None:
-        """Make one matrix of gate and up, where their formats agree."""
-        fused = fuse_linears([self.gate_proj, self.up_proj])
-        if fused is not None:
-            self.gate_up_proj = fused
-            for name in ("gate_proj", "up_proj"):
-                self.pop(name)
-
     def __call__(self, x: mx.array) -> mx.array:
-        if "gate_up_proj" in self:
-            gate, up = mx.split(self.gate_up_proj(x), 2, axis=-1)
-        else:
-            gate, up = self.gate_proj(x), self.up_proj(x)
-        return self.down_proj(self.act(gate) * up)
+        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
 
 
 class PixtralLayer(nn.Module):
@@ -214,12 +191,6 @@ class PixtralVision(nn.Module):
         self.feature_layers = config.vision_feature_layers
         self.vision_model = PixtralTower(config)
         self.multi_modal_projector = Projector(config)
-
-    def fuse(self) -> None:
-        """Fewer, larger matrix products. Call it once, after the weights are in."""
-        for layer in self.vision_model.transformer.layers:
-            layer.attention.fuse()
-            layer.feed_forward.fuse()
 
     def __call__(self, patches: mx.array, mask: mx.array, ids: mx.array) -> mx.array:
         """Vision rows of all images, [P, text E], patches in order.

@@ -67,19 +67,14 @@ class Attention(nn.Module):
         self.proj = nn.Linear(size, size)
 
     def __call__(self, x: mx.array, segments: Segments) -> mx.array:
-        qkv = self.qkv(x).reshape(x.shape[0], 3 * self.num_heads, self.head_dim)
-        roped = 2 * self.num_heads
-        qk = rotate_half_split(qkv[:, :roped], segments.cos, segments.sin)  # [P, 2H, D]
-        q, k = mx.split(qk, 2, axis=1)
-        out = segment_attention(q, k, qkv[:, roped:], segments.lengths, self.scale)
+        qkv = self.qkv(x).reshape(x.shape[0], 3, self.num_heads, self.head_dim)
+        q, k = (rotate_half_split(qkv[:, i], segments.cos, segments.sin) for i in (0, 1))
+        out = segment_attention(q, k, qkv[:, 2], segments.lengths, self.scale)  # [P, H, D]
         return self.proj(out.reshape(x.shape))
 
 
 class MLP(nn.Module):
-    """Gated feed-forward: [P, E] -> [P, E].
-
-    Gate and up stay two products: at thousands of rows, one would win no time and cost memory.
-    """
+    """Gated feed-forward: [P, E] -> [P, E]."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()

@@ -76,16 +76,6 @@ def test_neighbours_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     assert relative(np.array(model(mx.array(pixels))), alone) < 1e-6
 
 
-@pytest.mark.parametrize("changes", [{}, {"use_qk_norm": True, "norm_type": "rms_norm"}])
-def test_fused_is_the_same(changes: dict[str, object]) -> None:
-    _, model = build(**changes)
-    pixels = mx.array(tiles(2))
-    plain = np.array(model(pixels))
-    model.fuse()
-    assert "qkv" in model.vision_model.encoder.layers[0].attn
-    assert relative(np.array(model(pixels)), plain) < 1e-5
-
-
 def test_query_norm_covers_all_features() -> None:
     """One mean square over all heads, taken before the split."""
     config, _ = build(use_qk_norm=True)
