@@ -6,6 +6,7 @@ Plain dataclasses; construction does no I/O (spec, sections 1.3 to 1.5).
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -157,6 +158,22 @@ def kv_group_size(head_dim: int, wanted: int) -> int:
     )
 
 
+class _ReadAtFirstUse:
+    """A dataclass field that is config.json of `model_path`, unless something else was set."""
+
+    def __get__(self, owner: ModelConfig | None, _: type) -> Any:
+        if owner is None:  # dataclass asks for the default
+            return None
+        fields = vars(owner)
+        if fields["_huggingface_config"] is None and owner.model_path:
+            with suppress(ConfigError):
+                fields["_huggingface_config"] = read_config(Path(owner.model_path))
+        return fields["_huggingface_config"]
+
+    def __set__(self, owner: ModelConfig, value: Any) -> None:
+        vars(owner)["_huggingface_config"] = value
+
+
 @dataclass
 class ModelConfig:
     """One checkpoint and how to read it. max_length in tokens."""
@@ -172,25 +189,12 @@ class ModelConfig:
     data_parallel_degree: int = 1
     enable_echo: bool = False
     vision_config_overrides: dict[str, Any] = field(default_factory=dict)
-    huggingface_config: Any = None
+    huggingface_config: Any = _ReadAtFirstUse()  # None while config.json cannot be read
     _quant: QuantizationConfig | None = None
 
     def __post_init__(self) -> None:
         if self.max_length is not None and self.max_length < 0:
             raise ConfigError(f"max_length is {self.max_length}, expected a number of tokens")
-
-    def __getattribute__(self, name: str) -> Any:
-        # config.json is read at the first look, not at construction.
-        value = object.__getattribute__(self, name)
-        if name == "huggingface_config" and value is None:
-            path = Path(object.__getattribute__(self, "model_path"))
-            if (path / "config.json").is_file() and str(path) != ".":
-                try:
-                    value = read_config(path)
-                except ConfigError:
-                    return None
-                object.__setattr__(self, "huggingface_config", value)
-        return value
 
     def require_huggingface_config(self) -> HuggingFaceConfig:
         """Raises: ConfigError naming the path when config.json cannot be read."""

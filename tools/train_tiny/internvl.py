@@ -69,7 +69,7 @@ class InternVL(Family):
 
     def sample_batch(self, rng: np.random.Generator, size: int, mix: Mix) -> list[Case]:
         """Pictures with equally many tiles, fewer of them where there are more tiles."""
-        kind = pick(rng, (0, *range(len(SHARES))))
+        kind = int(rng.integers(1, len(SHARES))) if rng.random() < mix.tiled else 0
         return [internvl_case(rng, kind, mix) for _ in range(round(size * SHARES[kind]))]
 
     def model_config(self) -> transformers.PreTrainedConfig:

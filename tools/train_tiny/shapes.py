@@ -76,6 +76,7 @@ class Mix:
     small: float = 0.5  # share of the shapes
     single: float = 1 / 3  # share of the pictures
     ask: str = "all"  # "captions": descriptions only; "colours": colours of whatever can be asked
+    tiled: float = 2 / 3  # share of InternVL's batches with pictures of several tiles
 
 
 EVEN = Mix()
