@@ -7,7 +7,7 @@ from typing import Any
 
 from mlx_vlm_pipes.config import PipelineConfig
 from mlx_vlm_pipes.nn.decoder import DenseDecoder
-from mlx_vlm_pipes.nn.loading import LANGUAGE, StateDict, part, quantize_like
+from mlx_vlm_pipes.nn.loading import LANGUAGE, StateDict, part, quantize_like, tower_state
 from mlx_vlm_pipes.weights.install import check_names_and_shapes, parameter_shapes
 
 Shapes = dict[str, tuple[int, ...]]
@@ -29,7 +29,7 @@ def expected_shapes(model_class: Any, pipeline_config: PipelineConfig, state: St
     shapes = {LANGUAGE + name: shape for name, shape in parameter_shapes(decoder).items()}
     if tower is not None:
         prefix = model_class.tower_prefix
-        quantize_like(tower, part(state, prefix) if prefix else state.without(LANGUAGE))
+        quantize_like(tower, tower_state(state, prefix))
         shapes |= {prefix + name: shape for name, shape in parameter_shapes(tower).items()}
     return shapes
 

@@ -153,6 +153,11 @@ def part(state: Mapping[str, WeightData], prefix: str) -> StateDict:
     return StateDict(kept, prefix=prefix)
 
 
+def tower_state(state: StateDict, prefix: str) -> StateDict:
+    """The vision tower's tensors, named as its modules name them; prefix may be empty."""
+    return part(state, prefix) if prefix else state.without(LANGUAGE)
+
+
 def resolve_head(state: dict[str, WeightData], *, tied: bool) -> bool:
     """Whether the head is the embedding; a duplicate of it is dropped from `state`.
 

@@ -9,7 +9,7 @@ from PIL import Image
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 
 from .family import Family, View, normalised
-from .shapes import Mix, pick
+from .shapes import Mix
 from .tasks import Case, internvl_case
 from .tokenizer import ChatFormat, write_json
 

@@ -79,10 +79,6 @@ MIXES = {  # what a training concentrates on: (share of its batches, mix)
     "even": ((1.0, EVEN),),
     "captions": ((0.6, HARD_CAPTIONS), (0.4, HARD_CHATS)),
     "colours": ((0.3, HARD_CAPTIONS), (0.5, HARD_COLOURS), (0.2, HARD_CHATS)),
-    "colours-whole": tuple(
-        (share, replace(mix, tiled=0.1))
-        for share, mix in ((0.3, HARD_CAPTIONS), (0.5, HARD_COLOURS), (0.2, HARD_CHATS))
-    ),
 }
 Task = Callable[[np.random.Generator], Case]
 

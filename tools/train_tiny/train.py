@@ -8,6 +8,7 @@ Writes a complete Hugging Face folder to --out every --save-every steps and at t
 import argparse
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from transformers.utils import logging
 
 from .families import FAMILIES, make_family
 from .family import IGNORED, Family
-from .shapes import COLOURS, RADII, SHAPES, UNLABELLED
+from .shapes import COLOURS, EVEN, RADII, SHAPES, UNLABELLED
 from .start import start_from
 from .tasks import MIXES
 
@@ -76,6 +77,7 @@ def train(family: Family, model: torch.nn.Module, args: argparse.Namespace) -> f
     model.train()
     rng = np.random.default_rng(args.seed)
     shares, mixes = zip(*MIXES[args.mix], strict=True)
+    mixes = [replace(mix, tiled=args.tiled) for mix in mixes]
     losses, started = [], time.time()
     for step in range(1, args.steps + 1):
         mix = mixes[0] if len(mixes) == 1 else mixes[int(rng.choice(len(mixes), p=shares))]
@@ -108,6 +110,7 @@ def main() -> None:
     parser.add_argument("--warmup", type=float, default=0.1, help="share of the steps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--mix", choices=MIXES, default="even", help="what to concentrate on")
+    parser.add_argument("--tiled", type=float, default=EVEN.tiled, help="see Mix; InternVL only")
     parser.add_argument("--teacher", type=float, default=0.5, help="weight of the cells' loss")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--save-every", type=int, default=300)

@@ -8,23 +8,21 @@ from dataclasses import dataclass, field, replace
 import mlx.core as mx
 import numpy as np
 
+from mlx_vlm_pipes.architectures.checkpoint_model import VisionLanguageModel
 from mlx_vlm_pipes.architectures.idefics3.model_config import Idefics3Config
 from mlx_vlm_pipes.architectures.idefics3.vision_model import Idefics3Vision
 from mlx_vlm_pipes.architectures.idefics3.weight_adapters import LAYOUTS, transforms
 from mlx_vlm_pipes.architectures.llama3.model_config import bounded_max_seq_len
-from mlx_vlm_pipes.config import KVCacheConfig, KVCacheParams, PipelineConfig
+from mlx_vlm_pipes.config import PipelineConfig
 from mlx_vlm_pipes.contexts import ImageMetadata, TextAndVisionContext
-from mlx_vlm_pipes.dtypes import Device, DeviceRef, DType
 from mlx_vlm_pipes.errors import MediaError
 from mlx_vlm_pipes.hf_config import AutoConfig, lookup, text_config
 from mlx_vlm_pipes.interfaces import (
     Buffer,
     InferenceSession,
-    LogProbabilitiesMixin,
     Model,
     ModelInputs,
     ModelOutputs,
-    PipelineModelWithKVCache,
     ReturnHiddenStates,
     ReturnLogits,
     VisionWork,
@@ -32,13 +30,9 @@ from mlx_vlm_pipes.interfaces import (
 )
 from mlx_vlm_pipes.kv_cache import KVCacheInputs
 from mlx_vlm_pipes.nn.decoder import DecoderConfig
-from mlx_vlm_pipes.nn.language_model import LanguageModel
 from mlx_vlm_pipes.nn.loading import (
     LANGUAGE,
     StateDict,
-    canonical_state,
-    load_decoder,
-    load_module,
     part,
 )
 from mlx_vlm_pipes.nn.ragged import (
@@ -50,7 +44,6 @@ from mlx_vlm_pipes.nn.ragged import (
     single_replica,
 )
 from mlx_vlm_pipes.nn.vision import pixel_array
-from mlx_vlm_pipes.weights import Weights, WeightsAdapter
 from mlx_vlm_pipes.weights.layout import Transform
 
 MAX_POSITIONS = 4096  # where a text configuration names no max_position_embeddings
@@ -83,35 +76,11 @@ def stack_frames(images: Sequence[ImageMetadata]) -> Buffer:
     return pixel_array(np.stack([image.pixel_values for image in images]))
 
 
-class Idefics3Model(LogProbabilitiesMixin, PipelineModelWithKVCache[TextAndVisionContext]):
+class Idefics3Model(VisionLanguageModel):
     """Idefics3 and SmolVLM."""
 
-    vision_model: Model
-    language_model: Model
-    tower_prefix = ""  # of the tower's parameters among the canonical names
-
-    def __init__(
-        self,
-        pipeline_config: PipelineConfig,
-        session: InferenceSession,
-        devices: list[Device],
-        kv_cache_config: KVCacheConfig,
-        weights: Weights,
-        adapter: WeightsAdapter | None = None,
-        return_logits: ReturnLogits = ReturnLogits.LAST_TOKEN,
-        return_hidden_states: ReturnHiddenStates = ReturnHiddenStates.NONE,
-    ) -> None:
-        super().__init__(
-            pipeline_config,
-            session,
-            devices,
-            kv_cache_config,
-            weights,
-            adapter,
-            return_logits,
-            return_hidden_states,
-        )
-        self.vision_model, self.language_model = self.load_model()
+    config_class = Idefics3Config
+    layouts = LAYOUTS
 
     @staticmethod
     def calculate_max_seq_len(  # pyright: ignore[reportIncompatibleMethodOverride]  # documented as static
@@ -121,19 +90,6 @@ class Idefics3Model(LogProbabilitiesMixin, PipelineModelWithKVCache[TextAndVisio
         text = text_config(huggingface_config)
         limit = lookup(text, "max_position_embeddings", default=MAX_POSITIONS)
         return bounded_max_seq_len("idefics3", limit, pipeline_config.model.max_length)
-
-    @classmethod
-    def get_kv_params(
-        cls,
-        huggingface_config: AutoConfig,
-        pipeline_config: PipelineConfig,
-        devices: list[DeviceRef],
-        kv_cache_config: KVCacheConfig,
-        cache_dtype: DType,
-    ) -> KVCacheParams:
-        return Idefics3Config.construct_kv_params(
-            huggingface_config, pipeline_config, devices, kv_cache_config, cache_dtype
-        )
 
     @classmethod
     def read_config(
@@ -152,33 +108,17 @@ class Idefics3Model(LogProbabilitiesMixin, PipelineModelWithKVCache[TextAndVisio
         return_logits: ReturnLogits = ReturnLogits.LAST_TOKEN,
         return_hidden_states: ReturnHiddenStates = ReturnHiddenStates.NONE,
     ) -> tuple[Idefics3Vision, DecoderConfig]:
-        """The modules for a canonical state dict, unread and without weights; finalises config."""
         text = part(state, LANGUAGE)
         outer = pipeline_config.model.require_huggingface_config()
         config.finalize(outer, text, return_logits, return_hidden_states)
         return Idefics3Vision(config.vision_config), config.text_config.decoder_config()
 
-    def load_model(self) -> tuple[Model, Model]:
-        """Read the weights through the adapter; vision and language model, evaluated.
+    def load_model(self, session: InferenceSession | None = None) -> tuple[Model, Model]:
+        """Vision and language model, with their weights in; the model's own session by default.
 
         Raises: WeightsError naming missing, unexpected and mis-shaped tensors.
         """
-        config, changes = self.read_config(self.pipeline_config)
-        state = canonical_state(self.weights, self.adapter, LAYOUTS, self.pipeline_config, changes)
-        tower, decoder_config = self.blueprint(
-            config, self.pipeline_config, state, self.return_logits, self.return_hidden_states
-        )
-        self.model_config = config
-        vision_model = load_module(self.session, tower, state.without(LANGUAGE))
-        decoder, loaded = load_decoder(self.session, decoder_config, part(state, LANGUAGE))
-        self.language = LanguageModel(
-            decoder,
-            self.kv_params,
-            self.return_logits,
-            self.return_hidden_states,
-            compile=self.session.compile,
-        )
-        return vision_model, Model(self.language, loaded.weights)
+        return super().load_model(session or self.session)
 
     def prepare_initial_token_inputs(
         self,

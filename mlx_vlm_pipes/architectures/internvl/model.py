@@ -8,42 +8,35 @@ from dataclasses import dataclass, field, replace
 import mlx.core as mx
 import numpy as np
 
+from mlx_vlm_pipes.architectures.checkpoint_model import VisionLanguageModel
 from mlx_vlm_pipes.architectures.internvl.model_config import InternVLConfig, require_vision_config
 from mlx_vlm_pipes.architectures.internvl.vision_model import VisionModel, as_patches
 from mlx_vlm_pipes.architectures.internvl.weight_adapters import LAYOUTS, transforms
 from mlx_vlm_pipes.config import (
-    KVCacheConfig,
-    KVCacheParams,
     PipelineConfig,
     upper_bounded_default,
     weights_format,
 )
 from mlx_vlm_pipes.contexts import ImageMetadata, TextAndVisionContext
-from mlx_vlm_pipes.dtypes import Device, DeviceRef, DType
 from mlx_vlm_pipes.errors import InputError, WeightsError
 from mlx_vlm_pipes.hf_config import AutoConfig, lookup, text_config
 from mlx_vlm_pipes.interfaces import (
     AlwaysSignalBuffersMixin,
     Buffer,
     InferenceSession,
-    LogProbabilitiesMixin,
     Model,
     ModelInputs,
     ModelOutputs,
-    PipelineModelWithKVCache,
+    ReturnHiddenStates,
     ReturnLogits,
     VisionWork,
     require_inputs,
 )
 from mlx_vlm_pipes.kv_cache import KVCacheInputs
 from mlx_vlm_pipes.nn.decoder import DecoderConfig
-from mlx_vlm_pipes.nn.language_model import LanguageModel
 from mlx_vlm_pipes.nn.loading import (
     LANGUAGE,
     StateDict,
-    canonical_state,
-    load_decoder,
-    load_module,
     part,
 )
 from mlx_vlm_pipes.nn.ragged import (
@@ -55,7 +48,6 @@ from mlx_vlm_pipes.nn.ragged import (
     single_replica,
 )
 from mlx_vlm_pipes.nn.vision import pixel_array
-from mlx_vlm_pipes.weights import Weights, WeightsAdapter
 from mlx_vlm_pipes.weights.layout import Transform
 
 DEFAULT_MAX_LENGTH = 4096  # where the text configuration names no limit
@@ -86,31 +78,11 @@ class InternVLInputs(ModelInputs):
         return self.pixel_values is not None
 
 
-class InternVLModel(
-    AlwaysSignalBuffersMixin,
-    LogProbabilitiesMixin,
-    PipelineModelWithKVCache[TextAndVisionContext],
-):
+class InternVLModel(AlwaysSignalBuffersMixin, VisionLanguageModel):
     """InternVL in transformers' layout and in that of the original InternVLChatModel."""
 
-    vision_model: Model
-    language_model: Model
-    tower_prefix = ""  # of the tower's parameters among the canonical names
-
-    def __init__(
-        self,
-        pipeline_config: PipelineConfig,
-        session: InferenceSession,
-        devices: list[Device],
-        kv_cache_config: KVCacheConfig,
-        weights: Weights,
-        adapter: WeightsAdapter | None = None,
-        return_logits: ReturnLogits = ReturnLogits.LAST_TOKEN,
-    ) -> None:
-        super().__init__(
-            pipeline_config, session, devices, kv_cache_config, weights, adapter, return_logits
-        )
-        self.vision_model, self.language_model = self.load_model(session)
+    config_class = InternVLConfig
+    layouts = LAYOUTS
 
     @staticmethod
     def calculate_max_seq_len(  # pyright: ignore[reportIncompatibleMethodOverride]  # documented so
@@ -120,19 +92,6 @@ class InternVLModel(
         if lookup(text_config(huggingface_config), "max_position_embeddings") is None:
             return upper_bounded_default(DEFAULT_MAX_LENGTH, pipeline_config.model.max_length)
         return InternVLConfig.calculate_max_seq_len(pipeline_config, huggingface_config)
-
-    @classmethod
-    def get_kv_params(
-        cls,
-        huggingface_config: AutoConfig,
-        pipeline_config: PipelineConfig,
-        devices: list[DeviceRef],
-        kv_cache_config: KVCacheConfig,
-        cache_dtype: DType,
-    ) -> KVCacheParams:
-        return InternVLConfig.construct_kv_params(
-            huggingface_config, pipeline_config, devices, kv_cache_config, cache_dtype
-        )
 
     @classmethod
     def estimate_activation_memory(
@@ -171,8 +130,9 @@ class InternVLModel(
         pipeline_config: PipelineConfig,
         state: StateDict,
         return_logits: ReturnLogits = ReturnLogits.LAST_TOKEN,
+        return_hidden_states: ReturnHiddenStates = ReturnHiddenStates.NONE,
     ) -> tuple[VisionModel, DecoderConfig]:
-        """The modules for a canonical state dict, unread and without weights; finalises config."""
+        del return_hidden_states  # no field of the configuration
         text, vision = part(state, LANGUAGE), state.without(LANGUAGE)
         floats = [w.dtype for name, w in vision.items() if name.endswith("class_embedding")]
         dtype = floats[0] if floats else pipeline_config.model.dtype
@@ -188,18 +148,7 @@ class InternVLModel(
         paths = self.pipeline_config.model.weight_path
         if paths and weights_format(paths) != "safetensors":
             raise WeightsError("InternVL weights must be .safetensors files")
-        config, changes = self.read_config(self.pipeline_config)
-        state = canonical_state(self.weights, self.adapter, LAYOUTS, self.pipeline_config, changes)
-        tower, decoder_config = self.blueprint(
-            config, self.pipeline_config, state, self.return_logits
-        )
-        self.model_config = config
-        vision_model = load_module(session, tower, state.without(LANGUAGE))
-        decoder, loaded = load_decoder(session, decoder_config, part(state, LANGUAGE))
-        self.language = LanguageModel(
-            decoder, self.kv_params, self.return_logits, compile=session.compile
-        )
-        return vision_model, Model(self.language, loaded.weights)
+        return super().load_model(session)
 
     def count_rows(self, image: ImageMetadata) -> int:
         """Vision rows that the image becomes."""

@@ -8,16 +8,16 @@ from typing import Any, Literal
 
 import mlx.core as mx
 
+from mlx_vlm_pipes.architectures.checkpoint_model import CheckpointModel
 from mlx_vlm_pipes.architectures.llama3.model_config import Llama3Config, bounded_max_seq_len
 from mlx_vlm_pipes.architectures.llama3.weight_adapters import LAYOUTS
-from mlx_vlm_pipes.config import KVCacheConfig, KVCacheParams, PipelineConfig
+from mlx_vlm_pipes.config import KVCacheConfig, PipelineConfig
 from mlx_vlm_pipes.contexts import TextContext
-from mlx_vlm_pipes.dtypes import Device, DeviceRef, DType
+from mlx_vlm_pipes.dtypes import Device
 from mlx_vlm_pipes.hf_config import AutoConfig, lookup, require_int
 from mlx_vlm_pipes.interfaces import (
     Buffer,
     InferenceSession,
-    LogProbabilitiesMixin,
     Model,
     ModelInputs,
     ModelOutputs,
@@ -28,8 +28,7 @@ from mlx_vlm_pipes.interfaces import (
 )
 from mlx_vlm_pipes.kv_cache import KVCacheInputs
 from mlx_vlm_pipes.nn.decoder import DecoderConfig
-from mlx_vlm_pipes.nn.language_model import LanguageModel
-from mlx_vlm_pipes.nn.loading import LANGUAGE, StateDict, canonical_state, load_decoder, part
+from mlx_vlm_pipes.nn.loading import LANGUAGE, StateDict, part
 from mlx_vlm_pipes.nn.ragged import flat_tokens, row_offsets, single_replica
 from mlx_vlm_pipes.weights import Weights, WeightsAdapter
 from mlx_vlm_pipes.weights.layout import Transform
@@ -69,36 +68,17 @@ class Llama3Inputs(ModelInputs):
         return (self.tokens, self.input_row_offsets, self.return_n_logits, *middle, *cache)
 
 
-class LlamaModelBase(LogProbabilitiesMixin, PipelineModelWithKVCache[TextContext]):
+class LlamaModelBase(CheckpointModel[TextContext], PipelineModelWithKVCache[TextContext]):
     """What Llama and OLMo share; `norm_method` tells them apart."""
 
     config_class = Llama3Config
+    layouts = LAYOUTS
     norm_method: Literal["rms_norm"] | Literal["layer_norm"]
     attention_bias: bool = False
     state_dict: dict[str, Any]
     model: Model
 
-    def __init__(
-        self,
-        pipeline_config: PipelineConfig,
-        session: InferenceSession,
-        devices: list[Device],
-        kv_cache_config: KVCacheConfig,
-        weights: Weights,
-        adapter: WeightsAdapter | None = None,
-        return_logits: ReturnLogits = ReturnLogits.LAST_TOKEN,
-        return_hidden_states: ReturnHiddenStates = ReturnHiddenStates.NONE,
-    ) -> None:
-        super().__init__(
-            pipeline_config,
-            session,
-            devices,
-            kv_cache_config,
-            weights,
-            adapter,
-            return_logits,
-            return_hidden_states,
-        )
+    def install(self, session: InferenceSession) -> None:
         self.model = self.load_model(session)
 
     @classmethod
@@ -109,19 +89,6 @@ class LlamaModelBase(LogProbabilitiesMixin, PipelineModelWithKVCache[TextContext
         limit = require_int(huggingface_config, "max_position_embeddings")
         kind = lookup(huggingface_config, "model_type", default="llama")
         return bounded_max_seq_len(kind, limit, pipeline_config.model.max_length)
-
-    @classmethod
-    def get_kv_params(
-        cls,
-        huggingface_config: AutoConfig,
-        pipeline_config: PipelineConfig,
-        devices: list[DeviceRef],
-        kv_cache_config: KVCacheConfig,
-        cache_dtype: DType,
-    ) -> KVCacheParams:
-        return cls.config_class.construct_kv_params(
-            huggingface_config, pipeline_config, devices, kv_cache_config, cache_dtype
-        )
 
     @classmethod
     def read_config(
@@ -139,7 +106,6 @@ class LlamaModelBase(LogProbabilitiesMixin, PipelineModelWithKVCache[TextContext
         return_logits: ReturnLogits = ReturnLogits.LAST_TOKEN,
         return_hidden_states: ReturnHiddenStates = ReturnHiddenStates.NONE,
     ) -> tuple[None, DecoderConfig]:
-        """The decoder's sizes for a canonical state dict, unread; finalises config."""
         config.finalize(
             pipeline_config.model.require_huggingface_config(),
             part(state, LANGUAGE),
@@ -152,22 +118,9 @@ class LlamaModelBase(LogProbabilitiesMixin, PipelineModelWithKVCache[TextContext
 
     def load_model(self, session: InferenceSession) -> Model:
         """Read the weights through the adapter, build the decoder, install and evaluate."""
-        config, changes = self.read_config(self.pipeline_config)
-        state = canonical_state(self.weights, self.adapter, LAYOUTS, self.pipeline_config, changes)
-        _, decoder_config = self.blueprint(
-            config, self.pipeline_config, state, self.return_logits, self.return_hidden_states
-        )
-        self.model_config = config
-        decoder, loaded = load_decoder(session, decoder_config, part(state, LANGUAGE))
-        self.state_dict = dict(loaded.weights)
-        self.language = LanguageModel(
-            decoder,
-            self.kv_params,
-            self.return_logits,
-            self.return_hidden_states,
-            compile=session.compile,
-        )
-        return Model(self.language, loaded.weights)
+        _, model = self.load_parts(session)
+        self.state_dict = dict(model.weights)
+        return model
 
     def prepare_initial_token_inputs(
         self,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import mlx.core as mx
 import numpy as np
 
+from mlx_vlm_pipes.architectures.checkpoint_model import VisionLanguageModel
 from mlx_vlm_pipes.architectures.pixtral.model_config import PixtralConfig
 from mlx_vlm_pipes.architectures.pixtral.vision_model import (
     PixtralVision,
@@ -16,18 +17,13 @@ from mlx_vlm_pipes.architectures.pixtral.vision_model import (
     to_patches,
 )
 from mlx_vlm_pipes.architectures.pixtral.weight_adapters import LAYOUTS, transforms
-from mlx_vlm_pipes.config import KVCacheConfig, KVCacheParams, PipelineConfig
+from mlx_vlm_pipes.config import PipelineConfig
 from mlx_vlm_pipes.contexts import ImageMetadata, TextAndVisionContext
-from mlx_vlm_pipes.dtypes import Device, DeviceRef, DType
 from mlx_vlm_pipes.hf_config import AutoConfig
 from mlx_vlm_pipes.interfaces import (
     Buffer,
-    InferenceSession,
-    LogProbabilitiesMixin,
-    Model,
     ModelInputs,
     ModelOutputs,
-    PipelineModelWithKVCache,
     ReturnHiddenStates,
     ReturnLogits,
     VisionWork,
@@ -35,14 +31,8 @@ from mlx_vlm_pipes.interfaces import (
 )
 from mlx_vlm_pipes.kv_cache import KVCacheInputs
 from mlx_vlm_pipes.nn.decoder import DecoderConfig
-from mlx_vlm_pipes.nn.language_model import LanguageModel
 from mlx_vlm_pipes.nn.loading import (
-    LANGUAGE,
     StateDict,
-    canonical_state,
-    load_decoder,
-    load_module,
-    part,
 )
 from mlx_vlm_pipes.nn.ragged import (
     active_images,
@@ -53,7 +43,6 @@ from mlx_vlm_pipes.nn.ragged import (
     single_replica,
 )
 from mlx_vlm_pipes.nn.vision import pixel_array
-from mlx_vlm_pipes.weights import Weights, WeightsAdapter
 from mlx_vlm_pipes.weights.layout import Transform
 
 
@@ -86,35 +75,11 @@ class PixtralInputs(ModelInputs):
         return self.pixel_patches is not None
 
 
-class PixtralModel(LogProbabilitiesMixin, PipelineModelWithKVCache[TextAndVisionContext]):
+class PixtralModel(VisionLanguageModel):
     """LLaVA checkpoints with a Pixtral tower."""
 
-    vision_model: Model
-    language_model: Model
-    tower_prefix = ""  # of the tower's parameters among the canonical names
-
-    def __init__(
-        self,
-        pipeline_config: PipelineConfig,
-        session: InferenceSession,
-        devices: list[Device],
-        kv_cache_config: KVCacheConfig,
-        weights: Weights,
-        adapter: WeightsAdapter | None = None,
-        return_logits: ReturnLogits = ReturnLogits.LAST_TOKEN,
-        return_hidden_states: ReturnHiddenStates = ReturnHiddenStates.NONE,
-    ) -> None:
-        super().__init__(
-            pipeline_config,
-            session,
-            devices,
-            kv_cache_config,
-            weights,
-            adapter,
-            return_logits,
-            return_hidden_states,
-        )
-        self.vision_model, self.language_model = self.load_model(session)
+    config_class = PixtralConfig
+    layouts = LAYOUTS
 
     @classmethod
     def calculate_max_seq_len(
@@ -122,19 +87,6 @@ class PixtralModel(LogProbabilitiesMixin, PipelineModelWithKVCache[TextAndVision
     ) -> int:
         """Raises: ConfigError if max_length exceeds the decoder's limit."""
         return PixtralConfig.calculate_max_seq_len(pipeline_config, huggingface_config)
-
-    @classmethod
-    def get_kv_params(
-        cls,
-        huggingface_config: AutoConfig,
-        pipeline_config: PipelineConfig,
-        devices: list[DeviceRef],
-        kv_cache_config: KVCacheConfig,
-        cache_dtype: DType,
-    ) -> KVCacheParams:
-        return PixtralConfig.construct_kv_params(
-            huggingface_config, pipeline_config, devices, kv_cache_config, cache_dtype
-        )
 
     @classmethod
     def read_config(
@@ -146,32 +98,16 @@ class PixtralModel(LogProbabilitiesMixin, PipelineModelWithKVCache[TextAndVision
 
     @classmethod
     def blueprint(
-        cls, config: PixtralConfig, pipeline_config: PipelineConfig, state: StateDict
+        cls,
+        config: PixtralConfig,
+        pipeline_config: PipelineConfig,
+        state: StateDict,
+        return_logits: ReturnLogits = ReturnLogits.LAST_TOKEN,
+        return_hidden_states: ReturnHiddenStates = ReturnHiddenStates.NONE,
     ) -> tuple[PixtralVision, DecoderConfig]:
-        """The modules, without weights; nothing in the state dict decides here."""
-        del pipeline_config, state
+        del pipeline_config, state, return_hidden_states  # nothing in a checkpoint decides here
+        config.return_logits = return_logits
         return PixtralVision(config), config.decoder_config()
-
-    def load_model(self, session: InferenceSession) -> tuple[Model, Model]:
-        """Read the weights through the adapter; vision and language model, evaluated.
-
-        Raises: WeightsError naming missing, unexpected and mis-shaped tensors.
-        """
-        config, changes = self.read_config(self.pipeline_config)
-        config = replace(config, return_logits=self.return_logits)
-        self.model_config = config
-        state = canonical_state(self.weights, self.adapter, LAYOUTS, self.pipeline_config, changes)
-        tower, decoder_config = self.blueprint(config, self.pipeline_config, state)
-        vision_model = load_module(session, tower, state.without(LANGUAGE))
-        decoder, loaded = load_decoder(session, decoder_config, part(state, LANGUAGE))
-        self.language = LanguageModel(
-            decoder,
-            self.kv_params,
-            config.return_logits,
-            self.return_hidden_states,
-            compile=session.compile,
-        )
-        return vision_model, Model(self.language, loaded.weights)
 
     def prepare_initial_token_inputs(
         self,

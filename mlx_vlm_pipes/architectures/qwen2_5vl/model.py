@@ -9,6 +9,7 @@ from typing import cast
 import mlx.core as mx
 import numpy as np
 
+from mlx_vlm_pipes.architectures.checkpoint_model import VisionLanguageModel
 from mlx_vlm_pipes.architectures.qwen2_5vl.context import (
     Qwen2_5VLImage,
     Qwen2_5VLTextAndVisionContext,
@@ -18,34 +19,29 @@ from mlx_vlm_pipes.architectures.qwen2_5vl.context import (
 from mlx_vlm_pipes.architectures.qwen2_5vl.model_config import Qwen2_5VLConfig
 from mlx_vlm_pipes.architectures.qwen2_5vl.vision_model import VisionModel
 from mlx_vlm_pipes.architectures.qwen2_5vl.weight_adapters import LAYOUTS, transforms
-from mlx_vlm_pipes.config import KVCacheConfig, KVCacheParams, PipelineConfig, weights_format
+from mlx_vlm_pipes.config import PipelineConfig, weights_format
 from mlx_vlm_pipes.contexts import ImageMetadata, TextAndVisionContext
-from mlx_vlm_pipes.dtypes import Device, DeviceRef, DType
+from mlx_vlm_pipes.dtypes import Device
 from mlx_vlm_pipes.errors import ConfigError, InputError
 from mlx_vlm_pipes.hf_config import AutoConfig
 from mlx_vlm_pipes.interfaces import (
     AlwaysSignalBuffersMixin,
     Buffer,
     InferenceSession,
-    LogProbabilitiesMixin,
     Model,
     ModelInputs,
     ModelOutputs,
-    PipelineModelWithKVCache,
+    ReturnHiddenStates,
     ReturnLogits,
     VisionWork,
     require_inputs,
 )
 from mlx_vlm_pipes.kv_cache import KVCacheInputs
 from mlx_vlm_pipes.nn.decoder import DecoderConfig
-from mlx_vlm_pipes.nn.language_model import LanguageModel
 from mlx_vlm_pipes.nn.loading import (
     LANGUAGE,
     VISION,
     StateDict,
-    canonical_state,
-    load_decoder,
-    load_module,
     part,
 )
 from mlx_vlm_pipes.nn.ragged import (
@@ -56,7 +52,6 @@ from mlx_vlm_pipes.nn.ragged import (
     single_replica,
 )
 from mlx_vlm_pipes.nn.vision import pixel_array
-from mlx_vlm_pipes.weights import Weights, WeightsAdapter
 from mlx_vlm_pipes.weights.layout import Transform
 
 ACTIVATION_BYTES = 5 * 2**30  # the documented estimate
@@ -96,30 +91,13 @@ class Qwen2_5VLInputs(ModelInputs):
         return self.pixel_values is not None
 
 
-class Qwen2_5VLModel(
-    AlwaysSignalBuffersMixin, LogProbabilitiesMixin, PipelineModelWithKVCache[TextAndVisionContext]
-):
+class Qwen2_5VLModel(AlwaysSignalBuffersMixin, VisionLanguageModel):
     """Qwen2.5-VL. `model_config` is None until `load_model` has finalised it."""
 
     model_config: Qwen2_5VLConfig | None = None
-    vision_model: Model
-    language_model: Model
-    tower_prefix = VISION  # of the tower's parameters among the canonical names
-
-    def __init__(
-        self,
-        pipeline_config: PipelineConfig,
-        session: InferenceSession,
-        devices: list[Device],
-        kv_cache_config: KVCacheConfig,
-        weights: Weights,
-        adapter: WeightsAdapter | None = None,
-        return_logits: ReturnLogits = ReturnLogits.LAST_TOKEN,
-    ) -> None:
-        super().__init__(
-            pipeline_config, session, devices, kv_cache_config, weights, adapter, return_logits
-        )
-        self.vision_model, self.language_model = self.load_model(session)
+    config_class = Qwen2_5VLConfig
+    layouts = LAYOUTS
+    tower_prefix = VISION
 
     @staticmethod
     def calculate_max_seq_len(  # pyright: ignore[reportIncompatibleMethodOverride]  # documented as static
@@ -137,19 +115,6 @@ class Qwen2_5VLModel(
         return ACTIVATION_BYTES
 
     @classmethod
-    def get_kv_params(
-        cls,
-        huggingface_config: AutoConfig,
-        pipeline_config: PipelineConfig,
-        devices: list[DeviceRef],
-        kv_cache_config: KVCacheConfig,
-        cache_dtype: DType,
-    ) -> KVCacheParams:
-        return Qwen2_5VLConfig.construct_kv_params(
-            huggingface_config, pipeline_config, devices, kv_cache_config, cache_dtype
-        )
-
-    @classmethod
     def read_config(
         cls, pipeline_config: PipelineConfig
     ) -> tuple[Qwen2_5VLConfig, tuple[Transform, ...]]:
@@ -164,8 +129,9 @@ class Qwen2_5VLModel(
         pipeline_config: PipelineConfig,
         state: StateDict,
         return_logits: ReturnLogits = ReturnLogits.LAST_TOKEN,
+        return_hidden_states: ReturnHiddenStates = ReturnHiddenStates.NONE,
     ) -> tuple[VisionModel, DecoderConfig]:
-        """The modules for a canonical state dict, unread and without weights; finalises config."""
+        del return_hidden_states  # no field of the configuration
         outer = pipeline_config.model.require_huggingface_config()
         text, vision = part(state, LANGUAGE), part(state, VISION)
         config.finalize(outer, pipeline_config, text, vision, return_logits)
@@ -180,18 +146,7 @@ class Qwen2_5VLModel(
         files = self.pipeline_config.model.weight_path
         if files and weights_format(files) != "safetensors":
             raise ConfigError(f"weight files {files[0].name}, ...; expected .safetensors")
-        config, changes = self.read_config(self.pipeline_config)
-        state = canonical_state(self.weights, self.adapter, LAYOUTS, self.pipeline_config, changes)
-        tower, decoder_config = self.blueprint(
-            config, self.pipeline_config, state, self.return_logits
-        )
-        vision = load_module(session, tower, part(state, VISION))
-        decoder, loaded = load_decoder(session, decoder_config, part(state, LANGUAGE))
-        self.language = LanguageModel(
-            decoder, self.kv_params, self.return_logits, compile=session.compile
-        )
-        self.model_config = config
-        return vision, Model(self.language, loaded.weights)
+        return super().load_model(session)
 
     def encode_images(self, images: Sequence[ImageMetadata]) -> list[Buffer]:
         """Decoder rows [M_i, E] of each picture or clip, all encoded in one batch. Lazy."""
