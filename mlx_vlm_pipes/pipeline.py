@@ -146,16 +146,18 @@ class Pipeline:
         prompt: Prompt,
         images: Sequence[Any] = (),
         videos: Sequence[Any] = (),
+        *,
+        adapter: str | None = None,
         **options: Unpack[PromptOptions],
     ) -> np.ndarray:
         """float32 [n_tokens, vocab_size]: the logits at every position of the prompt.
 
-        With the adapter that `generate` uses where a request names none.
+        adapter: as for `generate`.
         """
         processed = self.encode(prompt, images, videos, **options)
         self._check_length(processed, 0)
         context = self.processor.new_context(processed, max_length=self.max_seq_len)
-        context.model_name = self._adapter(None)
+        context.model_name = self._adapter(adapter)
         return self.engine.prompt_logits(context)
 
     def generate(

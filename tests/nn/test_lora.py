@@ -94,6 +94,7 @@ def test_a_mixed_batch_gives_what_each_gives_alone(pipe: Pipeline, adapters: lis
         single = load(BASE, dtype="float32", adapter=path)
         assert answer(single)[0] == alone[name][0]
         assert np.abs(single.logits(PROMPT) - load_logits(path)).max() < 5e-4
+        assert np.abs(pipe.logits(PROMPT, adapter=name) - load_logits(path)).max() < 5e-4
         single.close()
     assert alone["base"][0] == alone["zero"][0]
     assert len({tuple(alone[name][0]) for name in ("one", "two", "base")}) == 3
