@@ -17,13 +17,7 @@ TILE_PX, PATCH_PX, MAX_TILES = 64, 8, 6
 TILE_TOKENS = (TILE_PX // PATCH_PX // 2) ** 2
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-SHARES = (
-    1.0,
-    0.25,
-    0.4,
-    0.4,
-    0.15,
-)  # of a full batch, for the kinds of pictures: more tiles, fewer
+SHARES = (1.0, 0.25, 0.4, 0.4, 0.15)  # of a full batch, by kind of picture: more tiles, fewer
 
 TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"

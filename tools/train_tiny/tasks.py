@@ -20,6 +20,7 @@ from .shapes import (
     SIDE,
     Mix,
     Scene,
+    Thing,
     draw_scene,
     pick,
     sample_background,
@@ -88,13 +89,18 @@ def colour_question(shape: str) -> str:
     return f"What color is the {shape}?"
 
 
+def singles(scene: Scene) -> list[Thing]:
+    """The things whose shape occurs once: their colour can be asked."""
+    shapes = [thing.shape for thing in scene.things]
+    return [thing for thing in scene.things if shapes.count(thing.shape) == 1]
+
+
 def colour_turns(scene: Scene, rng: np.random.Generator) -> list[Turn]:
     """The colour question for a shape that occurs once, if there is one."""
-    shapes = [thing.shape for thing in scene.things]
-    single = [thing for thing in scene.things if shapes.count(thing.shape) == 1]
-    if not single:
+    asked = singles(scene)
+    if not asked:
         return []
-    thing = pick(rng, single)
+    thing = pick(rng, asked)
     return [(colour_question(thing.shape), thing.colour)]
 
 
@@ -112,7 +118,8 @@ def conversation_about(scene: Scene, rng: np.random.Generator, mix: Mix = EVEN) 
     if mix.ask == "captions":
         return [turn for turn in turns if turn[1] == scene.caption]
     if mix.ask == "colours":
-        return colour_turns(scene, rng) or turns[:1]
+        asked = [(colour_question(thing.shape), thing.colour) for thing in singles(scene)]
+        return [asked[int(i)] for i in rng.permutation(len(asked))] or turns[:1]
     if rng.random() < 0.5:
         turns.sort(key=lambda turn: turn[1] != scene.caption)
     return turns[:2]

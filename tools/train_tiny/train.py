@@ -64,8 +64,12 @@ def answer_loss(model: torch.nn.Module, inputs: dict, labels: torch.Tensor) -> t
 def train(family: Family, model: torch.nn.Module, args: argparse.Namespace) -> float:
     """Run the optimiser and save. Returns the mean loss of the last hundred steps."""
     teacher = Teacher(family, model)
+    if args.keep_layers:
+        model.requires_grad_(requires_grad=False)
+        for changed in (family.projector(model), model.get_input_embeddings(), model.lm_head):
+            changed.requires_grad_(requires_grad=True)
     optimiser = torch.optim.AdamW(
-        [*model.parameters(), *teacher.parameters()],
+        [p for p in (*model.parameters(), *teacher.parameters()) if p.requires_grad],
         args.rate,
         (0.9, 0.98),
         weight_decay=WEIGHT_DECAY,
@@ -115,6 +119,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--save-every", type=int, default=300)
     parser.add_argument("--start-from", type=Path, help="begin with this folder's weights")
+    parser.add_argument(
+        "--keep-layers", action="store_true", help="train projector, embeddings and head only"
+    )
     args = parser.parse_args()
     logging.disable_progress_bar()
     torch.set_num_threads(args.threads)

@@ -11,9 +11,8 @@ import mlx.core as mx
 from mlx_vlm_pipes.architectures.checkpoint_model import CheckpointModel
 from mlx_vlm_pipes.architectures.llama3.model_config import Llama3Config, bounded_max_seq_len
 from mlx_vlm_pipes.architectures.llama3.weight_adapters import LAYOUTS
-from mlx_vlm_pipes.config import KVCacheConfig, PipelineConfig
+from mlx_vlm_pipes.config import PipelineConfig
 from mlx_vlm_pipes.contexts import TextContext
-from mlx_vlm_pipes.dtypes import Device
 from mlx_vlm_pipes.hf_config import AutoConfig, lookup, require_int
 from mlx_vlm_pipes.interfaces import (
     Buffer,
@@ -30,7 +29,6 @@ from mlx_vlm_pipes.kv_cache import KVCacheInputs
 from mlx_vlm_pipes.nn.decoder import DecoderConfig
 from mlx_vlm_pipes.nn.loading import LANGUAGE, StateDict, part
 from mlx_vlm_pipes.nn.ragged import flat_tokens, row_offsets, single_replica
-from mlx_vlm_pipes.weights import Weights, WeightsAdapter
 from mlx_vlm_pipes.weights.layout import Transform
 
 
@@ -166,28 +164,6 @@ class Llama3Model(LlamaModelBase):
     """Llama, Mistral, Granite and Phi-3: RMS norm."""
 
     norm_method: Literal["rms_norm"] | Literal["layer_norm"] = "rms_norm"
-
-    def __init__(
-        self,
-        pipeline_config: PipelineConfig,
-        session: InferenceSession,
-        devices: list[Device],
-        kv_cache_config: KVCacheConfig,
-        weights: Weights,
-        adapter: WeightsAdapter | None = None,
-        return_logits: ReturnLogits = ReturnLogits.LAST_TOKEN,
-        return_hidden_states: ReturnHiddenStates = ReturnHiddenStates.NONE,
-    ) -> None:
-        super().__init__(
-            pipeline_config,
-            session,
-            devices,
-            kv_cache_config,
-            weights,
-            adapter,
-            return_logits,
-            return_hidden_states,
-        )
 
 
 class OlmoModel(LlamaModelBase):
