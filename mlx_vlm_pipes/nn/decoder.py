@@ -90,6 +90,11 @@ class DecodeStep:
     slots: mx.array | None  # int32 [B], each row's LoRA adapter; None where none is loaded
 
 
+def last_tokens(rows: Sequence[PrefillRow], tail: int) -> mx.array:
+    """Places on the flat token axis of the last `tail` tokens of each row, int32 [B * tail]."""
+    return mx.concatenate([mx.arange(row.end - tail, row.end, dtype=mx.int32) for row in rows])
+
+
 class LayerNorm(nn.Module):
     """Mean and variance norm without weight or bias, eps 1e-5 (OLMo): [T, E] -> [T, E]."""
 
@@ -220,23 +225,31 @@ class Attention(Projections):
         residual: mx.array,
         rows: Sequence[PrefillRow],
         slots: mx.array | None,
+        tail: int | None = None,
     ) -> mx.array:
+        """All keys and values are cached; tail, if given, is how many last tokens also query."""
         qk, v = self._project(x, slots)
-        outs = []
+        outs, kept = [], slots
+        if tail is not None:
+            places = last_tokens(rows, tail)
+            residual, kept = residual[places], None if slots is None else slots[places]
         for row in rows:
             part = slice(row.begin, row.end)
             heads = qk[part].transpose(1, 0, 2)[None]  # [1, H + K, T, D]
             # Apart, unlike in a decode step: the queries can go before the keys are cached.
-            q = row.rotation(heads[:, : self.num_heads])
+            q, start = row.rotation(heads[:, : self.num_heads]), row.start
+            if tail is not None:
+                start += q.shape[2] - tail
+                q = q[:, :, -tail:]
             k = row.rotation(heads[:, self.num_heads :])
             fresh = k, v[part].transpose(1, 0, 2)[None]
             cached = row.cache.append(self.layer, *fresh, row.start)
             format = row.cache.format
-            out = prefill_attention(q, fresh, cached, format, row.start, self.scale, self.window)
+            out = prefill_attention(q, fresh, cached, format, start, self.scale, self.window)
             # Write the cache now: left to the end, every layer's projections would be kept.
             outs.extend(mx.depends([merge_heads(out)], list(cached)))
         merged = outs[0] if len(outs) == 1 else mx.concatenate(outs, axis=0)  # [T, H * D]
-        return self.into("o_proj", merged, residual, slots)
+        return self.into("o_proj", merged, residual, kept)
 
     def decode(
         self, x: mx.array, residual: mx.array, cached: Layer, step: DecodeStep
@@ -299,8 +312,17 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = _norm(config.hidden_size, config.norm_eps)
         self.mlp = MLP(config)
 
-    def prefill(self, h: mx.array, rows: Sequence[PrefillRow], slots: mx.array | None) -> mx.array:
-        h = self.self_attn.prefill(self.input_layernorm(h), h, rows, slots)
+    def prefill(
+        self,
+        h: mx.array,
+        rows: Sequence[PrefillRow],
+        slots: mx.array | None,
+        tail: int | None = None,
+    ) -> mx.array:
+        """tail: how many last tokens of each row to return, None for all of them."""
+        h = self.self_attn.prefill(self.input_layernorm(h), h, rows, slots, tail)
+        if tail is not None and slots is not None:
+            slots = slots[last_tokens(rows, tail)]
         return self.mlp(self.post_attention_layernorm(h), h, slots)
 
     def decode(self, h: mx.array, cached: Layer, step: DecodeStep) -> tuple[mx.array, Layer]:
@@ -341,15 +363,20 @@ class DenseDecoder(nn.Module):
         return h if factor == 1.0 else h * factor
 
     def prefill(
-        self, h: mx.array, rows: Sequence[PrefillRow], slots: mx.array | None = None
+        self,
+        h: mx.array,
+        rows: Sequence[PrefillRow],
+        slots: mx.array | None = None,
+        tail: int | None = None,
     ) -> mx.array:
         """Embeddings [T, E] of ragged rows -> hidden states [T, E]; the rows' caches are written.
 
-        slots int32 [T]: each token's LoRA adapter, 0 for the base model.
+        slots int32 [T]: each token's LoRA adapter, 0 for the base model. tail: only the last
+        `tail` tokens of each row are wanted, [B * tail, E]; the last layer skips the others.
         """
-        for layer in self.layers:
+        for layer in self.layers[:-1]:
             h = layer.prefill(h, rows, slots)
-        return h
+        return self.layers[-1].prefill(h, rows, slots, tail)
 
     def decode(
         self, h: mx.array, layers: Sequence[Layer], step: DecodeStep

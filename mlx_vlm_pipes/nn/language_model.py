@@ -12,7 +12,7 @@ from mlx_vlm_pipes.errors import ConfigError, InputError
 from mlx_vlm_pipes.interfaces import ModelOutputs, ReturnHiddenStates, ReturnLogits
 from mlx_vlm_pipes.kv_cache import KVCacheInputs, Layer, RowCacheInputs, cache_format
 from mlx_vlm_pipes.nn.attention import decode_mask
-from mlx_vlm_pipes.nn.decoder import DecodeStep, DenseDecoder, PrefillRow
+from mlx_vlm_pipes.nn.decoder import DecodeStep, DenseDecoder, PrefillRow, last_tokens
 from mlx_vlm_pipes.nn.ragged import merge_image_features
 
 
@@ -86,8 +86,29 @@ class LanguageModel:
         h = self.decoder.scale_embeddings(h)
         bounds = np.array(input_row_offsets).astype(np.int64)
         slots = self._slots([row.adapter for row in kv.rows], np.diff(bounds))
-        h = self.decoder.prefill(h, self._prefill_rows(kv, bounds, position_ids), slots)
-        return self._outputs(h, bounds, return_n_logits)
+        tail = self._tail(bounds, return_n_logits)
+        rows = self._prefill_rows(kv, bounds, position_ids)
+        if self.return_hidden_states in (ReturnHiddenStates.ALL, ReturnHiddenStates.ALL_NORMALIZED):
+            h = self.decoder.prefill(h, rows, slots)
+            picked = h if tail is None else h[last_tokens(rows, tail)]
+        else:
+            picked = h = self.decoder.prefill(h, rows, slots, tail)
+        return self._outputs(h, picked, bounds, tail)
+
+    def _tail(self, bounds: np.ndarray, return_n_logits: mx.array) -> int | None:
+        """How many last tokens of each row get logits, None for all of them.
+
+        Raises: InputError if a row has fewer tokens than that.
+        """
+        if self.return_logits is ReturnLogits.ALL:
+            return None
+        if self.return_logits is ReturnLogits.LAST_TOKEN:
+            return 1
+        tail = int(np.array(return_n_logits).reshape(-1)[0])
+        shortest = int(np.diff(bounds).min())
+        if shortest < tail:
+            raise InputError(f"return_n_logits {tail} for a row of {shortest} active tokens")
+        return tail
 
     def _slots(self, rows: list[int], counts: np.ndarray | int = 1) -> mx.array | None:
         """Each token's adapter, int32 [T]; None where no adapter is loaded."""
@@ -162,24 +183,21 @@ class LanguageModel:
             offsets = mx.arange(logits.shape[0] + 1, dtype=kind)
         return ModelOutputs(logits, logits, offsets, self._hidden(hidden, hidden))
 
-    def _outputs(self, h: mx.array, bounds: np.ndarray, return_n_logits: mx.array) -> ModelOutputs:
-        last = h[mx.array((bounds[1:] - 1).astype(np.int32))]
-        hidden = self._hidden(h, last)
-        if self.return_logits is ReturnLogits.LAST_TOKEN:
-            logits = self.decoder.logits(last)
-            return ModelOutputs(logits, logits, None, hidden)
-        if self.return_logits is ReturnLogits.ALL:
-            logits = self.decoder.logits(h)
+    def _outputs(
+        self, h: mx.array, picked: mx.array, bounds: np.ndarray, tail: int | None
+    ) -> ModelOutputs:
+        """From hidden states h and those of the tokens that get logits."""
+        logits = self.decoder.logits(picked)
+        if tail is None:
             ends = mx.array((bounds[1:] - 1).astype(np.int32))
+            hidden = self._hidden(h, picked[ends])
             return ModelOutputs(logits, logits[ends], mx.array(bounds.astype(np.uint32)), hidden)
-        n = int(np.array(return_n_logits).reshape(-1)[0])
-        shortest = int(np.diff(bounds).min())
-        if shortest < n:
-            raise InputError(f"return_n_logits {n} for a row of {shortest} active tokens")
-        wanted = bounds[1:, None] - n + np.arange(n)  # [B, n], oldest first
-        logits = self.decoder.logits(h[mx.array(wanted.reshape(-1).astype(np.int32))])
-        offsets = mx.array(np.arange(len(bounds)) * n)
-        return ModelOutputs(logits, logits[n - 1 :: n], offsets, hidden)
+        last = slice(tail - 1, None, tail)
+        hidden = self._hidden(h, picked[last])
+        if self.return_logits is ReturnLogits.LAST_TOKEN:
+            return ModelOutputs(logits, logits, None, hidden)
+        offsets = mx.array(np.arange(len(bounds)) * tail)
+        return ModelOutputs(logits, logits[last], offsets, hidden)
 
     def _hidden(self, h: mx.array, last: mx.array) -> mx.array | None:
         kind = self.return_hidden_states
