@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from mlx_vlm_pipes import Pipeline, load
-from tests.fixtures_helper import SAME_PILLOW, cases, reference
+from tests.fixtures_helper import FIXTURES, SAME_PILLOW, cases, reference
 
 LOGITS_BAR = 2e-5  # of the largest logit; the promise is 2e-3
 PIXELS_BAR = 1e-5  # the promise is 1e-2
@@ -105,3 +105,27 @@ def test_fixtures_are_still_what_transformers_computes(tmp_path: Path) -> None:
             want = wanted(arrays, fact["name"], "logits")
             assert np.abs(got - want).max() < LOGITS_BAR * np.abs(want).max()
         pipe.close()
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("name", ["internvl-llama", "internvl-qwen2", "smolvlm"])
+def test_a_clip_equals_transformers(name: str) -> None:
+    """Ids and frames from this package's processor: transformers' needs torchvision for clips."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    folder, noise = FIXTURES / name, np.random.default_rng(1)
+    clip = [noise.integers(0, 256, (40, 50, 3), np.uint8) for _ in range(5)]
+    content = [{"type": "video"}, {"type": "text", "text": "What happens?"}]
+    prompt = [{"role": "user", "content": content}]
+    pipe = load(folder, dtype="float32")
+    encoded = pipe.encode(prompt, videos=[clip])
+    logits = pipe.logits(prompt, videos=[clip])
+    pipe.close()
+    names = ("pixel_values", "pixel_attention_mask")
+    media = {n: torch.tensor(a) for n, a in encoded.hf_arrays.items() if n in names}
+    assert media["pixel_values"].shape[-4] == 5
+    model = transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        want = model.eval()(input_ids=torch.tensor([encoded.input_ids]), **media).logits[0].numpy()
+    assert np.abs(logits - want).max() < LOGITS_BAR * np.abs(want).max()
+    assert (logits.argmax(-1) == want.argmax(-1)).all()

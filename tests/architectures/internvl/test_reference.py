@@ -7,9 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlx_vlm_pipes import load as load_pipeline
 from tests.architectures.internvl.driving import IMAGE_TOKEN, context, load, relative, run, tiles
-from tests.fixtures_helper import FIXTURES
 
 torch = pytest.importorskip("torch")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -69,28 +67,3 @@ def test_equals_transformers(name: str, tmp_path: Path) -> None:
         ).logits[0]
     (logits,), _ = run(load(tmp_path), [context(ids, pixels, IMAGE_TOKEN)], 1)
     assert relative(logits, expected.numpy()) < 1e-5
-
-
-@pytest.mark.parametrize("name", ["internvl-llama", "internvl-qwen2"])
-def test_a_clip_equals_transformers(name: str) -> None:
-    """Ids and frames from this package's processor; transformers' needs torchvision for clips."""
-    folder = FIXTURES / name
-    noise = np.random.default_rng(1)
-    frames = [noise.integers(0, 256, (40, 50, 3), np.uint8) for _ in range(5)]
-    content = [{"type": "video"}, {"type": "text", "text": "What happens?"}]
-    prompt = [{"role": "user", "content": content}]
-    pipe = load_pipeline(folder, dtype="float32")
-    encoded = pipe.encode(prompt, videos=[frames], num_frames=5)
-    logits = pipe.logits(prompt, videos=[frames], num_frames=5)
-    pipe.close()
-    assert encoded.pixel_values is not None
-    assert len(encoded.pixel_values) == 5
-    model = transformers.InternVLForConditionalGeneration
-    theirs = model.from_pretrained(folder, dtype=torch.float32).eval()
-    with torch.no_grad():
-        expected = theirs(
-            input_ids=torch.tensor([encoded.input_ids]),
-            pixel_values=torch.tensor(encoded.pixel_values),
-        ).logits[0]
-    assert relative(logits, expected.numpy()) < 1e-5
-    assert (logits.argmax(-1) == expected.numpy().argmax(-1)).all()
