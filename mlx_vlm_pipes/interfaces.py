@@ -350,6 +350,10 @@ class PipelineModelWithKVCache(PipelineModel[ContextT]):
             kv_cache_config,
             pipeline_config.model.cache_dtype,
         )
+        self.install(session)
+
+    def install(self, session: InferenceSession) -> None:
+        """Load the networks: the constructor's last act. A model without its own loads nothing."""
 
     @classmethod
     @abstractmethod

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 import mlx.core as mx
 import numpy as np
 
-from mlx_vlm_pipes.architectures.checkpoint_model import VisionLanguageModel
 from mlx_vlm_pipes.architectures.internvl.model_config import InternVLConfig, require_vision_config
 from mlx_vlm_pipes.architectures.internvl.vision_model import VisionModel, as_patches
 from mlx_vlm_pipes.architectures.internvl.weight_adapters import LAYOUTS, transforms
@@ -33,6 +32,7 @@ from mlx_vlm_pipes.interfaces import (
     require_inputs,
 )
 from mlx_vlm_pipes.kv_cache import KVCacheInputs
+from mlx_vlm_pipes.nn.checkpoint_model import VisionLanguageModel
 from mlx_vlm_pipes.nn.decoder import DecoderConfig
 from mlx_vlm_pipes.nn.loading import (
     LANGUAGE,

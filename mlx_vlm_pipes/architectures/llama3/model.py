@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import mlx.core as mx
 
-from mlx_vlm_pipes.architectures.checkpoint_model import CheckpointModel
 from mlx_vlm_pipes.architectures.llama3.model_config import Llama3Config, bounded_max_seq_len
 from mlx_vlm_pipes.architectures.llama3.weight_adapters import LAYOUTS
 from mlx_vlm_pipes.config import PipelineConfig
@@ -26,6 +25,7 @@ from mlx_vlm_pipes.interfaces import (
     require_inputs,
 )
 from mlx_vlm_pipes.kv_cache import KVCacheInputs
+from mlx_vlm_pipes.nn.checkpoint_model import CheckpointModel
 from mlx_vlm_pipes.nn.decoder import DecoderConfig
 from mlx_vlm_pipes.nn.loading import LANGUAGE, StateDict, part
 from mlx_vlm_pipes.nn.ragged import flat_tokens, row_offsets, single_replica

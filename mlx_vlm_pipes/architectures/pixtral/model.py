@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 import mlx.core as mx
 import numpy as np
 
-from mlx_vlm_pipes.architectures.checkpoint_model import VisionLanguageModel
 from mlx_vlm_pipes.architectures.pixtral.model_config import PixtralConfig
 from mlx_vlm_pipes.architectures.pixtral.vision_model import (
     PixtralVision,
@@ -30,6 +29,7 @@ from mlx_vlm_pipes.interfaces import (
     require_inputs,
 )
 from mlx_vlm_pipes.kv_cache import KVCacheInputs
+from mlx_vlm_pipes.nn.checkpoint_model import VisionLanguageModel
 from mlx_vlm_pipes.nn.decoder import DecoderConfig
 from mlx_vlm_pipes.nn.loading import (
     StateDict,

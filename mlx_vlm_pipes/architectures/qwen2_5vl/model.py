@@ -9,7 +9,6 @@ from typing import cast
 import mlx.core as mx
 import numpy as np
 
-from mlx_vlm_pipes.architectures.checkpoint_model import VisionLanguageModel
 from mlx_vlm_pipes.architectures.qwen2_5vl.context import (
     Qwen2_5VLImage,
     Qwen2_5VLTextAndVisionContext,
@@ -37,6 +36,7 @@ from mlx_vlm_pipes.interfaces import (
     require_inputs,
 )
 from mlx_vlm_pipes.kv_cache import KVCacheInputs
+from mlx_vlm_pipes.nn.checkpoint_model import VisionLanguageModel
 from mlx_vlm_pipes.nn.decoder import DecoderConfig
 from mlx_vlm_pipes.nn.loading import (
     LANGUAGE,

@@ -10,7 +10,7 @@ import mlx.nn as nn
 
 from mlx_vlm_pipes.config import KVCacheConfig, KVCacheParams, PipelineConfig
 from mlx_vlm_pipes.contexts import TextAndVisionContext
-from mlx_vlm_pipes.dtypes import Device, DeviceRef, DType
+from mlx_vlm_pipes.dtypes import DeviceRef, DType
 from mlx_vlm_pipes.hf_config import AutoConfig
 from mlx_vlm_pipes.interfaces import (
     ContextT,
@@ -32,7 +32,6 @@ from mlx_vlm_pipes.nn.loading import (
     part,
     tower_state,
 )
-from mlx_vlm_pipes.weights import Weights, WeightsAdapter
 from mlx_vlm_pipes.weights.layout import Layout, Transform
 
 
@@ -46,33 +45,6 @@ class CheckpointModel(LogProbabilitiesMixin, PipelineModelWithKVCache[ContextT])
     config_class: ClassVar[Any]
     layouts: ClassVar[Sequence[Layout]]
     tower_prefix: ClassVar[str] = ""  # of the tower's parameters among the canonical names
-
-    def __init__(
-        self,
-        pipeline_config: PipelineConfig,
-        session: InferenceSession,
-        devices: list[Device],
-        kv_cache_config: KVCacheConfig,
-        weights: Weights,
-        adapter: WeightsAdapter | None = None,
-        return_logits: ReturnLogits = ReturnLogits.LAST_TOKEN,
-        return_hidden_states: ReturnHiddenStates = ReturnHiddenStates.NONE,
-    ) -> None:
-        super().__init__(
-            pipeline_config,
-            session,
-            devices,
-            kv_cache_config,
-            weights,
-            adapter,
-            return_logits,
-            return_hidden_states,
-        )
-        self.install(session)
-
-    @abstractmethod
-    def install(self, session: InferenceSession) -> None:
-        """Load, and keep the loaded networks under their documented names."""
 
     @classmethod
     def get_kv_params(
