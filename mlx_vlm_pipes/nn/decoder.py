@@ -225,14 +225,14 @@ class Attention(Projections):
         residual: mx.array,
         rows: Sequence[PrefillRow],
         slots: mx.array | None,
-        tail: int | None = None,
+        asking: mx.array | None,
+        tail: int | None,
     ) -> mx.array:
-        """All keys and values are cached; tail, if given, is how many last tokens also query."""
+        """All tokens of x [T, E] are cached. With tail, only the last ones of each row query:
+        residual and asking (their adapters) are then those tokens' alone.
+        """
         qk, v = self._project(x, slots)
-        outs, kept = [], slots
-        if tail is not None:
-            places = last_tokens(rows, tail)
-            residual, kept = residual[places], None if slots is None else slots[places]
+        outs = []
         for row in rows:
             part = slice(row.begin, row.end)
             heads = qk[part].transpose(1, 0, 2)[None]  # [1, H + K, T, D]
@@ -249,7 +249,7 @@ class Attention(Projections):
             # Write the cache now: left to the end, every layer's projections would be kept.
             outs.extend(mx.depends([merge_heads(out)], list(cached)))
         merged = outs[0] if len(outs) == 1 else mx.concatenate(outs, axis=0)  # [T, H * D]
-        return self.into("o_proj", merged, residual, kept)
+        return self.into("o_proj", merged, residual, asking)
 
     def decode(
         self, x: mx.array, residual: mx.array, cached: Layer, step: DecodeStep
@@ -320,10 +320,12 @@ class DecoderLayer(nn.Module):
         tail: int | None = None,
     ) -> mx.array:
         """tail: how many last tokens of each row to return, None for all of them."""
-        h = self.self_attn.prefill(self.input_layernorm(h), h, rows, slots, tail)
-        if tail is not None and slots is not None:
-            slots = slots[last_tokens(rows, tail)]
-        return self.mlp(self.post_attention_layernorm(h), h, slots)
+        x, asking = self.input_layernorm(h), slots
+        if tail is not None:
+            places = last_tokens(rows, tail)
+            h, asking = h[places], None if slots is None else slots[places]
+        h = self.self_attn.prefill(x, h, rows, slots, asking, tail)
+        return self.mlp(self.post_attention_layernorm(h), h, asking)
 
     def decode(self, h: mx.array, cached: Layer, step: DecodeStep) -> tuple[mx.array, Layer]:
         h, cached = self.self_attn.decode(self.input_layernorm(h), h, cached, step)
