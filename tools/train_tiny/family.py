@@ -17,7 +17,15 @@ from .tokenizer import ChatFormat, train_tokenizer, write_json, write_tokenizer
 IGNORED = -100  # label of a token that is not part of an answer
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-
+# The same in all families, so that one's decoder can begin another's training (start.py).
+DECODER = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+}
 
 View = tuple[Scene | None, int, int]
 

@@ -7,7 +7,7 @@ import torch
 import transformers
 from PIL import Image
 
-from .family import Family, View, normalised
+from .family import DECODER, Family, View, normalised
 from .shapes import Mix
 from .tasks import Case, idefics3_case
 from .tokenizer import ChatFormat, write_json
@@ -56,12 +56,7 @@ class Idefics3(Family):
     def model_config(self) -> transformers.PreTrainedConfig:
         text = transformers.LlamaConfig(
             vocab_size=self.vocab_size,
-            hidden_size=128,
-            intermediate_size=256,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=2048,
+            **DECODER,
             rms_norm_eps=1e-5,
             rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
             **self.special_ids(),

@@ -8,7 +8,7 @@ import transformers
 from PIL import Image
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 
-from .family import Family, View, normalised
+from .family import DECODER, Family, View, normalised
 from .shapes import Mix
 from .tasks import Case, internvl_case
 from .tokenizer import ChatFormat, write_json
@@ -69,12 +69,7 @@ class InternVL(Family):
     def model_config(self) -> transformers.PreTrainedConfig:
         text = transformers.Qwen2Config(
             vocab_size=self.vocab_size,
-            hidden_size=128,
-            intermediate_size=256,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=2048,
+            **DECODER,
             rms_norm_eps=1e-6,
             rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
             **self.special_ids(),

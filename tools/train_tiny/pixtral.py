@@ -9,7 +9,7 @@ import transformers
 from PIL import Image
 from transformers.models.pixtral import modeling_pixtral
 
-from .family import CLIP_MEAN, CLIP_STD, Family, View, normalised
+from .family import CLIP_MEAN, CLIP_STD, DECODER, Family, View, normalised
 from .shapes import Mix
 from .tasks import Case, pixtral_cases
 from .tokenizer import ChatFormat, write_json
@@ -66,13 +66,8 @@ class Pixtral(Family):
     def model_config(self) -> transformers.PreTrainedConfig:
         text = transformers.MistralConfig(
             vocab_size=self.vocab_size,
-            hidden_size=128,
-            intermediate_size=256,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=2,
+            **DECODER,
             head_dim=32,
-            max_position_embeddings=2048,
             rms_norm_eps=1e-5,
             sliding_window=None,
             rope_parameters={"rope_type": "default", "rope_theta": 10000.0},

@@ -10,7 +10,7 @@ from PIL import Image
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from .family import CLIP_MEAN, CLIP_STD, Family, View, normalised
+from .family import CLIP_MEAN, CLIP_STD, DECODER, Family, View, normalised
 from .shapes import Mix, pick
 from .tasks import QWEN_CLIP_SHARE, Case, clip_case, qwen_picture_case
 from .tokenizer import ChatFormat, write_json
@@ -69,12 +69,7 @@ class Qwen25VL(Family):
         rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
         text = {
             "vocab_size": self.vocab_size,
-            "hidden_size": 128,
-            "intermediate_size": 256,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 2048,
+            **DECODER,
             "rms_norm_eps": 1e-6,
             "rope_parameters": rope,
             **self.special_ids(),
