@@ -11,7 +11,7 @@ import pytest
 from mlx_vlm_pipes.contexts import TokenBuffer
 from mlx_vlm_pipes.engine.requests import Handle
 from mlx_vlm_pipes.engine.sampling import RowSampler
-from mlx_vlm_pipes.engine.scheduler import EngineConfig
+from mlx_vlm_pipes.engine.state import EngineConfig
 from mlx_vlm_pipes.errors import InputError, OutOfBudget
 from mlx_vlm_pipes.kv_cache import row_bucket
 from tests.engine.driving import IDEFICS3, LLAMA, Driven, fixture_requests
