@@ -203,6 +203,17 @@ def test_a_sampler_that_raises_fails_its_request_only(fresh: Driven) -> None:
     assert fresh.tokens(after) == alone[0]
 
 
+def test_a_job_without_a_row_is_an_error(fresh: Driven) -> None:
+    fresh.restart(EngineConfig(prefill_chunk=2, enable_prefix_caching=False))
+    handle = fresh.submit(PROMPTS[0])
+    fresh.step()
+    (job,) = fresh.scheduler.prefilling
+    job.held = None  # dropped from the list, it would lend its tokens to its neighbour's row
+    fresh.finish()
+    with pytest.raises(RuntimeError, match="without a cache row"):
+        list(handle)
+
+
 def test_a_picture_that_cannot_be_encoded_fails_its_request_only(
     idefics3: Driven, monkeypatch: pytest.MonkeyPatch
 ) -> None:
