@@ -8,6 +8,9 @@ from typing import Any, ClassVar
 
 import mlx.nn as nn
 
+from mlx_vlm_pipes.checkpoint.canonical import canonical_state
+from mlx_vlm_pipes.checkpoint.modules import load_decoder, load_module
+from mlx_vlm_pipes.checkpoint.state import LANGUAGE, StateDict, part, tower_state
 from mlx_vlm_pipes.config import KVCacheConfig, KVCacheParams, PipelineConfig
 from mlx_vlm_pipes.contexts import TextAndVisionContext
 from mlx_vlm_pipes.dtypes import DeviceRef, DType
@@ -23,15 +26,6 @@ from mlx_vlm_pipes.interfaces import (
 )
 from mlx_vlm_pipes.nn.decoder import DecoderConfig
 from mlx_vlm_pipes.nn.language_model import LanguageModel
-from mlx_vlm_pipes.nn.loading import (
-    LANGUAGE,
-    StateDict,
-    canonical_state,
-    load_decoder,
-    load_module,
-    part,
-    tower_state,
-)
 from mlx_vlm_pipes.weights.layout import Layout, Transform
 
 

@@ -11,6 +11,11 @@ import numpy as np
 from mlx_vlm_pipes.architectures.internvl.model_config import InternVLConfig, require_vision_config
 from mlx_vlm_pipes.architectures.internvl.vision_model import VisionModel, as_patches
 from mlx_vlm_pipes.architectures.internvl.weight_adapters import LAYOUTS, transforms
+from mlx_vlm_pipes.checkpoint.state import (
+    LANGUAGE,
+    StateDict,
+    part,
+)
 from mlx_vlm_pipes.config import (
     PipelineConfig,
     upper_bounded_default,
@@ -34,11 +39,6 @@ from mlx_vlm_pipes.interfaces import (
 from mlx_vlm_pipes.kv_cache import KVCacheInputs
 from mlx_vlm_pipes.nn.checkpoint_model import VisionLanguageModel
 from mlx_vlm_pipes.nn.decoder import DecoderConfig
-from mlx_vlm_pipes.nn.loading import (
-    LANGUAGE,
-    StateDict,
-    part,
-)
 from mlx_vlm_pipes.nn.ragged import (
     active_images,
     flat_tokens,

@@ -16,6 +16,9 @@ from mlx_vlm_pipes.architectures.pixtral.vision_model import (
     to_patches,
 )
 from mlx_vlm_pipes.architectures.pixtral.weight_adapters import LAYOUTS, transforms
+from mlx_vlm_pipes.checkpoint.state import (
+    StateDict,
+)
 from mlx_vlm_pipes.config import PipelineConfig
 from mlx_vlm_pipes.contexts import ImageMetadata, TextAndVisionContext
 from mlx_vlm_pipes.hf_config import AutoConfig
@@ -31,9 +34,6 @@ from mlx_vlm_pipes.interfaces import (
 from mlx_vlm_pipes.kv_cache import KVCacheInputs
 from mlx_vlm_pipes.nn.checkpoint_model import VisionLanguageModel
 from mlx_vlm_pipes.nn.decoder import DecoderConfig
-from mlx_vlm_pipes.nn.loading import (
-    StateDict,
-)
 from mlx_vlm_pipes.nn.ragged import (
     active_images,
     flat_tokens,
