@@ -11,6 +11,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_vlm_pipes.checkpoint.canonical import canonical_state
+from mlx_vlm_pipes.checkpoint.modules import load_decoder, load_module
+from mlx_vlm_pipes.checkpoint.state import LANGUAGE, StateDict, part, tower_state
 from mlx_vlm_pipes.config import KVCacheConfig, KVCacheParams, PipelineConfig
 from mlx_vlm_pipes.contexts import ImageMetadata, TextAndVisionContext
 from mlx_vlm_pipes.dtypes import DeviceRef, DType
@@ -36,15 +39,6 @@ from mlx_vlm_pipes.interfaces import (
 from mlx_vlm_pipes.kv_cache import KVCacheInputs
 from mlx_vlm_pipes.nn.decoder import DecoderConfig
 from mlx_vlm_pipes.nn.language_model import LanguageModel
-from mlx_vlm_pipes.nn.loading import (
-    LANGUAGE,
-    StateDict,
-    canonical_state,
-    load_decoder,
-    load_module,
-    part,
-    tower_state,
-)
 from mlx_vlm_pipes.nn.ragged import (
     active_images,
     flat_tokens,

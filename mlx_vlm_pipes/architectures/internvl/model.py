@@ -12,6 +12,7 @@ from mlx_vlm_pipes.architectures.base import VisionLanguageModel
 from mlx_vlm_pipes.architectures.internvl.model_config import InternVLConfig, require_vision_config
 from mlx_vlm_pipes.architectures.internvl.vision_model import VisionModel, as_patches
 from mlx_vlm_pipes.architectures.internvl.weight_adapters import LAYOUTS, transforms
+from mlx_vlm_pipes.checkpoint.state import LANGUAGE, StateDict, part
 from mlx_vlm_pipes.config import PipelineConfig, upper_bounded_default, weights_format
 from mlx_vlm_pipes.contexts import ImageMetadata, TextAndVisionContext
 from mlx_vlm_pipes.errors import InputError, WeightsError
@@ -27,7 +28,6 @@ from mlx_vlm_pipes.interfaces import (
     VisionInputs,
 )
 from mlx_vlm_pipes.nn.decoder import DecoderConfig
-from mlx_vlm_pipes.nn.loading import LANGUAGE, StateDict, part
 from mlx_vlm_pipes.nn.vision import pixel_array
 from mlx_vlm_pipes.weights.layout import Transform
 

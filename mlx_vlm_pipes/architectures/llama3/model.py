@@ -11,6 +11,7 @@ import mlx.core as mx
 from mlx_vlm_pipes.architectures.base import CheckpointModel, following
 from mlx_vlm_pipes.architectures.llama3.model_config import Llama3Config, bounded_max_seq_len
 from mlx_vlm_pipes.architectures.llama3.weight_adapters import LAYOUTS
+from mlx_vlm_pipes.checkpoint.state import LANGUAGE, StateDict, part
 from mlx_vlm_pipes.config import PipelineConfig
 from mlx_vlm_pipes.contexts import TextContext
 from mlx_vlm_pipes.errors import InputError
@@ -30,7 +31,6 @@ from mlx_vlm_pipes.interfaces import (
 )
 from mlx_vlm_pipes.kv_cache import KVCacheInputs
 from mlx_vlm_pipes.nn.decoder import DecoderConfig
-from mlx_vlm_pipes.nn.loading import LANGUAGE, StateDict, part
 from mlx_vlm_pipes.nn.ragged import flat_tokens, row_offsets, single_replica, step_phase
 
 
