@@ -18,10 +18,17 @@ from mlx_vlm_pipes.interfaces import LogProbabilities, PipelineModelWithKVCache
 from mlx_vlm_pipes.processing.types import ProcessedPrompt, PromptRequest
 
 if TYPE_CHECKING:
+    import os
+    from typing import BinaryIO, TypeAlias
+
+    from PIL.Image import Image
     from typing_extensions import Unpack
 
     from mlx_vlm_pipes.processing.base import TextProcessor
     from mlx_vlm_pipes.processing.tokenizer import Tokenizer
+
+    # A list of pictures or clips, one of them alone, or none.
+    Media: TypeAlias = Sequence[Any] | Image | np.ndarray | os.PathLike[str] | BinaryIO | None
 
 Prompt = str | Sequence[Mapping[str, Any]]
 DEFAULT_MAX_TOKENS = 256
@@ -76,8 +83,8 @@ class BatchRequest(GenerateOptions, total=False):
 
     prompt: str
     messages: Sequence[Mapping[str, Any]]
-    images: Sequence[Any]
-    videos: Sequence[Any]
+    images: Media
+    videos: Media
 
 
 @dataclass(frozen=True)
@@ -126,26 +133,27 @@ class Pipeline:
     def encode(
         self,
         prompt: Prompt,
-        images: Sequence[Any] = (),
-        videos: Sequence[Any] = (),
+        images: Media = (),
+        videos: Media = (),
         **options: Unpack[PromptOptions],
     ) -> ProcessedPrompt:
         """Token ids (.input_ids) and pixels (.pixel_values, .pixel_values_videos) of a prompt.
 
         prompt: text, wrapped as one user message, or chat messages. images: paths, URLs, PIL
-        images, numpy arrays or bytes. videos: paths or lists of frames.
+        images, numpy arrays or bytes, in a list or one alone. videos: a list of paths or lists of
+        frames, or one path or array alone.
         Raises: InputError for a prompt and media that do not fit each other.
         """
         _check_keys(options, _PROMPT_KEYS)
         return self.processor.process(
-            PromptRequest(prompt, tuple(_media(images)), tuple(_clips(videos)), **options)
+            PromptRequest(prompt, _listed(images), _listed(videos), **options)
         )
 
     def logits(
         self,
         prompt: Prompt,
-        images: Sequence[Any] = (),
-        videos: Sequence[Any] = (),
+        images: Media = (),
+        videos: Media = (),
         *,
         adapter: str | None = None,
         **options: Unpack[PromptOptions],
@@ -163,8 +171,8 @@ class Pipeline:
     def generate(
         self,
         prompt: Prompt,
-        images: Sequence[Any] = (),
-        videos: Sequence[Any] = (),
+        images: Media = (),
+        videos: Media = (),
         **options: Unpack[GenerateOptions],
     ) -> GenerationResult:
         """Answer a prompt. Raises: InputError for anything wrong with the request."""
@@ -173,8 +181,8 @@ class Pipeline:
     def stream(
         self,
         prompt: Prompt,
-        images: Sequence[Any] = (),
-        videos: Sequence[Any] = (),
+        images: Media = (),
+        videos: Media = (),
         **options: Unpack[GenerateOptions],
     ) -> Iterator[Chunk]:
         """The answer as it is made; close the iterator to cancel."""
@@ -183,8 +191,8 @@ class Pipeline:
     def submit(
         self,
         prompt: Prompt,
-        images: Sequence[Any] = (),
-        videos: Sequence[Any] = (),
+        images: Media = (),
+        videos: Media = (),
         **options: Unpack[GenerateOptions],
     ) -> Handle:
         """Queue a request and return at once; iterate the handle with `for` or `async for`."""
@@ -194,8 +202,8 @@ class Pipeline:
         self,
         prompt: Prompt,
         n: int,
-        images: Sequence[Any] = (),
-        videos: Sequence[Any] = (),
+        images: Media = (),
+        videos: Media = (),
         **options: Unpack[GenerateOptions],
     ) -> list[GenerationResult]:
         """n answers to one prompt, which is read once; they decode together.
@@ -237,8 +245,8 @@ class Pipeline:
     def plan(
         self,
         prompt: Prompt,
-        images: Sequence[Any] = (),
-        videos: Sequence[Any] = (),
+        images: Media = (),
+        videos: Media = (),
         **options: Unpack[GenerateOptions],
     ) -> Plan:
         """What a request needs: exact token counts, cache bytes, predicted peak; runs nothing."""
@@ -263,17 +271,17 @@ class Pipeline:
         return self._submit(prompt if messages is None else messages, images, videos, merged)
 
     def _submit(
-        self, prompt: Prompt, images: Sequence[Any], videos: Sequence[Any], options: GenerateOptions
+        self, prompt: Prompt, images: Media, videos: Media, options: GenerateOptions
     ) -> Handle:
         return self._start(self._read(prompt, images, videos, options), options)
 
     def _read(
-        self, prompt: Prompt, images: Sequence[Any], videos: Sequence[Any], options: GenerateOptions
+        self, prompt: Prompt, images: Media, videos: Media, options: GenerateOptions
     ) -> ProcessedPrompt:
         """Tokens and pixels of a request, with those of its options that concern them."""
         _check_keys(options, _OPTION_KEYS)
         reading: Any = {k: v for k, v in options.items() if k in _PROMPT_KEYS}
-        return self.encode(prompt, images or (), videos or (), **reading)
+        return self.encode(prompt, images, videos, **reading)
 
     def _start(self, processed: ProcessedPrompt, options: GenerateOptions) -> Handle:
         """Hand a processed prompt to the engine."""
@@ -368,10 +376,8 @@ def _check_keys(options: Mapping[str, Any], known: Any) -> None:
         raise InputError(f"unknown option {unknown[0]!r}; options: {', '.join(sorted(known))}")
 
 
-def _media(images: Any) -> Sequence[Any]:
-    """A single picture counts as a list of one."""
-    return images if isinstance(images, (list, tuple)) else [images]
-
-
-def _clips(videos: Any) -> Sequence[Any]:
-    return videos if isinstance(videos, (list, tuple)) else [videos]
+def _listed(media: Media) -> tuple[Any, ...]:
+    """Pictures or clips: one given alone counts as a list of one, None as an empty one."""
+    if media is None:
+        return ()
+    return tuple(media) if isinstance(media, (list, tuple)) else (media,)
