@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from mlx_vlm_pipes.errors import ContextTooLong, InputError
+from mlx_vlm_pipes.options import default
 
 
 class TokenBuffer:
@@ -134,21 +135,25 @@ class EOSTracker:
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How the next token is chosen. temperature 0 is greedy; top_k -1 means no limit."""
+    """How the next token is chosen. temperature 0 is greedy; top_k -1 means no limit.
 
-    top_k: int = -1
-    top_p: float = 1.0
-    min_p: float = 0.0
+    The defaults are those of a request (options.py), but for two documented ones: temperature, and
+    max_new_tokens without a limit.
+    """
+
+    top_k: int = default("top_k")
+    top_p: float = default("top_p")
+    min_p: float = default("min_p")
     temperature: float = 1.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
+    repetition_penalty: float = default("repetition_penalty")
+    presence_penalty: float = default("presence_penalty")
+    frequency_penalty: float = default("frequency_penalty")
     max_new_tokens: int | None = None
-    min_new_tokens: int = 0
-    ignore_eos: bool = False
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    seed: int | None = None
+    min_new_tokens: int = default("min_tokens")
+    ignore_eos: bool = default("ignore_eos")
+    stop: tuple[str, ...] = default("stop")
+    stop_token_ids: tuple[int, ...] = default("stop_token_ids")
+    seed: int | None = default("seed")
     logit_bias: dict[int, float] = field(default_factory=dict)
 
 
