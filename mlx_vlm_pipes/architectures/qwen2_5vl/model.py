@@ -21,7 +21,7 @@ from mlx_vlm_pipes.architectures.qwen2_5vl.weight_adapters import LAYOUTS, trans
 from mlx_vlm_pipes.config import PipelineConfig, weights_format
 from mlx_vlm_pipes.contexts import ImageMetadata, TextAndVisionContext
 from mlx_vlm_pipes.dtypes import Device
-from mlx_vlm_pipes.errors import ConfigError, InputError
+from mlx_vlm_pipes.errors import ConfigError
 from mlx_vlm_pipes.hf_config import AutoConfig
 from mlx_vlm_pipes.interfaces import (
     AlwaysSignalBuffersMixin,
@@ -168,7 +168,7 @@ class Qwen2_5VLModel(AlwaysSignalBuffersMixin, VisionLanguageModel):
         """
         del devices  # one unified memory
         columns = [np.zeros((3, 0), np.int64)]
-        columns += [_active_positions(context) for context in context_batch]
+        columns += [context.active_positions() for context in context_batch]
         return mx.array(np.concatenate(columns, axis=1).astype(np.uint32))
 
     def prepare_initial_token_inputs(
@@ -199,7 +199,7 @@ class Qwen2_5VLModel(AlwaysSignalBuffersMixin, VisionLanguageModel):
         if images and image_embeddings is None:
             for context in contexts:
                 if active_images([context]):
-                    _require_vision_data(context)
+                    context.require_vision_data()
             inputs.update(**_vision_fields(self._vision_data(images)))
         return inputs
 
@@ -283,26 +283,6 @@ def _vision_fields(data: VisionData) -> dict[str, list[Buffer]]:
     )
     arrays = [pixel_array(data.concatenated_pixel_values), *(mx.array(table) for table in tables)]
     return {name: [array] for name, array in zip(VISION_FIELDS, arrays, strict=True)}
-
-
-def _active_positions(context: Qwen2_5VLTextAndVisionContext) -> np.ndarray:
-    """int64 [3, active tokens] of one context, in one of the three cases of spec 8.4."""
-    tokens = context.tokens
-    if not context.needs_vision_encoding:
-        start = tokens.processed_length + context.rope_delta
-        text = np.arange(start, start + tokens.active_length)
-        return np.broadcast_to(text, (3, len(text)))
-    if context.decoder_position_ids.shape[1] != len(tokens):
-        _require_vision_data(context)
-        context.refresh_positions()
-    return context.decoder_position_ids[:, tokens.processed_length : tokens.current_position]
-
-
-def _require_vision_data(context: Qwen2_5VLTextAndVisionContext) -> None:
-    if context.vision_data is None:
-        raise InputError(
-            f"request {context.request_id!r} has pictures to encode but no vision_data"
-        )
 
 
 def _own_context(context: TextAndVisionContext) -> Qwen2_5VLTextAndVisionContext:
