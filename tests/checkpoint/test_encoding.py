@@ -19,7 +19,7 @@ from mlx_vlm_pipes.dtypes import DeviceRef, DeviceSpec, DType
 from mlx_vlm_pipes.errors import ConfigError
 from mlx_vlm_pipes.interfaces import InferenceSession
 from mlx_vlm_pipes.kv_cache import KVCache, cache_inputs
-from mlx_vlm_pipes.quantization import QuantizationEncoding
+from mlx_vlm_pipes.quantization import LoRAConfig, QuantizationEncoding
 from mlx_vlm_pipes.weights import find_weight_files, load_weights
 from tests.fixtures_helper import FIXTURES
 from tests.test_check import copy_case, edit_json, edit_tensors
@@ -28,7 +28,9 @@ LLAMA = FIXTURES / "llama-tied"
 IDS = np.arange(5, 25)
 
 
-def by_hand(folder: Path, encoding: str | None = None, **options: Any) -> Any:
+def by_hand(
+    folder: Path, encoding: str | None = None, lora: LoRAConfig | None = None, **options: Any
+) -> Any:
     """A pipeline model made as the documentation makes it."""
     config = ModelConfig(
         model_path=str(folder),
@@ -39,7 +41,7 @@ def by_hand(folder: Path, encoding: str | None = None, **options: Any) -> Any:
     )
     device = DeviceRef.CPU().to_device()
     return find_room(config.huggingface_config).model_class()(
-        PipelineConfig(model=config),
+        PipelineConfig(model=config, lora=lora),
         InferenceSession([device]),
         [device],
         config.kv_cache,
