@@ -25,6 +25,7 @@ from mlx_vlm_pipes.interfaces import (
     require_inputs,
 )
 from mlx_vlm_pipes.kv_cache import KVCacheInputs
+from mlx_vlm_pipes.nn.buffer_step import BufferStep
 from mlx_vlm_pipes.nn.checkpoint_model import CheckpointModel
 from mlx_vlm_pipes.nn.decoder import DecoderConfig
 from mlx_vlm_pipes.nn.loading import LANGUAGE, StateDict, part
@@ -118,7 +119,7 @@ class LlamaModelBase(CheckpointModel[TextContext], PipelineModelWithKVCache[Text
         """Read the weights through the adapter, build the decoder, install and evaluate."""
         _, model = self.load_parts(session)
         self.state_dict = dict(model.weights)
-        return model
+        return Model(BufferStep(model.module, self.kv_params), model.weights)
 
     def prepare_initial_token_inputs(
         self,
@@ -128,6 +129,8 @@ class LlamaModelBase(CheckpointModel[TextContext], PipelineModelWithKVCache[Text
     ) -> Llama3Inputs:
         single_replica(replica_batches, self.pipeline_config.model.data_parallel_degree)
         contexts = [context for batch in replica_batches for context in batch]
+        if kv_cache_inputs is not None:
+            kv_cache_inputs.expect([context.tokens.active_length for context in contexts])
         return Llama3Inputs(
             tokens=flat_tokens(contexts),
             input_row_offsets=row_offsets(contexts),
@@ -153,6 +156,8 @@ class LlamaModelBase(CheckpointModel[TextContext], PipelineModelWithKVCache[Text
         """The decode step's inputs, lazily: next_tokens [B] becomes the tokens."""
         if not isinstance(prev_model_inputs, Llama3Inputs):
             raise TypeError(f"expected Llama3Inputs, got {type(prev_model_inputs).__name__}")
+        if prev_model_inputs.kv_cache_inputs is not None:
+            prev_model_inputs.kv_cache_inputs.expect([1] * next_tokens.shape[0])
         return replace(
             prev_model_inputs,
             tokens=next_tokens,
