@@ -47,7 +47,6 @@ class BufferStep:
         input_row_offsets: mx.array,
         return_n_logits: mx.array,
         *cache: Any,
-        **options: Any,
     ) -> ModelOutputs:
         """One step; cache is a KVCacheInputs (and what the language model takes behind it), or
         the other arrays of BUFFERS.
@@ -57,10 +56,10 @@ class BufferStep:
         """
         first = (tokens, input_row_offsets, return_n_logits)
         if cache and isinstance(cache[0], KVCacheInputs):
-            return self.language(*first, *cache, **options)
+            return self.language(*first, *cache)
         counts: list[int] = np.diff(np.array(input_row_offsets).astype(np.int64)).tolist()
         step = _PagedStep(self.params, _cache_arrays(cache, len(counts)), counts)
-        outputs = self.language(*first, KVCacheInputs([step.inputs]), **options)
+        outputs = self.language(*first, KVCacheInputs([step.inputs]))
         step.write_back()
         return outputs
 
