@@ -102,6 +102,10 @@ class KVCacheConfig:
 class KVCacheParams:
     """Shape and type of the cache. page_size in tokens; bits and group_size if it is quantised.
 
+    dtype is that of keys and values as they are made and read, and of the documented arrays. With
+    bits it is not what is stored: packed integers are, with a scale and a bias of this dtype for
+    each group. bytes_per_block is a block in dtype, bytes_per_token what is really stored.
+
     Raises: ConfigError if the heads do not divide among the devices, or if
     data_parallel_degree is neither 1 nor the number of devices.
     """
