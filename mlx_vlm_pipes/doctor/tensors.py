@@ -104,9 +104,7 @@ def read_headers(folder: Path, checkup: Checkup) -> dict[str, TensorInfo]:
         checkup.error("weights", f"MLX cannot load {kind}: {group_names(unloadable, 3)}")
     _compare_index(folder, infos, checkup)
     for info in infos.values():
-        checkup.dtypes[info.dtype.name] = (
-            checkup.dtypes.get(info.dtype.name, 0) + info.end - info.start
-        )
+        checkup.dtypes[info.dtype.name] = checkup.dtypes.get(info.dtype.name, 0) + info.nbytes
     return infos
 
 
@@ -157,7 +155,7 @@ def examine_tensors(
     _sum_up(state, infos, layout, checkup)
     _look_at_head(state, config, checkup)
     _compare(room, pipeline, state, checkup)
-    return Tensors(pipeline, state, sum(i.end - i.start for i in infos.values()))
+    return Tensors(pipeline, state, sum(info.nbytes for info in infos.values()))
 
 
 def _renamed(
@@ -221,7 +219,7 @@ def _sum_up(
         renamed = None if layout.ignores(name) else layout.rename(name)
         if renamed is not None:
             where = part_of(renamed[0])
-            sizes[where] = sizes.get(where, 0) + info.end - info.start
+            sizes[where] = sizes.get(where, 0) + info.nbytes
     for where in ("text", "vision", "connector"):
         if where in elements:
             checkup.parts[where] = Part(elements[where], sizes.get(where, 0))
