@@ -72,7 +72,7 @@ class Source:
 
     def read_adapter(self, folder: Path) -> LoRAAdapter:
         """Raises: WeightsError for an adapter of another model."""
-        adapter = read_adapter(folder, folder.name, self.layouts, self.changes)
+        adapter = read_adapter(folder, folder.name, self.layouts)
         check_against_base(adapter, self.linear_shapes())
         return adapter
 
@@ -111,7 +111,7 @@ def open_source(folder: Path) -> Source:
     layout = detect_layout(raw, adapters.LAYOUTS)
     said = weights.metadata.get("format")
     if packed is not None:
-        packed = canonical_overrides(packed, layout, changes)
+        packed = canonical_overrides(packed, layout)
     full = StateDict(adapt(raw, layout, changes, file_format=said), packed)
     require_fit(room.model_class(), pipeline, full)
     state = adapt(raw, layout, [_kept(change) for change in changes], file_format=said)

@@ -147,7 +147,7 @@ def examine_tensors(
     checkup.layout = layout.name
     checkup.quantization = describe_quantization(declared, packed)
     state = StateDict(_renamed(raw, layout, changes, checkup), None)
-    state.quantization = canonical_overrides(packed, layout, changes) if packed else None
+    state.quantization = canonical_overrides(packed, layout) if packed else None
     if declared is not None and not any(
         ".scale" in name or "weight_scale" in name for name in infos
     ):

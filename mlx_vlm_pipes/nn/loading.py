@@ -96,10 +96,10 @@ def canonical_state(
         said = weights.metadata.get("format") if isinstance(weights, Weights) else None
         state = adapt(raw, layout, transforms, file_format=said)
         if packed is not None:
-            packed = canonical_overrides(packed, layout, transforms)
+            packed = canonical_overrides(packed, layout)
     if wanted is not None:
         state = cast_floats(state, wanted)
-    lora = read_adapters(pipeline_config.lora, layouts, transforms)
+    lora = read_adapters(pipeline_config.lora, layouts)
     return StateDict(state, packed, lora, scaled=scaled)
 
 
@@ -126,9 +126,7 @@ def config_dict(config: Any) -> dict[str, Any]:
     return config.to_dict() if config is not None else {}
 
 
-def read_adapters(
-    lora: LoRAConfig | None, layouts: Sequence[Layout], transforms: Sequence[Transform]
-) -> list[LoRAAdapter]:
+def read_adapters(lora: LoRAConfig | None, layouts: Sequence[Layout]) -> list[LoRAAdapter]:
     """The adapters that a configuration names. Raises: ConfigError for too many of them."""
     if lora is None or not lora.enable_lora:
         return []
@@ -137,10 +135,7 @@ def read_adapters(
             f"{len(lora.lora_paths)} adapters, max_num_loras is {lora.max_num_loras}; raise it"
         )
     named = [split_lora_path(entry) for entry in lora.lora_paths]
-    return [
-        read_adapter(folder, name, layouts, transforms, lora.max_lora_rank)
-        for name, folder in named
-    ]
+    return [read_adapter(folder, name, layouts, lora.max_lora_rank) for name, folder in named]
 
 
 def part(state: Mapping[str, WeightData], prefix: str) -> StateDict:
