@@ -25,6 +25,7 @@ from mlx_vlm_pipes.weights import (
     adapt,
     canonical_overrides,
     detect_layout,
+    drop_dummy_biases,
     find_weight_files,
     load_state_dict,
     load_weights,
@@ -113,8 +114,9 @@ def open_source(folder: Path) -> Source:
     if packed is not None:
         packed = canonical_overrides(packed, layout)
     full = StateDict(adapt(raw, layout, changes, file_format=said), packed)
-    require_fit(room.model_class(), pipeline, full)
+    expected = require_fit(room.model_class(), pipeline, full)
     state = adapt(raw, layout, [_kept(change) for change in changes], file_format=said)
+    state = drop_dummy_biases(state, expected)
     tied = _resolve_tie(state, declared=tie_flag(config, text_config(config)))
     form = adapters.MLX_FORM
     return Source(

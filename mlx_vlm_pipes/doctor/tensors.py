@@ -25,6 +25,7 @@ from mlx_vlm_pipes.weights import (
     WeightData,
     canonical_overrides,
     detect_layout,
+    drop_dummy_biases,
     find_weight_files,
     parse_quantization,
     read_header,
@@ -154,7 +155,8 @@ def examine_tensors(
         checkup.warn("quantization", "config.json declares it, but no tensor is packed")
     _sum_up(state, infos, layout, checkup)
     _look_at_head(state, config, checkup)
-    _compare(room, pipeline, state, checkup)
+    is_gptq = isinstance(declared, QuantizationConfig) and declared.quant_method == "gptq"
+    _compare(room, pipeline, state, checkup, dummies=is_gptq)
     return Tensors(pipeline, state, sum(info.nbytes for info in infos.values()))
 
 
@@ -261,12 +263,17 @@ def _look_at_head(state: StateDict, config: HuggingFaceConfig, checkup: Checkup)
         checkup.embeddings = "separate from the output head"
 
 
-def _compare(room: Room, pipeline: PipelineConfig, state: StateDict, checkup: Checkup) -> None:
+def _compare(
+    room: Room, pipeline: PipelineConfig, state: StateDict, checkup: Checkup, *, dummies: bool
+) -> None:
+    """What is missing, unexpected or mis-shaped; dummies: whether GPTQ's biases may be there."""
     try:
         expected = expected_shapes(room.model_class(), pipeline, state)
     except PipesError as error:
         checkup.error("weights", error)
         return
+    if dummies:  # a stand-in is zero, as they are
+        state = StateDict(drop_dummy_biases(state, expected), state.quantization)
     found = {name: weight.shape for name, weight in state.items()}
     for line in describe_mismatch(expected, found):
         words = line.split(" ", 2)

@@ -9,6 +9,7 @@ from mlx_vlm_pipes.config import PipelineConfig
 from mlx_vlm_pipes.nn.decoder import DenseDecoder
 from mlx_vlm_pipes.nn.loading import LANGUAGE, StateDict, part, quantize_like, tower_state
 from mlx_vlm_pipes.weights.install import check_names_and_shapes, parameter_shapes
+from mlx_vlm_pipes.weights.repack import drop_dummy_biases
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -34,7 +35,12 @@ def expected_shapes(model_class: Any, pipeline_config: PipelineConfig, state: St
     return shapes
 
 
-def require_fit(model_class: Any, pipeline_config: PipelineConfig, state: StateDict) -> None:
-    """Raises: WeightsError naming missing, unexpected and mis-shaped tensors."""
-    found = {name: weight.shape for name, weight in state.items()}
-    check_names_and_shapes(expected_shapes(model_class, pipeline_config, state), found)
+def require_fit(model_class: Any, pipeline_config: PipelineConfig, state: StateDict) -> Shapes:
+    """The expected shapes, which `state` has, but for GPTQ's dummy biases.
+
+    Raises: WeightsError naming missing, unexpected and mis-shaped tensors.
+    """
+    expected = expected_shapes(model_class, pipeline_config, state)
+    fitting = drop_dummy_biases(state, expected)
+    check_names_and_shapes(expected, {name: weight.shape for name, weight in fitting.items()})
+    return expected

@@ -24,8 +24,10 @@ from mlx_vlm_pipes.weights import (
     adapt,
     cast_floats,
     detect_layout,
+    drop_dummy_biases,
     install_weights,
     load_state_dict,
+    parameter_shapes,
 )
 from mlx_vlm_pipes.weights.layout import Transform
 from mlx_vlm_pipes.weights.lora import (
@@ -176,9 +178,17 @@ def load_module(
 
     Raises: WeightsError naming missing, unexpected and mis-shaped tensors.
     """
-    quantize_like(module, state)
-    install_weights(module, state)
+    fill(module, state)
     return session.load(module)
+
+
+def fill(module: nn.Module, state: Mapping[str, WeightData]) -> None:
+    """Pack the module as `state` is and install its tensors, but for GPTQ's dummy biases.
+
+    Raises: WeightsError naming missing, unexpected and mis-shaped tensors.
+    """
+    quantize_like(module, state)
+    install_weights(module, drop_dummy_biases(state, parameter_shapes(module)))
 
 
 def quantize_like(module: nn.Module, state: Mapping[str, WeightData]) -> None:
@@ -198,8 +208,7 @@ def load_decoder(
     """
     tied = resolve_head(state, tied=config.tie_word_embeddings)
     decoder = DenseDecoder(replace(config, tie_word_embeddings=tied))
-    quantize_like(decoder, state)
-    install_weights(decoder, state)
+    fill(decoder, state)
     if state.adapters:
         shapes = linear_shapes(decoder)
         for adapter in state.adapters:
