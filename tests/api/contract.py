@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any, ClassVar
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_vlm_pipes.contexts import TextContext
+from mlx_vlm_pipes.contexts import TextAndVisionContext, TextContext
 from mlx_vlm_pipes.dtypes import DeviceRef
 from mlx_vlm_pipes.errors import CheckpointError, ConfigError, InputError
+from mlx_vlm_pipes.hf_config import HuggingFaceConfig
 from mlx_vlm_pipes.interfaces import (
     LogProbabilities,
     ModelInputs,
@@ -36,6 +38,7 @@ from tests.api.driving import (
     model_of,
     new_cache,
     paged,
+    pipeline_config,
     prefill,
     relative,
     rms_norm,
@@ -79,7 +82,7 @@ class Contract:
             seen.extend(state_dict)
             return {}
 
-        with pytest.raises(CheckpointError, match="missing|have no"):
+        with pytest.raises(CheckpointError, match=r"missing|have no"):
             build(self.room.model, self.room.folder, adapter=nothing)
         assert sorted(seen) == sorted(self.room.tensors)
 
@@ -113,14 +116,14 @@ class Contract:
         context.tokens.advance_chunk()
         inputs, outputs = prefill(model, [context], kv)
         parts.append(np.array(outputs.logits))
-        assert [len(part) for part in parts][0] == self.room.cut
+        assert len(parts[0]) == self.room.cut
         assert relative(np.concatenate(parts), self.room.logits(prompt)) < BAR
         assert decode(model, inputs, outputs) == [self.room.greedy(prompt)]
 
     def test_a_context_that_took_its_token_is_prepared_like_the_next_token(self) -> None:
         model, prompt = model_of(self.room), self.room.prompts[0]
         context = self.room.context(prompt)
-        inputs, _ = prefill(model, [context])
+        inputs, outputs = prefill(model, [context])
         for token in self.room.greedy(prompt)[: STEPS - 1]:
             context.update(token)
             _, outputs = prefill(model, [context], inputs.kv_cache_inputs)
@@ -217,9 +220,9 @@ class Contract:
             model.execute(ModelInputs(kv_cache_inputs=kv))
         with pytest.raises(TypeError, match=self.room.inputs.__name__):
             model.prepare_next_token_inputs(mx.array([1]), ModelInputs(kv_cache_inputs=kv))
+        inputs = model.prepare_initial_token_inputs([contexts], kv)
+        inputs.kv_cache_inputs = None
         with pytest.raises(ConfigError, match="kv_cache_inputs"):
-            inputs = model.prepare_initial_token_inputs([contexts], kv)
-            inputs.kv_cache_inputs = None
             model.execute(inputs)
 
     def test_a_foreign_cache_is_a_type_error(self) -> None:
@@ -293,7 +296,7 @@ class Contract:
 
     def text_positions(self, context: TextContext) -> np.ndarray:
         """Positions of tokens that are no placeholders of pictures."""
-        images = getattr(context, "images", ())
+        images = context.images if isinstance(context, TextAndVisionContext) else []
         keep = np.ones(len(context.tokens), bool)
         for image in images:
             keep[image.start_idx : image.end_idx] = False
@@ -386,6 +389,36 @@ class Contract:
         assert made[0][0] == made[1][0]
         np.testing.assert_array_equal(np.array(made[0][1].logits), np.array(made[1][1].logits))
 
+    own_defaults: ClassVar[dict[str, str]] = {}
+
+    @pytest.mark.reference
+    def test_a_missing_key_is_filled_as_by_transformers(self) -> None:
+        """config.json without one key at a time; own_defaults: key -> why it differs there."""
+        transformers = pytest.importorskip("transformers")
+        kind = transformers.CONFIG_MAPPING[self.room.config_json["model_type"]]
+        parts = [
+            p for p in ("", "text_config", "vision_config") if p in {"", *self.room.config_json}
+        ]
+        other = []
+        for part in parts:
+            for key in self.room.config_json[part] if part else self.room.config_json:
+                if key in ("model_type", "architectures", *parts):
+                    continue
+                values = json.loads(json.dumps(self.room.config_json))
+                del (values[part] if part else values)[key]
+                made = [self.reading(make(values)) for make in (HuggingFaceConfig, kind.from_dict)]
+                if made[0] != made[1]:
+                    other.append(key)
+        assert set(other) == set(self.own_defaults)
+
+    def reading(self, config: Any) -> Any:
+        """The documented config made of a configuration object; an error's type where refused."""
+        pipeline = pipeline_config(self.room.folder, huggingface_config=config)
+        try:
+            return self.room.config.initialize(pipeline)
+        except CheckpointError:
+            return CheckpointError
+
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
     """float64 [T, V]."""
@@ -408,5 +441,3 @@ def check_log_probabilities(
         assert set(listed) == wanted
         assert all(abs(value - row[t]) < 5e-4 for t, value in listed.items())
         assert list(listed.values()) == sorted(listed.values(), reverse=True)
-
-

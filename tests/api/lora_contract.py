@@ -113,12 +113,10 @@ class LoRAContract:
         inputs = model.prepare_initial_token_inputs([self.rows([""])], new_cache(model))
         assert inputs.lora_ids is None
         assert inputs.lora_ranks is None
-        with pytest.raises(InputError, match="'a'.*none"):
+        with pytest.raises(InputError, match=r"'a'.*none"):
             model.prepare_initial_token_inputs([self.rows(["a"])], new_cache(model))
 
 
 def same(array: Any, dtype: mx.Dtype, values: list[int]) -> None:
     assert array is not None
     assert (array.dtype, np.array(array).tolist()) == (dtype, values)
-
-

@@ -73,6 +73,10 @@ class TestInternVL(VisionContract):
         "text_config__num_hidden_layers": 1,
     }  # fmt: skip
 
+    own_defaults: ClassVar[dict[str, str]] = {
+        "image_seq_length": "transformers takes 256, here it follows from the tile's size",
+    }
+
     def vision_arguments(self, inputs: Any) -> list[mx.array]:
         return [inputs.pixel_values[0]]
 

@@ -155,7 +155,7 @@ class TestQwen2_5VL(VisionContract):
 
     def test_generated_tokens_of_a_reset_context_get_new_positions(self) -> None:
         model, context = model_of(ROOM), ROOM.context("two")
-        inputs, _ = prefill(model, [context])
+        inputs, kept = prefill(model, [context])
         for token in ROOM.greedy("two"):
             context.update(token)
             _, kept = prefill(model, [context], inputs.kv_cache_inputs)

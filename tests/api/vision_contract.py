@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import mlx.core as mx
@@ -35,9 +35,9 @@ class VisionContract(Contract):
     """
 
     vision_fields: ClassVar[Sequence[str]]  # None in a step without pictures
-    changes: ClassVar[Mapping[str, Callable[[mx.array], mx.array]]]
-    effective: ClassVar[Mapping[str, Any]]
-    refused: ClassVar[Mapping[str, Any]]
+    changes: ClassVar[dict[str, Any]]
+    effective: ClassVar[dict[str, Any]]
+    refused: ClassVar[dict[str, Any]]
 
     @staticmethod
     def only(field: Any) -> mx.array:
@@ -137,9 +137,10 @@ class VisionContract(Contract):
         for name, value in self.refused.items():
             try:
                 self.logits_with(name, value)
-                accepted.append(name)
             except (CheckpointError, ImageTokenMismatch) as error:
-                assert "\n" not in str(error), name
+                if "\n" not in str(error):
+                    continue
+            accepted.append(name)
         assert accepted == []
 
     def test_data_parallel_is_refused_by_name(self) -> None:
