@@ -6,12 +6,14 @@ Numpy only, so that `processing` can build contexts without MLX. `interfaces` re
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from mlx_vlm_pipes.errors import ContextTooLong, InputError
+from mlx_vlm_pipes.options import default
 
 
 class TokenBuffer:
@@ -133,21 +135,25 @@ class EOSTracker:
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How the next token is chosen. temperature 0 is greedy; top_k -1 means no limit."""
+    """How the next token is chosen. temperature 0 is greedy; top_k -1 means no limit.
 
-    top_k: int = -1
-    top_p: float = 1.0
-    min_p: float = 0.0
+    The defaults are those of a request (options.py), but for two documented ones: temperature, and
+    max_new_tokens without a limit.
+    """
+
+    top_k: int = default("top_k")
+    top_p: float = default("top_p")
+    min_p: float = default("min_p")
     temperature: float = 1.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
+    repetition_penalty: float = default("repetition_penalty")
+    presence_penalty: float = default("presence_penalty")
+    frequency_penalty: float = default("frequency_penalty")
     max_new_tokens: int | None = None
-    min_new_tokens: int = 0
-    ignore_eos: bool = False
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    seed: int | None = None
+    min_new_tokens: int = default("min_tokens")
+    ignore_eos: bool = default("ignore_eos")
+    stop: tuple[str, ...] = default("stop")
+    stop_token_ids: tuple[int, ...] = default("stop_token_ids")
+    seed: int | None = default("seed")
     logit_bias: dict[int, float] = field(default_factory=dict)
 
 
@@ -162,65 +168,6 @@ class GenerationStatus(str, enum.Enum):
     @property
     def is_done(self) -> bool:
         return self is not GenerationStatus.ACTIVE
-
-
-@dataclass(kw_only=True)
-class TextContext:
-    """A text request. max_length bounds prompt plus generated tokens.
-
-    Raises: ContextTooLong when `min_tokens + prompt_length > max_length`.
-    """
-
-    max_length: int
-    tokens: TokenBuffer
-    request_id: str = ""
-    eos_tracker: EOSTracker = field(default_factory=EOSTracker)
-    log_probabilities: int = 0
-    log_probabilities_echo: bool = False
-    ignore_eos: bool = False
-    json_schema: str | None = None
-    sampling_params: SamplingParams = field(default_factory=SamplingParams)
-    model_name: str = ""
-    status: GenerationStatus = GenerationStatus.ACTIVE
-
-    def __post_init__(self) -> None:
-        if self.min_tokens + self.tokens.prompt_length > self.max_length:
-            raise ContextTooLong(
-                f"{self.tokens.prompt_length} prompt tokens and at least {self.min_tokens} new "
-                f"ones exceed max_length {self.max_length}; shorten the prompt"
-            )
-
-    @property
-    def min_tokens(self) -> int:
-        return self.sampling_params.min_new_tokens
-
-    @property
-    def is_done(self) -> bool:
-        return self.status.is_done
-
-    @property
-    def is_initial_prompt(self) -> bool:
-        return self.tokens.processed_length == 0
-
-    def update(self, token: int, log_probabilities: Any = None) -> None:
-        """Take a generated token; the status says whether it was the last one."""
-        del log_probabilities  # kept by the engine's result, not by the context
-        self.tokens.advance_with_token(token)
-        ends = not self.ignore_eos and self.tokens.generated_length > self.min_tokens
-        if ends and self.eos_tracker.is_eos(self.tokens.generated):
-            self.status = GenerationStatus.END_OF_SEQUENCE
-        elif self._is_full():
-            self.status = GenerationStatus.MAXIMUM_LENGTH
-
-    def reset(self) -> None:
-        """Start over: generated tokens join the prompt, nothing is processed."""
-        self.tokens.reset_as_new_prompt()
-
-    def _is_full(self) -> bool:
-        limit = self.sampling_params.max_new_tokens
-        if limit is not None and self.tokens.generated_length >= limit:
-            return True
-        return len(self.tokens) >= self.max_length
 
 
 @dataclass(frozen=True)
@@ -243,6 +190,93 @@ class ImageMetadata:
 
 
 @dataclass(kw_only=True)
+class TextContext:
+    """A text request. max_length bounds prompt plus generated tokens.
+
+    images: none here; `TextAndVisionContext` has them.
+    Raises: ContextTooLong when `min_tokens + prompt_length > max_length`.
+    """
+
+    max_length: int
+    tokens: TokenBuffer
+    request_id: str = ""
+    eos_tracker: EOSTracker = field(default_factory=EOSTracker)
+    log_probabilities: int = 0
+    log_probabilities_echo: bool = False
+    ignore_eos: bool = False
+    json_schema: str | None = None
+    sampling_params: SamplingParams = field(default_factory=SamplingParams)
+    model_name: str = ""
+    status: GenerationStatus = GenerationStatus.ACTIVE
+    images: Sequence[ImageMetadata] = field(default=(), init=False)
+
+    def __post_init__(self) -> None:
+        if self.min_tokens + self.tokens.prompt_length > self.max_length:
+            raise ContextTooLong(
+                f"{self.tokens.prompt_length} prompt tokens and at least {self.min_tokens} new "
+                f"ones exceed max_length {self.max_length}; shorten the prompt"
+            )
+
+    @property
+    def min_tokens(self) -> int:
+        return self.sampling_params.min_new_tokens
+
+    @property
+    def is_done(self) -> bool:
+        return self.status.is_done
+
+    @property
+    def is_initial_prompt(self) -> bool:
+        return self.tokens.processed_length == 0
+
+    @property
+    def image_idx(self) -> int:
+        """Index of the first image that is not processed yet, else the number of images."""
+        done = self.tokens.processed_length
+        return next((i for i, m in enumerate(self.images) if done < m.end_idx), len(self.images))
+
+    @property
+    def next_images(self) -> Sequence[ImageMetadata]:
+        """The images whose placeholders are not all processed yet."""
+        return self.images[self.image_idx :]
+
+    @property
+    def needs_vision_encoding(self) -> bool:
+        return self.image_idx < len(self.images)
+
+    @property
+    def image_token_indices(self) -> np.ndarray:
+        """int32 positions, in all tokens, of the placeholders that receive a vision row."""
+        spans = [self.placeholder_positions(image) for image in self.images]
+        return np.concatenate([np.zeros(0, np.int32), *spans]).astype(np.int32)
+
+    def placeholder_positions(self, image: ImageMetadata) -> np.ndarray:
+        """int32 positions of one image's placeholders, in all tokens."""
+        span = self.tokens[image.start_idx : image.end_idx]
+        return (np.flatnonzero(span == span[0]) + image.start_idx).astype(np.int32)
+
+    def update(self, token: int, log_probabilities: Any = None) -> None:
+        """Take a generated token; the status says whether it was the last one."""
+        del log_probabilities  # kept by the engine's result, not by the context
+        self.tokens.advance_with_token(token)
+        ends = not self.ignore_eos and self.tokens.generated_length > self.min_tokens
+        if ends and self.eos_tracker.is_eos(self.tokens.generated):
+            self.status = GenerationStatus.END_OF_SEQUENCE
+        elif self._is_full():
+            self.status = GenerationStatus.MAXIMUM_LENGTH
+
+    def reset(self) -> None:
+        """Start over: generated tokens join the prompt, nothing is processed."""
+        self.tokens.reset_as_new_prompt()
+
+    def _is_full(self) -> bool:
+        limit = self.sampling_params.max_new_tokens
+        if limit is not None and self.tokens.generated_length >= limit:
+            return True
+        return len(self.tokens) >= self.max_length
+
+
+@dataclass(kw_only=True)
 class TextAndVisionContext(TextContext):
     """A request with pictures, whose placeholders are already expanded in the tokens.
 
@@ -251,7 +285,7 @@ class TextAndVisionContext(TextContext):
     """
 
     vision_token_ids: list[int]
-    images: list[ImageMetadata] = field(default_factory=list)
+    images: Sequence[ImageMetadata] = field(default_factory=list)
     extra_model_args: dict[str, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -271,27 +305,37 @@ class TextAndVisionContext(TextContext):
                 )
             end = image.end_idx
 
-    @property
-    def image_idx(self) -> int:
-        """Index of the first image that is not processed yet, else the number of images."""
-        done = self.tokens.processed_length
-        return next((i for i, m in enumerate(self.images) if done < m.end_idx), len(self.images))
 
-    @property
-    def next_images(self) -> list[ImageMetadata]:
-        return self.images[self.image_idx :]
+@dataclass(kw_only=True)
+class MRopeContext(TextAndVisionContext):
+    """A request whose tokens have positions on three axes: time, height and width (M-RoPE).
 
-    @property
-    def needs_vision_encoding(self) -> bool:
-        return self.image_idx < len(self.images)
+    decoder_position_ids: int64 [3, prompt]. rope_delta: what to add to a token's index behind the
+    last picture to get its position.
+    """
 
-    @property
-    def image_token_indices(self) -> np.ndarray:
-        """int32 positions, in all tokens, of the placeholders that receive a vision row."""
-        spans = [self.placeholder_positions(image) for image in self.images]
-        return np.concatenate([np.zeros(0, np.int32), *spans]).astype(np.int32)
+    rope_delta: int = 0
+    decoder_position_ids: np.ndarray = field(default_factory=lambda: np.zeros((3, 0), np.int64))
 
-    def placeholder_positions(self, image: ImageMetadata) -> np.ndarray:
-        """int32 positions of one image's placeholders, in all tokens."""
-        span = self.tokens[image.start_idx : image.end_idx]
-        return (np.flatnonzero(span == span[0]) + image.start_idx).astype(np.int32)
+    def refresh_positions(self) -> None:
+        """Recompute positions and rope_delta over all tokens, generated ones included."""
+        raise NotImplementedError(f"{type(self).__name__} does not compute positions")
+
+    def require_pixels(self) -> None:
+        """Raises: InputError if the pictures were given without what encoding them needs."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what its pictures need")
+
+    def active_positions(self) -> np.ndarray:
+        """Positions of the active tokens, int64 [3, active tokens].
+
+        Tokens that have grown since the positions were made (a reset) get new ones.
+        """
+        tokens = self.tokens
+        if not self.needs_vision_encoding:
+            start = tokens.processed_length + self.rope_delta
+            text = np.arange(start, start + tokens.active_length)
+            return np.broadcast_to(text, (3, len(text)))
+        if self.decoder_position_ids.shape[1] != len(tokens):
+            self.require_pixels()
+            self.refresh_positions()
+        return self.decoder_position_ids[:, tokens.processed_length : tokens.current_position]

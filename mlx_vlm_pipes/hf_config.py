@@ -6,13 +6,13 @@ are read. Source: transformers 5.23 configuration files of each model type (spec
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mlx_vlm_pipes.config_limits import check_limits
 from mlx_vlm_pipes.errors import ConfigError
+from mlx_vlm_pipes.json_files import require_json
 
 _LLAMA = {
     "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
@@ -137,23 +137,9 @@ def _class_defaults(values: Mapping[str, Any], fallback: str) -> dict[str, Any]:
     return dict(CLASS_DEFAULTS.get(kind if isinstance(kind, str) else "", {}))
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises: ConfigError for anything else."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path.parent} has no {path.name}; is it a model folder?") from None
-    except (OSError, ValueError, RecursionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"{path} is not readable JSON ({reason}); download it again") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path} holds a {type(value).__name__}, expected a JSON object")
-    return value
-
-
 def read_config(folder: Path) -> HuggingFaceConfig:
     """config.json of a model folder. Code named by `auto_map` or `model_file` is never run."""
-    return HuggingFaceConfig(read_json(folder / "config.json"))
+    return HuggingFaceConfig(require_json(folder / "config.json"))
 
 
 def lookup(config: Any, *names: str, default: Any = None) -> Any:

@@ -13,10 +13,10 @@ from mlx_vlm_pipes.architectures.registry import Room, find_room
 from mlx_vlm_pipes.config import KVCacheConfig, ModelConfig, PipelineConfig
 from mlx_vlm_pipes.dtypes import Device, DeviceSpec
 from mlx_vlm_pipes.engine.engine import Engine, default_engine_config, machine_memory
-from mlx_vlm_pipes.engine.scheduler import EngineConfig
+from mlx_vlm_pipes.engine.state import EngineConfig
 from mlx_vlm_pipes.engine.worker import OwnerThread
 from mlx_vlm_pipes.errors import CheckpointNotFound, ConfigError
-from mlx_vlm_pipes.hf_config import HuggingFaceConfig, read_json, text_config
+from mlx_vlm_pipes.hf_config import HuggingFaceConfig, read_config, text_config
 from mlx_vlm_pipes.interfaces import InferenceSession, PipelineModelWithKVCache, ReturnLogits
 from mlx_vlm_pipes.pipeline import Pipeline
 from mlx_vlm_pipes.quantization import LoRAConfig, QuantizationConfig
@@ -52,7 +52,7 @@ def load(  # noqa: PLR0913  # the options a user may say, all but one by keyword
     Raises: CheckpointError, one line saying what is wrong with the checkpoint.
     """
     folder = resolve_folder(path, revision)
-    config = HuggingFaceConfig(read_json(folder / "config.json"))
+    config = read_config(folder)
     room = find_room(config)
     processor = room.processor_class().from_folder(folder, config.to_dict())
     lora = lora_config(adapter)

@@ -21,9 +21,9 @@ from mlx_vlm_pipes.nn.attention import (
     merge_heads,
     prefill_attention,
 )
+from mlx_vlm_pipes.nn.linear import fuse_linears, linear_part
 from mlx_vlm_pipes.nn.lora import LoRATable, adapted
 from mlx_vlm_pipes.nn.rope import Rope, RopeSpec, Rotation
-from mlx_vlm_pipes.weights.fuse import fuse_linears, linear_part
 
 MANY_ROWS = 128  # from here on, a product is bound by arithmetic, not by the kernels' number
 

@@ -9,7 +9,6 @@ from mlx_vlm_pipes.weights.checkpoint import (
     load_state_dict,
     load_weights,
 )
-from mlx_vlm_pipes.weights.fuse import fuse_linears, linear_part
 from mlx_vlm_pipes.weights.install import install_weights, parameter_shapes
 from mlx_vlm_pipes.weights.layout import (
     ConvToChannelsLast,
@@ -68,9 +67,7 @@ __all__ = [
     "dora_factor",
     "drop_dummy_biases",
     "find_weight_files",
-    "fuse_linears",
     "install_weights",
-    "linear_part",
     "linear_shapes",
     "load_state_dict",
     "load_weights",

@@ -61,6 +61,9 @@ class WeightData:
         return self.data
 
 
+Tensors = Mapping[str, WeightData]
+"""Tensors by name, whatever the names are."""
+
 WeightsAdapter = Callable[..., dict[str, WeightData]]
 """`(state_dict, *, huggingface_config=..., pipeline_config=..., **unused) -> {name: WeightData}`.
 

@@ -17,6 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_vlm_pipes.errors import CheckpointNotFound, ConfigError, UnsupportedModel, WeightsError
+from mlx_vlm_pipes.json_files import read_json
 from mlx_vlm_pipes.weights.checkpoint import SafetensorWeights, WeightData, load_state_dict
 from mlx_vlm_pipes.weights.layout import (
     Layout,
@@ -26,7 +27,7 @@ from mlx_vlm_pipes.weights.layout import (
     group_names,
     map_names,
 )
-from mlx_vlm_pipes.weights.safetensors import clip, parse_json_object
+from mlx_vlm_pipes.weights.safetensors import clip
 
 CONFIG_NAME = "adapter_config.json"
 MAX_CONFIG_BYTES = 10_000_000
@@ -111,11 +112,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise CheckpointNotFound(f"{folder}: no such adapter folder")
     path = folder / CONFIG_NAME
-    if not path.is_file():
+    values = read_json(path, ConfigError, unique=True, max_bytes=MAX_CONFIG_BYTES)
+    if values is None:
         raise ConfigError(f"{folder}: no {CONFIG_NAME}; an adapter folder needs one")
-    if path.stat().st_size > MAX_CONFIG_BYTES:
-        raise ConfigError(f"{path}: larger than {MAX_CONFIG_BYTES} bytes")
-    return parse_json_object(path.read_bytes(), path)
+    return values
 
 
 def _read_tensors(folder: Path, names: Sequence[str]) -> dict[str, WeightData]:

@@ -9,7 +9,6 @@ Source: the safetensors format description (8-byte little-endian length, JSON he
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import struct
 from collections.abc import Iterable
@@ -18,7 +17,8 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from mlx_vlm_pipes.dtypes import DType
-from mlx_vlm_pipes.errors import CheckpointNotFound, WeightsError
+from mlx_vlm_pipes.errors import CheckpointNotFound, WeightsError, clip
+from mlx_vlm_pipes.json_files import parse_json, read_json
 
 INDEX_NAME = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000
@@ -68,12 +68,6 @@ class Header:
     metadata: dict[str, str]
 
 
-def clip(text: object, limit: int = 80) -> str:
-    """A printable, one-line form of an untrusted string, at most `limit` characters long."""
-    shown = repr(str(text)[: limit + 1])[1:-1]
-    return shown if len(shown) <= limit else shown[: limit - 3] + "..."
-
-
 def read_header(path: str | Path) -> Header:
     """Read and check one file's header; costs a few kilobytes however large the file.
 
@@ -88,7 +82,7 @@ def read_header(path: str | Path) -> Header:
             raw = _read_header_bytes(file, file_bytes, path)
     except OSError as error:
         raise WeightsError(f"{path}: cannot be read ({error.strerror})") from None
-    entries = parse_json_object(raw, path)
+    entries = parse_json(raw, path, WeightsError, unique=True)
     metadata = _checked_metadata(entries.pop("__metadata__", None) or {}, path)  # MLX writes null
     base = 8 + len(raw)
     tensors = {
@@ -114,31 +108,6 @@ def _read_header_bytes(file: Any, file_bytes: int, path: Path) -> bytes:
     if raw.count(b"{") > MAX_TENSORS or raw.count(b"[") > 2 * MAX_TENSORS + MAX_METADATA:
         raise WeightsError(f"{path}: more than {MAX_TENSORS} tensors in one header")
     return raw
-
-
-def parse_json_object(raw: bytes, path: Path) -> dict[str, Any]:
-    """Parse untrusted JSON that must be an object; a name that occurs twice is refused.
-
-    Raises: WeightsError naming the file.
-    """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            seen: set[str] = set()
-            twice = next(name for name, _ in pairs if name in seen or seen.add(name))
-            raise WeightsError(f"{path}: '{clip(twice)}' occurs twice in one JSON object")
-        return found
-
-    try:
-        value = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
-    except WeightsError:
-        raise
-    except (ValueError, RecursionError, MemoryError) as error:
-        raise WeightsError(f"{path}: broken JSON ({clip(error)})") from None
-    if not isinstance(value, dict):
-        raise WeightsError(f"{path}: JSON is a {type(value).__name__}, expected an object")
-    return value
 
 
 def _checked_metadata(value: Any, path: Path) -> dict[str, str]:
@@ -228,13 +197,8 @@ def read_index(path: Path) -> dict[str, str]:
 
     Raises: WeightsError naming the file.
     """
-    try:
-        if path.stat().st_size > MAX_HEADER_BYTES:
-            raise WeightsError(f"{path}: larger than {MAX_HEADER_BYTES} bytes")
-        raw = path.read_bytes()
-    except OSError as error:
-        raise WeightsError(f"{path}: cannot be read ({error.strerror})") from None
-    weight_map = parse_json_object(raw, path).get("weight_map")
+    index = read_json(path, WeightsError, unique=True, max_bytes=MAX_HEADER_BYTES) or {}
+    weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise WeightsError(f"{path}: no weight_map; expected an object of tensor: file")
     for name, file_name in weight_map.items():

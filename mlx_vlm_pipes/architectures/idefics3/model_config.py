@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mlx_vlm_pipes.architectures.llama3.model_config import Llama3Config, NormMethod
+from mlx_vlm_pipes.checkpoint.tie import declared_tied
 from mlx_vlm_pipes.config import (
     KVCacheConfig,
     KVCacheParams,
@@ -20,7 +21,6 @@ from mlx_vlm_pipes.hf_config import (
     optional_int,
     require_int,
     text_config,
-    tie_flag,
 )
 from mlx_vlm_pipes.interfaces import ArchConfigWithKVCache, ReturnHiddenStates, ReturnLogits
 from mlx_vlm_pipes.nn.activations import activation
@@ -159,7 +159,9 @@ class Idefics3Config(ArchConfigWithKVCache):
             norm_method,
             attention_bias=False,
         )
-        if tie_flag(huggingface_config, text):  # the outer configuration may be the one to say it
+        if declared_tied(
+            huggingface_config, text
+        ):  # the outer configuration may be the one to say it
             self.text_config.tie_word_embeddings = True
 
     @staticmethod

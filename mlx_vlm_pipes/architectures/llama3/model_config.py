@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from mlx_vlm_pipes.checkpoint.state import expanded_scales
+from mlx_vlm_pipes.checkpoint.tie import tied_by_names
 from mlx_vlm_pipes.config import (
     KVCacheConfig,
     KVCacheParams,
@@ -25,12 +27,10 @@ from mlx_vlm_pipes.hf_config import (
     rope_dictionary,
     rope_theta,
     text_config,
-    tie_flag,
 )
 from mlx_vlm_pipes.interfaces import ArchConfigWithKVCache, ReturnHiddenStates, ReturnLogits
 from mlx_vlm_pipes.nn.activations import activation
 from mlx_vlm_pipes.nn.decoder import DecoderConfig
-from mlx_vlm_pipes.nn.loading import expanded_scales
 from mlx_vlm_pipes.nn.rope import (
     Llama3RopeScalingParams,
     LongRoPEScalingParams,
@@ -194,9 +194,8 @@ class Llama3Config(ArchConfigWithKVCache):
         self.qk_norm = f"{attention}q_norm.weight" in names
         self.stacked_qkv = f"{attention}qkv_proj.weight" in names
         self.stacked_mlp = "layers.0.mlp.gate_up_proj.weight" in names
-        tied = tie_flag(huggingface_config, text_config(huggingface_config))
-        has_head = "lm_head.weight" in names
-        self.tie_word_embeddings = bool(tied) or not has_head
+        text = text_config(huggingface_config)
+        self.tie_word_embeddings = tied_by_names(huggingface_config, text, names)
         self.quant_config = expanded_scales(huggingface_config, state_dict)
 
     @staticmethod

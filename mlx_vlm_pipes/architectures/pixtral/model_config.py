@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mlx_vlm_pipes.architectures.llama3.model_config import Llama3Config, bounded_max_seq_len
+from mlx_vlm_pipes.checkpoint.tie import declared_tied
 from mlx_vlm_pipes.config import (
     KVCacheConfig,
     KVCacheParams,
@@ -23,7 +24,6 @@ from mlx_vlm_pipes.hf_config import (
     rope_dictionary,
     rope_theta,
     text_config,
-    tie_flag,
 )
 from mlx_vlm_pipes.interfaces import ArchConfigWithKVCache, ReturnLogits
 from mlx_vlm_pipes.nn.activations import activation
@@ -128,7 +128,7 @@ class PixtralConfig(ArchConfigWithKVCache):
             sliding_layers=text.sliding_layers,
             attention_bias=bool(lookup(text_cfg, "attention_bias", default=False)),
             mlp_bias=bool(lookup(text_cfg, "mlp_bias", default=False)),
-            tie_word_embeddings=bool(tie_flag(cfg, text_cfg)),
+            tie_word_embeddings=declared_tied(cfg, text_cfg),
             **_vision_fields(cfg),
             **_projector_fields(cfg),
         )

@@ -7,12 +7,12 @@ after a clip continues behind the largest position, as in the original code (spe
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
-from mlx_vlm_pipes.contexts import ImageMetadata, TextAndVisionContext
+from mlx_vlm_pipes.contexts import ImageMetadata, MRopeContext
 from mlx_vlm_pipes.errors import InputError
 
 Grid = tuple[int, int, int]
@@ -243,16 +243,10 @@ class VisionData:
 
 
 @dataclass(kw_only=True)
-class Qwen2_5VLTextAndVisionContext(TextAndVisionContext):
-    """A request with its three-axis positions. decoder_position_ids: int64 [3, prompt].
-
-    rope_delta: what to add to a token's index behind the last picture to get its position.
-    vision_data: None without pictures.
-    """
+class Qwen2_5VLTextAndVisionContext(MRopeContext):
+    """A request with its three-axis positions. vision_data: None without pictures."""
 
     rope: RopeTokens
-    rope_delta: int = 0
-    decoder_position_ids: np.ndarray = field(default_factory=lambda: np.zeros((3, 0), np.int64))
     vision_data: VisionData | None = None
 
     @property
@@ -289,6 +283,13 @@ class Qwen2_5VLTextAndVisionContext(TextAndVisionContext):
             [image.grid_thw for image in media if image.is_video],
             [image.second_per_grid for image in media if image.is_video],
         )
+
+    def require_pixels(self) -> None:
+        """Raises: InputError for a request whose pictures came without their tables."""
+        if self.vision_data is None:
+            raise InputError(
+                f"request {self.request_id!r} has pictures to encode but no vision_data"
+            )
 
 
 def _grid_array(grids: Sequence[Grid]) -> np.ndarray:

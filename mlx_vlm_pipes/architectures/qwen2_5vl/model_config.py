@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from mlx_vlm_pipes.architectures.llama3.model_config import Llama3Config
+from mlx_vlm_pipes.checkpoint.tie import declared_tied
 from mlx_vlm_pipes.config import KVCacheConfig, KVCacheParams, MAXModelConfig, PipelineConfig
 from mlx_vlm_pipes.dtypes import DeviceRef, DType
 from mlx_vlm_pipes.errors import ConfigError
@@ -22,7 +23,6 @@ from mlx_vlm_pipes.hf_config import (
     rope_dictionary,
     rope_theta,
     text_config,
-    tie_flag,
 )
 from mlx_vlm_pipes.interfaces import ArchConfigWithKVCache, ReturnLogits
 from mlx_vlm_pipes.nn.activations import activation
@@ -228,7 +228,7 @@ class Qwen2_5VLConfig(ArchConfigWithKVCache):
             norm_method=norm_method,
             attention_bias=True,
         )
-        if tie_flag(huggingface_config, text_cfg):
+        if declared_tied(huggingface_config, text_cfg):
             self.llm_config.tie_word_embeddings = True
 
     @staticmethod

@@ -1,0 +1,110 @@
+"""Modules for a canonical state dict: what they want of it, and loading it into them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_vlm_pipes.checkpoint.state import LANGUAGE, StateDict, part, tower_state
+from mlx_vlm_pipes.checkpoint.tie import HEAD, settle_head
+from mlx_vlm_pipes.config import PipelineConfig
+from mlx_vlm_pipes.interfaces import InferenceSession, Model
+from mlx_vlm_pipes.nn.decoder import DecoderConfig, DenseDecoder
+from mlx_vlm_pipes.nn.lora import attach_loras
+from mlx_vlm_pipes.weights import (
+    WeightData,
+    check_against_base,
+    install_weights,
+    linear_shapes,
+    parameter_shapes,
+    quantize_modules,
+)
+from mlx_vlm_pipes.weights.install import check_names_and_shapes
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def expected_shapes(model_class: Any, pipeline_config: PipelineConfig, state: StateDict) -> Shapes:
+    """Canonical name -> shape of every tensor that a model wants, packed where `state` is.
+
+    From its own modules; nothing is evaluated. Where the head is declared tied, a head in `state`
+    counts as wanted: loading drops it.
+    Raises: CheckpointError as loading does, for what keeps the modules from being built.
+    """
+    tower, decoder_config = blueprint(model_class, pipeline_config, state)
+    text = part(state, LANGUAGE)
+    if f"{HEAD}.weight" in text:
+        decoder_config = replace(decoder_config, tie_word_embeddings=False)
+    decoder = DenseDecoder(decoder_config)
+    quantize_like(decoder, text)
+    shapes = {LANGUAGE + name: shape for name, shape in parameter_shapes(decoder).items()}
+    if tower is not None:
+        prefix = model_class.tower_prefix
+        quantize_like(tower, tower_state(state, prefix))
+        shapes |= {prefix + name: shape for name, shape in parameter_shapes(tower).items()}
+    return shapes
+
+
+def blueprint(
+    model_class: Any, pipeline_config: PipelineConfig, state: StateDict
+) -> tuple[nn.Module | None, DecoderConfig]:
+    """The tower, if any, and the decoder's sizes that a model class makes of a state dict."""
+    config, _ = model_class.read_config(pipeline_config)
+    return model_class.blueprint(config, pipeline_config, state)
+
+
+def require_fit(model_class: Any, pipeline_config: PipelineConfig, state: StateDict) -> None:
+    """Raises: WeightsError naming missing, unexpected and mis-shaped tensors."""
+    found = {name: weight.shape for name, weight in state.items()}
+    check_names_and_shapes(expected_shapes(model_class, pipeline_config, state), found)
+
+
+def load_module(
+    session: InferenceSession, module: nn.Module, state: Mapping[str, WeightData]
+) -> Model:
+    """Install all tensors strictly and evaluate them.
+
+    Raises: WeightsError naming missing, unexpected and mis-shaped tensors.
+    """
+    quantize_like(module, state)
+    install_weights(module, state)
+    return session.load(module)
+
+
+def quantize_like(module: nn.Module, state: Mapping[str, WeightData]) -> None:
+    """Make packed modules of those that are packed in `state`."""
+    if isinstance(state, StateDict) and state.quantization is not None:
+        shapes = {name: weight.shape for name, weight in state.items()}
+        quantize_modules(module, shapes, state.quantization, prefix=state.prefix)
+
+
+def load_decoder(
+    session: InferenceSession, config: DecoderConfig, state: StateDict
+) -> tuple[DenseDecoder, Model]:
+    """The decoder with its weights in, adapters attached, projections fused, the head decided.
+
+    state: names relative to `language_model.`. Raises: WeightsError as load_module, and for
+    adapters that do not fit.
+    """
+    tied = settle_head(state, tied=config.tie_word_embeddings)
+    decoder = DenseDecoder(replace(config, tie_word_embeddings=tied))
+    quantize_like(decoder, state)
+    install_weights(decoder, state)
+    if state.loras:
+        shapes = linear_shapes(decoder)
+        for lora in state.loras:
+            check_against_base(lora, {LANGUAGE + path: size for path, size in shapes.items()})
+        attach_loras(decoder, state.loras, LANGUAGE, compute_dtype(decoder))
+        decoder.adapter_names = tuple(lora.name for lora in state.loras)
+    decoder.fuse()
+    return decoder, session.load(decoder)
+
+
+def compute_dtype(decoder: DenseDecoder) -> mx.Dtype:
+    """The type that hidden states have: the embedding's, or that of its scales."""
+    embedding = decoder.embed_tokens
+    return embedding["scales" if "scales" in embedding else "weight"].dtype
