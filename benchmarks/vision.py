@@ -105,7 +105,7 @@ class Ours:
         config = read_config(folder)
         room = find_room(config)
         self.model = load_model(room, folder, config, LoadOptions(dtype="float32"))
-        self.processor = room.processor_class().from_folder(folder, config.to_dict())
+        self.processor = room.processor_class()(folder, config.to_dict())
         noise = np.random.default_rng(0).integers(0, 256, (*PICTURE_PX[::-1], 3), np.uint8)
         content = [{"type": "image"}, {"type": "text", "text": "Describe the picture."}]
         request = PromptRequest([{"role": "user", "content": content}], (noise,))

@@ -304,38 +304,3 @@ class TextAndVisionContext(TextContext):
                     f"{sorted(ends)}, which are not among the vision tokens {self.vision_token_ids}"
                 )
             end = image.end_idx
-
-
-@dataclass(kw_only=True)
-class MRopeContext(TextAndVisionContext):
-    """A request whose tokens have positions on three axes: time, height and width (M-RoPE).
-
-    decoder_position_ids: int64 [3, prompt]. rope_delta: what to add to a token's index behind the
-    last picture to get its position.
-    """
-
-    rope_delta: int = 0
-    decoder_position_ids: np.ndarray = field(default_factory=lambda: np.zeros((3, 0), np.int64))
-
-    def refresh_positions(self) -> None:
-        """Recompute positions and rope_delta over all tokens, generated ones included."""
-        raise NotImplementedError(f"{type(self).__name__} does not compute positions")
-
-    def require_pixels(self) -> None:
-        """Raises: InputError if the pictures were given without what encoding them needs."""
-        raise NotImplementedError(f"{type(self).__name__} does not say what its pictures need")
-
-    def active_positions(self) -> np.ndarray:
-        """Positions of the active tokens, int64 [3, active tokens].
-
-        Tokens that have grown since the positions were made (a reset) get new ones.
-        """
-        tokens = self.tokens
-        if not self.needs_vision_encoding:
-            start = tokens.processed_length + self.rope_delta
-            text = np.arange(start, start + tokens.active_length)
-            return np.broadcast_to(text, (3, len(text)))
-        if self.decoder_position_ids.shape[1] != len(tokens):
-            self.require_pixels()
-            self.refresh_positions()
-        return self.decoder_position_ids[:, tokens.processed_length : tokens.current_position]

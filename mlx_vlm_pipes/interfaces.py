@@ -26,7 +26,7 @@ from mlx_vlm_pipes.contexts import (
     TokenBuffer,
 )
 from mlx_vlm_pipes.dtypes import Device, DeviceRef, DType
-from mlx_vlm_pipes.errors import ConfigError
+from mlx_vlm_pipes.errors import ConfigError, InputError
 from mlx_vlm_pipes.log_probabilities import LogProbabilities, LogProbabilitiesMixin
 from mlx_vlm_pipes.session import InferenceSession, Model
 
@@ -159,6 +159,15 @@ class ModelOutputs:
     next_token_logits: Buffer | None = None
     logit_offsets: Buffer | None = None
     hidden_states: Buffer | None = None
+
+    def last_logits(self) -> Buffer:
+        """float32 [rows of the batch, V]: what each row's next token is chosen from.
+
+        Raises: InputError if the model gave none.
+        """
+        if self.next_token_logits is None:
+            raise InputError("a step without next_token_logits; a model's execute must give them")
+        return self.next_token_logits
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ def load(  # noqa: PLR0913  # the options a user may say, all but one by keyword
     folder = resolve_folder(path, revision)
     config = read_config(folder)
     room = find_room(config)
-    processor = room.processor_class().from_folder(folder, config.to_dict())
+    processor = room.processor_class()(folder, config.to_dict())
     lora = lora_config(adapter)
     worker = OwnerThread()
     try:

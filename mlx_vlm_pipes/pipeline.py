@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mlx_vlm_pipes.contexts import EOSTracker, SamplingParams, TextContext
+from mlx_vlm_pipes.contexts import SamplingParams, TextContext
 from mlx_vlm_pipes.engine.engine import Engine
 from mlx_vlm_pipes.engine.plan import Plan
 from mlx_vlm_pipes.engine.requests import Chunk, Handle, Timings, Usage
@@ -124,8 +124,9 @@ class Pipeline:
         """
         processed = self.encode(prompt, images, videos, **options)
         self._check_length(processed, 0)
-        context = self.processor.new_context(processed, max_length=self.max_seq_len)
-        context.model_name = self._adapter(adapter)
+        context = self.processor.new_context(
+            processed, max_length=self.max_seq_len, model_name=self._adapter(adapter)
+        )
         return self.engine.prompt_logits(context)
 
     def generate(
@@ -253,21 +254,15 @@ class Pipeline:
         """The engine's context; refuses what is too long before anything is computed."""
         self._check_length(processed, given.get("max_tokens", 0))
         options = complete_options(given, OPTIONS)
-        params = sampling_params(options)
-        only_listed = params.ignore_eos and params.stop_token_ids
-        ends = EOSTracker(frozenset(params.stop_token_ids)) if only_listed else None
-        context = self.processor.new_context(
+        return self.processor.new_context(
             processed,
             max_length=self.max_seq_len,
-            sampling_params=params,
-            eos_tracker=ends,
+            sampling_params=sampling_params(options),
             request_id=uuid.uuid4().hex,
             log_probabilities=options["logprobs"],
             log_probabilities_echo=options["prompt_logprobs"],
-            ignore_eos=params.ignore_eos and not only_listed,
+            model_name=self._adapter(options["adapter"]),
         )
-        context.model_name = self._adapter(options["adapter"])
-        return context
 
     def _adapter(self, name: str | None) -> str:
         """The adapter of a request: the one named; the only one loaded; "base" means none."""

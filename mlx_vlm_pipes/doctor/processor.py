@@ -29,7 +29,7 @@ def examine_processor(
     """Build the processor as loading does, and hold it against config.json and the embedding."""
     processor: TextProcessor | None = None
     with checkup.collecting("processor"):
-        processor = room.processor_class().from_folder(folder, values)
+        processor = room.processor_class()(folder, values)
     tokenizer: Tokenizer | None = processor.tokenizer if processor is not None else None
     if tokenizer is None:
         try:
@@ -79,9 +79,9 @@ def _look_at_ids(
         checkup.error("tokenizer", f"end token {beyond[0]} lies beyond the {rows} embedding rows")
     if not isinstance(processor, VisionProcessor):
         return
-    own = {"image": processor.vision_token_ids[0]}
-    if "video" in processor.markers and len(processor.vision_token_ids) > 1:
-        own["video"] = processor.vision_token_ids[1]
+    own = {"image": processor.tokens.ids[0]}
+    if "video" in processor.tokens.markers and len(processor.tokens.ids) > 1:
+        own["video"] = processor.tokens.ids[1]
     for kind, number in own.items():
         said = next((values[k] for k in _TOKEN_KEYS[kind] if values.get(k) is not None), None)
         if said is not None and said != number:

@@ -10,9 +10,9 @@ import re
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -44,43 +44,66 @@ MAX_RETRY_SECONDS = 0.5  # a template that fails this slowly gets no second form
 MAX_MEDIA_TOKENS = 2**18  # of one picture or clip; far beyond any model, short of a flood
 
 
-@dataclass(frozen=True)
-class Unit:
-    """What becomes one ImageMetadata: its pixels, and its num_tokens placeholders of token_id."""
+class ContextFields(TypedDict):
+    """What a family passes on to its context class: the fields that all contexts share."""
 
-    pixel_values: np.ndarray
-    token_id: int
-    num_tokens: int
+    max_length: int
+    tokens: TokenBuffer
+    sampling_params: SamplingParams
+    eos_tracker: EOSTracker
+    ignore_eos: bool
+    request_id: str
+    log_probabilities: int
+    log_probabilities_echo: bool
+    model_name: str
 
 
 @dataclass(frozen=True)
 class EncodedMedia:
     """A picture or clip ready for the model.
 
-    replacement: the text that takes the place of its marker. hf_arrays: what it adds to the
-    Hugging Face layout; the family puts these together. Sizes (width, height) in pixels.
+    replacement: the text that takes the place of its marker. images: what it adds to the context,
+    each with the range [0, number of its placeholders) until the tokens are known. token_id: of
+    these placeholders. Sizes (width, height) in pixels.
     """
 
     kind: str
     replacement: str
-    units: list[Unit]
+    token_id: int
+    images: Sequence[ImageMetadata]
     source_size: tuple[int, int]
     resized_size: tuple[int, int]
     grid: tuple[int, ...] = ()
     num_frames: int = 1
-    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class MediaTokens:
+    """How pictures and clips stand in a prompt.
+
+    markers: texts that stand for one, by kind; the first is what the chat template writes. ids: as
+    in TextAndVisionContext.vision_token_ids. text_markers: markers to put into contents that are
+    flattened to text, for templates that take no lists.
+    """
+
+    markers: Mapping[str, tuple[str, ...]]
+    ids: tuple[int, ...]
+    text_markers: Mapping[str, str] = field(default_factory=dict)
 
 
 class TextProcessor:
     """Tokenizer, chat template and end tokens; the processor of a model without vision.
 
-    Args: folder, the checkpoint; config, its parsed config.json.
+    Args: folder, the checkpoint; config, its parsed config.json; tokenizer, the folder's, where it
+    has been read already.
     Raises: ProcessorError if the tokenizer or generation_config.json cannot be used.
     """
 
-    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
-        self.folder = Path(folder)
-        self.tokenizer = Tokenizer(self.folder)
+    def __init__(
+        self, folder: Path, config: Mapping[str, Any], tokenizer: Tokenizer | None = None
+    ) -> None:
+        self.folder = folder
+        self.tokenizer = tokenizer or Tokenizer(folder)
         self.eos_token_ids = read_eos_token_ids(self.folder, config, self.tokenizer)
         names = config.get("architectures") or [config.get("model_type")]
         self.architecture = str(names[0] if isinstance(names, list) else names)
@@ -115,31 +138,37 @@ class TextProcessor:
         *,
         max_length: int,
         sampling_params: SamplingParams | None = None,
-        eos_tracker: EOSTracker | None = None,
         request_id: str = "",
         log_probabilities: int = 0,
         log_probabilities_echo: bool = False,
-        ignore_eos: bool = False,
+        model_name: str = "",
     ) -> TextContext:
         """The engine's context of a processed prompt.
 
+        A request that ignores end tokens and lists its own ends at these alone.
         Raises: ContextTooLong if the prompt exceeds max_length; InputError if it is empty.
         """
-        sampling = sampling_params or SamplingParams()
-        ends = self.eos_token_ids | frozenset(sampling.stop_token_ids)
-        fields = {
-            "max_length": max_length,
-            "tokens": TokenBuffer(np.array(processed.input_ids, np.int64)),
-            "sampling_params": sampling,
-            "eos_tracker": eos_tracker or EOSTracker(ends, (), tuple(sampling.stop)),
-            "request_id": request_id,
-            "log_probabilities": log_probabilities,
-            "log_probabilities_echo": log_probabilities_echo,
-            "ignore_eos": ignore_eos,
-        }
-        return self.make_context(processed, fields)
+        params = sampling_params or SamplingParams()
+        only_listed = params.ignore_eos and bool(params.stop_token_ids)
+        known = frozenset() if only_listed else self.eos_token_ids
+        return self.make_context(
+            processed,
+            {
+                "max_length": max_length,
+                "tokens": TokenBuffer(np.array(processed.input_ids, np.int64)),
+                "sampling_params": params,
+                "eos_tracker": EOSTracker(
+                    known | frozenset(params.stop_token_ids), (), tuple(params.stop)
+                ),
+                "ignore_eos": params.ignore_eos and not only_listed,
+                "request_id": request_id,
+                "log_probabilities": log_probabilities,
+                "log_probabilities_echo": log_probabilities_echo,
+                "model_name": model_name,
+            },
+        )
 
-    def make_context(self, processed: ProcessedPrompt, fields: dict[str, Any]) -> TextContext:
+    def make_context(self, processed: ProcessedPrompt, fields: ContextFields) -> TextContext:
         """Build the family's context class from the fields that all contexts share."""
         del processed
         return TextContext(**fields)
@@ -194,17 +223,23 @@ class TextProcessor:
 class VisionProcessor(TextProcessor, ABC):
     """The processor of a model with vision; a family says how its media are encoded.
 
-    Attributes set by the family: markers, texts that stand for a picture or clip in a prompt, by
-    kind; the first is what the chat template writes. text_markers: markers to put into contents
-    that are flattened to text, for templates that take no lists. vision_token_ids: as in
-    TextAndVisionContext. digest: names every setting that changes pixels.
+    Args: tokens, how media stand in a prompt; digest, a text that names every setting which
+    changes pixels.
     """
 
-    markers: Mapping[str, tuple[str, ...]]
-    text_markers: Mapping[str, str]
-    vision_token_ids: list[int]
-    digest: str
     refused_options: Sequence[str] = QWEN_ONLY
+
+    def __init__(
+        self,
+        folder: Path,
+        config: Mapping[str, Any],
+        tokenizer: Tokenizer,
+        tokens: MediaTokens,
+        digest: str,
+    ) -> None:
+        super().__init__(folder, config, tokenizer)
+        self.tokens = tokens
+        self.digest = digest
 
     @abstractmethod
     def encode_image(self, source: Any, request: PromptRequest) -> EncodedMedia:
@@ -227,7 +262,7 @@ class VisionProcessor(TextProcessor, ABC):
         if self.is_raw(request):
             text, images, videos = str(request.prompt), request.images, request.videos
         else:
-            chat = conversation(request, self.markers)
+            chat = conversation(request, self.tokens.markers)
             text = self.render(self.forms(chat.messages), request.template_variables)
             images, videos = chat.images, chat.videos
         self.check(request, len(videos))
@@ -249,8 +284,8 @@ class VisionProcessor(TextProcessor, ABC):
 
     def forms(self, messages: list[Message]) -> list[list[Message]]:
         """The messages in the forms that templates may want, best first."""
-        flat = as_texts(messages, self.text_markers)
-        if self.text_markers:
+        flat = as_texts(messages, self.tokens.text_markers)
+        if self.tokens.text_markers:
             return [flat, messages, as_lists(messages)]
         return [messages, as_lists(messages), flat]
 
@@ -262,9 +297,9 @@ class VisionProcessor(TextProcessor, ABC):
         """
         counts = {"image": num_images, "video": num_videos}
         found: list[tuple[str, int, int]] = []
-        own = set(self.vision_token_ids)
+        own = set(self.tokens.ids)
         for kind in KINDS:
-            markers = self.markers.get(kind, ())
+            markers = self.tokens.markers.get(kind, ())
             if not counts[kind]:
                 markers = [m for m in markers if self.tokenizer.token_id(m) in own]
             spots = [
@@ -283,27 +318,23 @@ class VisionProcessor(TextProcessor, ABC):
     def locate(
         self, ids: list[int], media: Sequence[EncodedMedia]
     ) -> tuple[list[ImageMetadata], list[MediaRecord]]:
-        """The token range of every unit. Raises: InputError for placeholders without a picture."""
+        """The token range of every image. Raises: InputError for placeholders without a picture."""
         tokens = np.array(ids, np.int64)
-        kinds = {unit.token_id for item in media for unit in item.units} | {
-            self.vision_token_ids[0]
-        }
+        kinds = {item.token_id for item in media} | {self.tokens.ids[0]}
         spots = {kind: np.flatnonzero(tokens == kind) for kind in kinds}
         used = dict.fromkeys(kinds, 0)
         metadata, records = [], []
         for item in media:
-            first = len(metadata)
-            for unit in item.units:
-                at = used[unit.token_id]
-                run = spots[unit.token_id][at : at + unit.num_tokens]
-                if len(run) < unit.num_tokens:
+            first, kind = len(metadata), item.token_id
+            for image in item.images:
+                run = spots[kind][used[kind] : used[kind] + image.end_idx]
+                if len(run) < image.end_idx:
                     raise InputError(
-                        f"the prompt holds {len(spots[unit.token_id])} image tokens, fewer than "
+                        f"the prompt holds {len(spots[kind])} image tokens, fewer than "
                         "its pictures need; the tokenizer splits the placeholder"
                     )
-                used[unit.token_id] = at + unit.num_tokens
-                span = (int(run[0]), int(run[-1]) + 1)
-                metadata.append(self.make_metadata(item, unit, span))
+                used[kind] += len(run)
+                metadata.append(replace(image, start_idx=int(run[0]), end_idx=int(run[-1]) + 1))
             records.append(_record(item, metadata[first:]))
         for kind, spot in spots.items():
             if len(spot) != used[kind]:
@@ -313,19 +344,33 @@ class VisionProcessor(TextProcessor, ABC):
                 )
         return metadata, records
 
-    def make_metadata(self, item: EncodedMedia, unit: Unit, span: tuple[int, int]) -> ImageMetadata:
-        """The metadata of one unit, hashed."""
-        del item
-        pixels = unit.pixel_values
-        return ImageMetadata(*span, pixels, image_hash(pixels, self.digest))
+    def new_image(self, pixels: np.ndarray, num_tokens: int) -> ImageMetadata:
+        """Hashed pixels that fill num_tokens placeholders, before these are found."""
+        return ImageMetadata(0, num_tokens, pixels, image_hash(pixels, self.digest))
 
-    def make_context(self, processed: ProcessedPrompt, fields: dict[str, Any]) -> TextContext:
+    def make_context(self, processed: ProcessedPrompt, fields: ContextFields) -> TextContext:
         return TextAndVisionContext(
-            **fields, vision_token_ids=list(self.vision_token_ids), images=processed.images
+            **fields, vision_token_ids=list(self.tokens.ids), images=processed.images
         )
 
     def load(self, source: Any, request: PromptRequest) -> Any:
         return load_image(source, local_files=request.local_files)
+
+
+def agreed_token_id(tokenizer: Tokenizer, token: str, config: Mapping[str, Any], *keys: str) -> int:
+    """The token's id. keys: of config.json, which may name it as well.
+
+    Raises: ProcessorError if the tokenizer lacks the token, or config.json names another id.
+    """
+    number = tokenizer.require_token_id(token)
+    for key in keys:
+        said = config.get(key)
+        if said is not None and said != number:
+            raise ProcessorError(
+                f"config.json says that {key} is {said!r}, the tokenizer has {token!r} at "
+                f"{number}; they are of different models"
+            )
+    return number
 
 
 def check_num_tokens(count: int, size: tuple[int, int]) -> None:
@@ -353,7 +398,7 @@ def read_eos_token_ids(
 
     Raises: ProcessorError if a value is neither a whole number nor a list of them.
     """
-    generation = read_json(Path(folder) / "generation_config.json") or {}
+    generation = read_json(folder / "generation_config.json") or {}
     sections = [config.get(key) for key in ("text_config", "llm_config")]
     places = [generation, config, *[s for s in sections if isinstance(s, Mapping)]]
     for place in places:
@@ -381,7 +426,7 @@ def _record(item: EncodedMedia, metadata: Sequence[ImageMetadata]) -> MediaRecor
         resized_size=item.resized_size,
         grid=item.grid,
         num_frames=item.num_frames,
-        num_tokens=sum(unit.num_tokens for unit in item.units),
+        num_tokens=sum(image.end_idx for image in item.images),
         start_idx=metadata[0].start_idx,
         end_idx=metadata[-1].end_idx,
     )

@@ -58,6 +58,13 @@ def cut_tiles(tiles: np.ndarray, patch: int) -> np.ndarray:
     return grid.transpose(0, 2, 4, 1, 3, 5)
 
 
+def join_tiles(patches: np.ndarray) -> np.ndarray:
+    """[N, R, C, 3, p, p] -> [N, 3, R*p, C*p], what `cut_tiles` has cut."""
+    count, rows, columns, channels, height, width = patches.shape
+    joined = patches.transpose(0, 3, 1, 4, 2, 5)
+    return joined.reshape(count, channels, rows * height, columns * width)
+
+
 def cut_clip(frames: np.ndarray, patch: int, merge: int, step: int) -> np.ndarray:
     """Frames to rows of patches, in blocks of merge x merge patches.
 

@@ -41,7 +41,7 @@ class Driven:
     def __init__(self, folder: Path, config: EngineConfig | None = None, **options: Any) -> None:
         hf = read_config(folder)
         room = find_room(hf)
-        self.processor = room.processor_class().from_folder(folder, hf.to_dict())
+        self.processor = room.processor_class()(folder, hf.to_dict())
         self.model = load_model(room, folder, hf, LoadOptions(dtype="float32", **options))
         self.vocab_size = text_config(hf).vocab_size
         self.restart(config or EngineConfig())
@@ -58,7 +58,6 @@ class Driven:
             processed,
             max_length=self.model.max_seq_len,
             sampling_params=sampling_params(options),  # pyright: ignore[reportArgumentType]  # a test's own keywords
-            ignore_eos=options.get("ignore_eos", False),
         )
 
     def submit(self, prompt: Any, images: Any = (), **options: Any) -> Handle:

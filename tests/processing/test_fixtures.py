@@ -28,7 +28,7 @@ def load_processor(path: Path):
     room, name = ROOMS.get(reference(path)[0]["family"], TEXT_ROOM).split(".")
     module = importlib.import_module(f"mlx_vlm_pipes.architectures.{room}.processing")
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    return getattr(module, name).from_folder(path, config)
+    return getattr(module, name)(path, config)
 
 
 def to_request(path: Path, prompt: dict) -> PromptRequest:
@@ -61,7 +61,7 @@ def test_equals_reference(path: Path) -> None:
             np.testing.assert_array_equal(context.decoder_position_ids, positions)
         if out.images:
             ids = np.array(out.input_ids)[context.image_token_indices]
-            assert np.isin(ids, processor.vision_token_ids).all()
+            assert np.isin(ids, processor.tokens.ids).all()
             assert sum(r.num_tokens for r in out.media) == len(context.image_token_indices)
 
 

@@ -53,7 +53,7 @@ def theirs(name: str, kind: str, settings: dict):
 def ours(path, room, kind: str, tokens: list[str], settings: dict, config: dict | None = None):
     files = {"preprocessor_config.json": settings, "processor_config.json": {"image_seq_len": 1}}
     folder = folders.make_folder(path, tokens, files, folders.template())
-    return getattr(room, kind).from_folder(folder, config or {})
+    return getattr(room, kind)(folder, config or {})
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_pixtral(tmp_path, settings) -> None:
     ],
 )
 def test_internvl(tmp_path, settings) -> None:
-    config = {"vision_config": {"patch_size": 14}}
+    config = {"vision_config": {"patch_size": 7}}
     processor = ours(
         tmp_path, internvl, "InternVLProcessor", folders.INTERNVL_TOKENS, settings, config
     )
@@ -133,6 +133,7 @@ def test_internvl(tmp_path, settings) -> None:
 def test_qwen(tmp_path, settings) -> None:
     vision = {"patch_size": settings.get("patch_size", 14)}
     vision["spatial_merge_size"] = settings.get("merge_size", 2)
+    vision["temporal_patch_size"] = settings.get("temporal_patch_size", 2)
     processor = ours(
         tmp_path, qwen, "Qwen2_5VLProcessor", folders.QWEN_TOKENS, settings,
         {"vision_config": vision},

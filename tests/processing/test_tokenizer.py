@@ -54,7 +54,7 @@ def test_byte_fallback_streams(tmp_path) -> None:
 def test_bos_is_added_once(tmp_path) -> None:
     chat = template().replace("{% for m", "{{ bos_token }}{% for m", 1)
     make_folder(tmp_path, [], {"generation_config.json": {"eos_token_id": [7, 9]}}, chat, bos="<s>")
-    processor = Llama3Processor.from_folder(tmp_path, {"architectures": ["LlamaForCausalLM"]})
+    processor = Llama3Processor(tmp_path, {"architectures": ["LlamaForCausalLM"]})
     bos = processor.tokenizer.token_id("<s>")
     for request in (
         PromptRequest("hi", raw=True),
@@ -73,12 +73,12 @@ def test_bos_is_added_once(tmp_path) -> None:
 )
 def test_end_tokens(tmp_path, generation, config, expected) -> None:
     folder = make_folder(tmp_path, [], {"generation_config.json": generation})
-    assert Llama3Processor.from_folder(folder, config).eos_token_ids == expected
+    assert Llama3Processor(folder, config).eos_token_ids == expected
 
 
 def test_text_model_refuses_pictures(tmp_path) -> None:
     folder = make_folder(tmp_path, [], {}, template())
-    processor = Llama3Processor.from_folder(folder, {"architectures": ["LlamaForCausalLM"]})
+    processor = Llama3Processor(folder, {"architectures": ["LlamaForCausalLM"]})
     with pytest.raises(InputError, match="LlamaForCausalLM reads text only"):
         processor.process(PromptRequest("hi", images=[b""]))
     with pytest.raises(InputError, match="only Qwen2"):
@@ -88,7 +88,7 @@ def test_text_model_refuses_pictures(tmp_path) -> None:
 def test_templates_that_want_texts(tmp_path) -> None:
     """A template that only joins texts, or that walks parts only, still gets every word."""
     joins = "{% for m in messages %}{{ m['role'] + '|' + m['content'] + ';' }}{% endfor %}"
-    processor = Llama3Processor.from_folder(make_folder(tmp_path, [], {}, joins), {})
+    processor = Llama3Processor(make_folder(tmp_path, [], {}, joins), {})
     messages = [{"role": "user", "content": [{"type": "text", "text": t} for t in ("one ", "two")]}]
     request = PromptRequest(messages, system="brief")
     assert processor.process(request).text == "system|brief;user|one two;"
@@ -124,7 +124,7 @@ def test_damaged_tokenizer_is_one_line(tmp_path, content) -> None:
 
 
 def test_no_template_means_raw_only(tmp_path) -> None:
-    processor = Llama3Processor.from_folder(make_folder(tmp_path, [], {}), {})
+    processor = Llama3Processor(make_folder(tmp_path, [], {}), {})
     with pytest.raises(ProcessorError, match="raw prompt"):
         processor.process(PromptRequest("hi"))
     assert processor.process(PromptRequest("hi", raw=True)).input_ids

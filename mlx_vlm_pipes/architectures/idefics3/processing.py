@@ -16,7 +16,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mlx_vlm_pipes.errors import InputError
-from mlx_vlm_pipes.processing.base import EncodedMedia, Unit, VisionProcessor, check_num_tokens
+from mlx_vlm_pipes.processing.base import (
+    EncodedMedia,
+    MediaTokens,
+    VisionProcessor,
+    check_num_tokens,
+)
 from mlx_vlm_pipes.processing.messages import Message
 from mlx_vlm_pipes.processing.settings import (
     HALF,
@@ -24,13 +29,13 @@ from mlx_vlm_pipes.processing.settings import (
     ProcessorFiles,
     Settings,
 )
+from mlx_vlm_pipes.processing.tokenizer import Tokenizer
 from mlx_vlm_pipes.processing.transforms import resize, to_array
 from mlx_vlm_pipes.processing.types import PromptRequest
 from mlx_vlm_pipes.processing.video import Clip, ClipPlan, VideoInfo, load_clip
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-    from typing_extensions import Self
 
 IMAGE, VIDEO = "<image>", "<video>"
 FAKE, GLOBAL = "<fake_token_around_image>", "<global-img>"
@@ -85,28 +90,16 @@ class VideoSampling:
 class Idefics3Processor(VisionProcessor):
     """Frames of `frame_px` squared, `image_seq_len` tokens each; one ImageMetadata a frame."""
 
-    @classmethod
-    def from_folder(cls, folder: Path, config: Mapping[str, Any]) -> Self:
-        """Read tokenizer, chat template and picture settings of a checkpoint.
-
-        Args: config, the parsed config.json.
-        Raises: ProcessorError when a file or special token is missing.
-        """
-        return cls(folder, config)
-
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
-        super().__init__(folder, config)
-        files = ProcessorFiles.read(self.folder)
+        tokenizer, files = Tokenizer(folder), ProcessorFiles.read(folder)
         self.settings = Idefics3Settings.read(files.image)
         self.image_seq_len = files.processor.integer("image_seq_len", default_seq_len(config))
         self.sampling = read_sampling(files)
-        self.image_token_id = self.tokenizer.require_token_id(IMAGE)
+        self.image_token_id = tokenizer.require_token_id(IMAGE)
         for token in (FAKE, GLOBAL):
-            self.tokenizer.require_token_id(token)
-        self.vision_token_ids = [self.image_token_id]
-        self.markers = {"image": (IMAGE,), "video": (VIDEO,)}
-        self.text_markers = {}
-        self.digest = f"idefics3|{self.settings}"
+            tokenizer.require_token_id(token)
+        tokens = MediaTokens({"image": (IMAGE,), "video": (VIDEO,)}, (self.image_token_id,))
+        super().__init__(folder, config, tokenizer, tokens, f"idefics3|{self.settings}")
 
     def forms(self, messages: list[Message]) -> list[list[Message]]:
         """Clips are written as the text <video>: older templates know no part of type video."""
@@ -130,7 +123,8 @@ class Idefics3Processor(VisionProcessor):
         return EncodedMedia(
             kind="image",
             replacement=image_text(rows, columns, self.image_seq_len),
-            units=[Unit(a, self.image_token_id, self.image_seq_len) for a in arrays],
+            token_id=self.image_token_id,
+            images=[self.new_image(array, self.image_seq_len) for array in arrays],
             source_size=image.size,
             resized_size=(max(columns, 1) * side, max(rows, 1) * side),
             grid=(rows, columns),
@@ -159,7 +153,8 @@ class Idefics3Processor(VisionProcessor):
         return EncodedMedia(
             kind="video",
             replacement=clip_text(clip, self.image_seq_len),
-            units=[Unit(a, self.image_token_id, self.image_seq_len) for a in arrays],
+            token_id=self.image_token_id,
+            images=[self.new_image(array, self.image_seq_len) for array in arrays],
             source_size=clip.source_size,
             resized_size=(side, side),
             grid=(0, 0),
@@ -168,7 +163,7 @@ class Idefics3Processor(VisionProcessor):
 
     def arrays(self, media: Sequence[EncodedMedia]) -> dict[str, np.ndarray]:
         """pixel_values float32 [1, F, 3, S, S]; pixel_attention_mask int64 [1, F, S, S]."""
-        frames = [unit.pixel_values for item in media for unit in item.units]
+        frames = [image.pixel_values for item in media for image in item.images]
         if not frames:
             return {}
         pixels = np.stack(frames)[None]

@@ -16,7 +16,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mlx_vlm_pipes.errors import ProcessorError
-from mlx_vlm_pipes.processing.base import EncodedMedia, Unit, VisionProcessor, check_num_tokens
+from mlx_vlm_pipes.processing.base import (
+    EncodedMedia,
+    MediaTokens,
+    VisionProcessor,
+    check_num_tokens,
+)
 from mlx_vlm_pipes.processing.settings import (
     CLIP_MEAN,
     CLIP_STD,
@@ -26,13 +31,13 @@ from mlx_vlm_pipes.processing.settings import (
     ProcessorFiles,
     Settings,
 )
-from mlx_vlm_pipes.processing.transforms import cut_tiles, resize, to_array
+from mlx_vlm_pipes.processing.tokenizer import Tokenizer
+from mlx_vlm_pipes.processing.transforms import cut_tiles, join_tiles, resize, to_array
 from mlx_vlm_pipes.processing.types import PromptRequest
 from mlx_vlm_pipes.processing.video import ClipPlan, VideoInfo, arange_indices, load_clip
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-    from typing_extensions import Self
 
 BICUBIC = 3
 DEFAULT_TILES = 12
@@ -56,35 +61,28 @@ class TileSettings:
 class InternVLProcessor(VisionProcessor):
     """All tiles of a picture are one ImageMetadata; each frame of a clip is one tile."""
 
-    @classmethod
-    def from_folder(cls, folder: Path, config: Mapping[str, Any]) -> Self:
-        """Read tokenizer, chat template and picture settings of a checkpoint.
-
-        Args: config, the parsed config.json. Neither layout runs code from the folder.
-        Raises: ProcessorError when a file or special token is missing.
-        """
-        return cls(folder, config)
-
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
-        super().__init__(folder, config)
-        original = is_original(config)
-        files = ProcessorFiles.read(self.folder, required=not original)
-        names = self.tokenizer.named_tokens
+        original, tokenizer = is_original(config), Tokenizer(folder)
+        files = ProcessorFiles.read(folder, required=not original)
+        names = tokenizer.named_tokens
         self.start_token = names.get("start_image_token", "<img>")
         self.end_token = names.get("end_image_token", "</img>")
         self.image_token = names.get("context_image_token", "<IMG_CONTEXT>")
-        self.image_token_id = self.tokenizer.require_token_id(self.image_token)
+        self.image_token_id = tokenizer.require_token_id(self.image_token)
         for token in (self.start_token, self.end_token):
-            self.tokenizer.require_token_id(token)
-        self.vision_token_ids = [self.image_token_id]
+            tokenizer.require_token_id(token)
         video = names.get("video_token", "<video>")
-        self.markers = {"image": (self.image_token, "<image>"), "video": (video,)}
-        self.text_markers = {"image": "<image>\n", "video": f"{video}\n"} if original else {}
         mean, std = (IMAGENET_MEAN, IMAGENET_STD) if original else (CLIP_MEAN, CLIP_STD)
         settings = without_crop(files.image) if original else files.image
         self.pixels = PixelSettings.read(settings, BICUBIC, mean, std)
         self.tiles = read_tiles(files, config, original=original)
-        self.digest = f"internvl|{self.pixels}|{self.tiles}"
+        tokens = MediaTokens(
+            markers={"image": (self.image_token, "<image>"), "video": (video,)},
+            ids=(self.image_token_id,),
+            text_markers={"image": "<image>\n", "video": f"{video}\n"} if original else {},
+        )
+        digest = f"internvl|{self.pixels}|{self.tiles}"
+        super().__init__(folder, config, tokenizer, tokens, digest)
 
     def encode_image(self, source: Any, request: PromptRequest) -> EncodedMedia:
         image = self.load(source, request)
@@ -96,11 +94,11 @@ class InternVLProcessor(VisionProcessor):
         return EncodedMedia(
             kind="image",
             replacement=self.run_text(run),
-            units=[Unit(cut_tiles(array, self.tiles.patch_px), self.image_token_id, run)],
+            token_id=self.image_token_id,
+            images=[self.new_image(cut_tiles(array, self.tiles.patch_px), run)],
             source_size=image.size,
             resized_size=(columns * side, rows * side),
             grid=(rows, columns),
-            facts={"tiles": array},
         )
 
     def encode_clip(self, source: Any, request: PromptRequest) -> EncodedMedia:
@@ -122,12 +120,12 @@ class InternVLProcessor(VisionProcessor):
         return EncodedMedia(
             kind="video",
             replacement="\n".join(lines),
-            units=[Unit(tile[None], self.image_token_id, tokens) for tile in patches],
+            token_id=self.image_token_id,
+            images=[self.new_image(tile[None], tokens) for tile in patches],
             source_size=clip.source_size,
             resized_size=(side, side),
             grid=(1, 1),
             num_frames=len(array),
-            facts={"tiles": array},
         )
 
     def run_text(self, num_tokens: int) -> str:
@@ -137,9 +135,10 @@ class InternVLProcessor(VisionProcessor):
         """pixel_values float32 [tiles, 3, S, S]; num_patches int64, tiles of each picture."""
         if not media:
             return {}
-        tiles = [item.facts["tiles"] for item in media]
-        counts = np.array([len(array) for array in tiles], np.int64)
-        return {"pixel_values": np.concatenate(tiles), "num_patches": counts}
+        tiles = [[image.pixel_values for image in item.images] for item in media]
+        counts = [sum(len(part) for part in parts) for parts in tiles]
+        pixels = join_tiles(np.concatenate([part for parts in tiles for part in parts]))
+        return {"pixel_values": pixels, "num_patches": np.array(counts, np.int64)}
 
 
 def is_original(config: Mapping[str, Any]) -> bool:

@@ -8,12 +8,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from mlx_vlm_pipes.errors import InputError
-from mlx_vlm_pipes.processing.base import EncodedMedia, Unit, VisionProcessor, check_num_tokens
+from mlx_vlm_pipes.processing.base import (
+    EncodedMedia,
+    MediaTokens,
+    VisionProcessor,
+    check_num_tokens,
+)
 from mlx_vlm_pipes.processing.settings import (
     CLIP_MEAN,
     CLIP_STD,
@@ -21,11 +26,9 @@ from mlx_vlm_pipes.processing.settings import (
     ProcessorFiles,
     Settings,
 )
+from mlx_vlm_pipes.processing.tokenizer import Tokenizer
 from mlx_vlm_pipes.processing.transforms import pad_to_common_size, resize, to_array
 from mlx_vlm_pipes.processing.types import PromptRequest
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 BICUBIC = 3
 MAX_PATCH_PX = 1024
@@ -34,32 +37,21 @@ MAX_PATCH_PX = 1024
 class PixtralProcessor(VisionProcessor):
     """h x w patches of `patch_px` a picture; each row of tokens ends in a break token."""
 
-    @classmethod
-    def from_folder(cls, folder: Path, config: Mapping[str, Any]) -> Self:
-        """Read tokenizer, chat template and picture settings of a checkpoint.
-
-        Args: config, the parsed config.json.
-        Raises: ProcessorError when a file or special token is missing.
-        """
-        return cls(folder, config)
-
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
-        super().__init__(folder, config)
-        files = ProcessorFiles.read(self.folder)
+        tokenizer, files = Tokenizer(folder), ProcessorFiles.read(folder)
         names = files.processor
         self.image_token = names.text("image_token", "[IMG]")
         self.break_token = names.text("image_break_token", "[IMG_BREAK]")
         self.end_token = names.text("image_end_token", "[IMG_END]")
-        self.image_token_id = self.tokenizer.require_token_id(self.image_token)
-        break_id = self.tokenizer.require_token_id(self.break_token)
-        self.tokenizer.require_token_id(self.end_token)
-        self.vision_token_ids = [self.image_token_id, break_id]
-        self.markers = {"image": (self.image_token,)}
-        self.text_markers = {}
+        self.image_token_id = tokenizer.require_token_id(self.image_token)
+        break_id = tokenizer.require_token_id(self.break_token)
+        tokenizer.require_token_id(self.end_token)
         self.pixels = PixelSettings.read(files.image, BICUBIC, CLIP_MEAN, CLIP_STD)
         self.patch_px = read_patch(files, config)
         self.max_size = read_size(files.image)
-        self.digest = f"pixtral|{self.pixels}|{self.patch_px}|{self.max_size}"
+        tokens = MediaTokens({"image": (self.image_token,)}, (self.image_token_id, break_id))
+        digest = f"pixtral|{self.pixels}|{self.patch_px}|{self.max_size}"
+        super().__init__(folder, config, tokenizer, tokens, digest)
 
     def check(self, request: PromptRequest, num_videos: int) -> None:
         super().check(request, num_videos)
@@ -80,7 +72,8 @@ class PixtralProcessor(VisionProcessor):
         return EncodedMedia(
             kind="image",
             replacement=self.break_token.join(lines) + self.end_token,
-            units=[Unit(to_array(resized, self.pixels), self.image_token_id, rows * columns)],
+            token_id=self.image_token_id,
+            images=[self.new_image(to_array(resized, self.pixels), rows * columns)],
             source_size=image.size,
             resized_size=resized.size,
             grid=(rows, columns),
@@ -91,7 +84,7 @@ class PixtralProcessor(VisionProcessor):
 
     def arrays(self, media: Sequence[EncodedMedia]) -> dict[str, np.ndarray]:
         """pixel_values float32 [N, 3, max H, max W], zero-padded; image_sizes int64 [N, 2]."""
-        images = [unit.pixel_values for item in media for unit in item.units]
+        images = [image.pixel_values for item in media for image in item.images]
         if not images:
             return {}
         sizes = np.array([image.shape[1:] for image in images], np.int64)

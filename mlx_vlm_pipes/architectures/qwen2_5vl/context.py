@@ -1,47 +1,34 @@
-"""Positions and window tables of Qwen2.5-VL, and the context that carries them. Numpy only.
+"""Windows, positions and the context of Qwen2.5-VL. Numpy only.
 
-Source: transformers modeling_qwen2_5_vl.py (get_rope_index, get_window_index, rot_pos_emb); text
-after a clip continues behind the largest position, as in the original code (spec, section 15).
+Source: transformers modeling_qwen2_5_vl.py (get_rope_index, get_window_index); text after a clip
+continues behind the largest position, as in the original code (spec, section 15).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
-from mlx_vlm_pipes.contexts import ImageMetadata, MRopeContext
+from mlx_vlm_pipes.architectures.qwen2_5vl.sizes import VisionSizes
 from mlx_vlm_pipes.errors import InputError
-
-Grid = tuple[int, int, int]
+from mlx_vlm_pipes.processing.grids import (
+    Grid,
+    GridContext,
+    GridData,
+    GridImage,
+    grid_positions,
+    longest,
+)
 
 
 @dataclass(frozen=True)
-class Qwen2_5VLImage(ImageMetadata):
-    """One picture or clip: patches float32 [t*h*w, C*tp*p*p] and its grid (t, h, w) in patches.
+class Qwen2_5VLImage(GridImage):
+    """One picture or clip. second_per_grid: seconds of a clip that one step of t covers."""
 
-    second_per_grid: seconds of a clip that one step of t covers.
-    """
-
-    grid_thw: Grid = (1, 1, 1)
-    is_video: bool = False
     second_per_grid: float = 1.0
-
-
-@dataclass(frozen=True)
-class VisionSizes:
-    """What the tables depend on. window_size and patch_size in pixels."""
-
-    spatial_merge_size: int = 2
-    patch_size: int = 14
-    window_size: int = 112
-
-    @property
-    def window_side(self) -> int:
-        """Merged patches along a window."""
-        return self.window_size // self.spatial_merge_size // self.patch_size
 
 
 @dataclass(frozen=True)
@@ -54,18 +41,12 @@ class RopeTokens:
     video_token_id: int
     vision_start_token_id: int
 
-
-def vision_position_ids(grids: Sequence[Grid], merge: int) -> np.ndarray:
-    """int64 [P, 2]: row and column of each patch, in blocks of merge x merge, for each t."""
-    parts = []
-    for t, h, w in grids:
-        rows, columns = np.meshgrid(np.arange(h), np.arange(w), indexing="ij")
-        blocks = [
-            axis.reshape(h // merge, merge, w // merge, merge).transpose(0, 2, 1, 3).reshape(-1)
-            for axis in (rows, columns)
-        ]
-        parts.append(np.tile(np.stack(blocks, axis=-1), (t, 1)))
-    return np.concatenate([np.zeros((0, 2), np.int64), *parts]).astype(np.int64)
+    def positions(self, image: Qwen2_5VLImage) -> np.ndarray:
+        """int64 [3, m]: time, row and column of each row that a picture or clip becomes."""
+        interval = np.float32(0)
+        if image.is_video:
+            interval = np.float32(self.tokens_per_second) * np.float32(image.second_per_grid)
+        return grid_positions(image.grid_thw, self.spatial_merge_size, float(interval))
 
 
 def window_index(grids: Sequence[Grid], sizes: VisionSizes) -> tuple[np.ndarray, np.ndarray]:
@@ -89,126 +70,23 @@ def window_index(grids: Sequence[Grid], sizes: VisionSizes) -> tuple[np.ndarray,
     return np.concatenate([np.zeros(0, np.int64), *order]), starts.astype(np.uint32)
 
 
-def cu_seqlens(grids: Sequence[Grid]) -> np.ndarray:
-    """uint32 [sum of t + 1]: boundaries, in patches, of every frame of every picture and clip."""
-    steps = [h * w for t, h, w in grids for _ in range(t)]
-    return np.array([0, *steps], np.int64).cumsum().astype(np.uint32)
-
-
-def get_rope_index(
-    input_ids: np.ndarray,
-    tokens: RopeTokens,
-    image_grid_thw: Sequence[Grid] = (),
-    video_grid_thw: Sequence[Grid] = (),
-    second_per_grid_ts: Sequence[float] = (),
-    attention_mask: np.ndarray | None = None,
-) -> tuple[np.ndarray, int]:
-    """Time, height and width position of every token.
-
-    Args: input_ids [n]; grids in token order, each of its kind; second_per_grid_ts, one for each
-    clip (1.0 where missing); attention_mask [n], 0 for padding, whose positions are 1.
-    Returns: int64 [3, n]; rope_delta = 1 + largest position - number of tokens.
-    Raises: InputError when a grid finds no run of placeholders. Placeholder ids beyond the given
-    grids are plain text.
-    """
-    input_ids = np.asarray(input_ids).reshape(-1)
-    if attention_mask is not None:
-        kept = np.asarray(attention_mask).reshape(-1).astype(bool)
-        inner, delta = get_rope_index(
-            input_ids[kept], tokens, image_grid_thw, video_grid_thw, second_per_grid_ts
-        )
-        positions = np.ones((3, len(input_ids)), np.int64)
-        positions[:, kept] = inner
-        return positions, delta
-    runs = _media_runs(input_ids, tokens, image_grid_thw, video_grid_thw, second_per_grid_ts)
-    parts, here, end = [np.zeros((3, 0), np.int64)], 0, 0
-    for start, grid in runs:
-        text = np.arange(start - end) + here  # [start - end]
-        here += start - end
-        parts += [np.broadcast_to(text, (3, len(text))), grid + here]
-        here += int(grid.max()) + 1
-        end = start + grid.shape[1]
-    tail = np.arange(len(input_ids) - end) + here
-    positions = np.concatenate([*parts, np.broadcast_to(tail, (3, len(tail)))], axis=1)
-    largest = int(positions.max()) if positions.size else -1
-    return positions.astype(np.int64), largest + 1 - len(input_ids)
-
-
-def _media_runs(
-    input_ids: np.ndarray,
-    tokens: RopeTokens,
-    image_grids: Sequence[Grid],
-    video_grids: Sequence[Grid],
-    seconds: Sequence[float],
-) -> list[tuple[int, np.ndarray]]:
-    """(first token, relative positions [3, m]) of every picture and clip, by first token."""
-    runs = []
-    for kind, grids in ((tokens.image_token_id, image_grids), (tokens.video_token_id, video_grids)):
-        spots, used = np.flatnonzero(input_ids == kind), 0
-        for i, grid in enumerate(grids):
-            interval = np.float32(0)
-            if kind == tokens.video_token_id:
-                second = np.float32(seconds[i] if i < len(seconds) else 1.0)
-                interval = np.float32(tokens.tokens_per_second) * second
-            positions = _grid_positions(grid, tokens.spatial_merge_size, interval)
-            count = positions.shape[1]
-            run = spots[used : used + count]
-            if len(run) < count or run[-1] - run[0] != count - 1:
-                raise InputError(
-                    f"grid {tuple(grid)} needs a run of {count} tokens {kind}; "
-                    f"{len(run)} are left in the prompt"
-                )
-            runs.append((int(run[0]), positions))
-            used += count
-    return sorted(runs, key=lambda run: run[0])
-
-
-def _grid_positions(grid: Grid, merge: int, interval: np.float32) -> np.ndarray:
-    """int64 [3, t*h'*w']: time, row and column of merged patches; time in float32, truncated."""
-    t, h, w = (int(n) for n in grid)
-    times = (np.arange(t, dtype=np.float32) * interval).astype(np.int64)
-    axes = np.meshgrid(times, np.arange(h // merge), np.arange(w // merge), indexing="ij")
-    return np.stack(axes).reshape(3, -1)
-
-
 @dataclass(frozen=True)
-class VisionData:
+class VisionData(GridData[Qwen2_5VLImage]):
     """All pictures and clips of a request, in token order, and the tables of the vision tower.
 
-    The tables describe concatenated_pixel_values; they are made when first read. The same tables
-    for some of the images: VisionData(images[i:j], sizes).
+    The same tables for some of the images: VisionData(images[i:j], sizes).
     """
 
-    images: tuple[Qwen2_5VLImage, ...]
     sizes: VisionSizes
 
     @property
-    def grids(self) -> list[Grid]:
-        return [image.grid_thw for image in self.images]
-
-    @property
-    def image_grid_thw(self) -> np.ndarray:
-        """int64 [number of still pictures, 3]."""
-        return _grid_array([i.grid_thw for i in self.images if not i.is_video])
-
-    @property
-    def video_grid_thw(self) -> np.ndarray:
-        """int64 [number of clips, 3]."""
-        return _grid_array([i.grid_thw for i in self.images if i.is_video])
+    def merge(self) -> int:
+        return self.sizes.spatial_merge_size
 
     @property
     def second_per_grid_ts(self) -> np.ndarray:
         """float32 [number of clips]."""
         return np.array([i.second_per_grid for i in self.images if i.is_video], np.float32)
-
-    @cached_property
-    def concatenated_pixel_values(self) -> np.ndarray:
-        """float32 [P, C*tp*p*p]."""
-        return np.concatenate([image.pixel_values for image in self.images])
-
-    @cached_property
-    def vision_position_ids(self) -> np.ndarray:
-        return vision_position_ids(self.grids, self.sizes.spatial_merge_size)
 
     @cached_property
     def _windows(self) -> tuple[np.ndarray, np.ndarray]:
@@ -222,28 +100,14 @@ class VisionData:
     def cu_window_seqlens_unique(self) -> np.ndarray:
         return self._windows[1]
 
-    @cached_property
-    def cu_seqlens(self) -> np.ndarray:
-        return cu_seqlens(self.grids)
-
-    @property
-    def max_seqlen(self) -> np.ndarray:
-        """uint32 [1]: patches of the longest frame."""
-        return _longest(self.cu_seqlens)
-
     @property
     def window_max_seqlen(self) -> np.ndarray:
         """uint32 [1]: patches of the longest window."""
-        return _longest(self.cu_window_seqlens_unique)
-
-    @property
-    def max_grid_size(self) -> np.ndarray:
-        """int32 scalar: the largest h or w."""
-        return np.array(max(max(h, w) for _, h, w in self.grids), np.int32)
+        return longest(self.cu_window_seqlens_unique)
 
 
 @dataclass(kw_only=True)
-class Qwen2_5VLTextAndVisionContext(MRopeContext):
+class Qwen2_5VLTextAndVisionContext(GridContext):
     """A request with its three-axis positions. vision_data: None without pictures."""
 
     rope: RopeTokens
@@ -269,32 +133,17 @@ class Qwen2_5VLTextAndVisionContext(MRopeContext):
     def tokens_per_second(self) -> float:
         return self.rope.tokens_per_second
 
-    def refresh_positions(self) -> None:
-        """Recompute positions and rope_delta over all tokens, generated ones included.
+    def media_positions(self) -> Mapping[int, Sequence[np.ndarray]]:
+        images = self.require_vision_data().images if self.images else ()
+        return {
+            self.rope.image_token_id: [self.rope.positions(i) for i in images if not i.is_video],
+            self.rope.video_token_id: [self.rope.positions(i) for i in images if i.is_video],
+        }
 
-        Raises: InputError if the tokens no longer hold the placeholders.
-        """
-        data = self.vision_data
-        media = () if data is None else data.images
-        self.decoder_position_ids, self.rope_delta = get_rope_index(
-            self.tokens.all,
-            self.rope,
-            [image.grid_thw for image in media if not image.is_video],
-            [image.grid_thw for image in media if image.is_video],
-            [image.second_per_grid for image in media if image.is_video],
-        )
-
-    def require_pixels(self) -> None:
-        """Raises: InputError for a request whose pictures came without their tables."""
+    def require_vision_data(self) -> VisionData:
+        """Raises: InputError if there is none."""
         if self.vision_data is None:
             raise InputError(
                 f"request {self.request_id!r} has pictures to encode but no vision_data"
             )
-
-
-def _grid_array(grids: Sequence[Grid]) -> np.ndarray:
-    return np.array(grids, np.int64).reshape(-1, 3)
-
-
-def _longest(boundaries: np.ndarray) -> np.ndarray:
-    return np.array([np.diff(boundaries).max()], np.uint32)
+        return self.vision_data

@@ -12,9 +12,9 @@ from mlx_vlm_pipes.architectures.qwen2_5vl.context import (
     Qwen2_5VLImage,
     Qwen2_5VLTextAndVisionContext,
     VisionData,
-    VisionSizes,
 )
 from mlx_vlm_pipes.architectures.qwen2_5vl.model_config import Qwen2_5VLConfig
+from mlx_vlm_pipes.architectures.qwen2_5vl.sizes import VisionSizes
 from mlx_vlm_pipes.architectures.qwen2_5vl.vision_model import VisionModel
 from mlx_vlm_pipes.architectures.qwen2_5vl.weight_adapters import LAYOUTS, transforms
 from mlx_vlm_pipes.checkpoint.state import (

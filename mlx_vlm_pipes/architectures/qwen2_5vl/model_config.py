@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from mlx_vlm_pipes.architectures.llama3.model_config import Llama3Config
+from mlx_vlm_pipes.architectures.part_fields import PartField
+from mlx_vlm_pipes.architectures.qwen2_5vl.sizes import VisionSizes, require_vision_config
 from mlx_vlm_pipes.checkpoint.tie import declared_tied
 from mlx_vlm_pipes.config import KVCacheConfig, KVCacheParams, MAXModelConfig, PipelineConfig
 from mlx_vlm_pipes.dtypes import DeviceRef, DType
@@ -19,6 +21,7 @@ from mlx_vlm_pipes.hf_config import (
     AutoConfig,
     head_dim,
     lookup,
+    optional_int,
     require_int,
     rope_dictionary,
     rope_theta,
@@ -35,7 +38,6 @@ if TYPE_CHECKING:
 IMAGE_TOKEN_ID, VIDEO_TOKEN_ID, VISION_START_TOKEN_ID = 151655, 151656, 151652
 MROPE_SECTION = [16, 24, 24]
 FULL_ATTENTION_BLOCKS = [7, 15, 23, 31]
-WINDOW_SIZE = 112
 RMS_NORM_EPS = 1e-6  # written into the reference's code, in no config.json
 
 
@@ -74,7 +76,7 @@ class VisionConfig:
         Raises: ConfigError for missing keys, heads that do not divide the width, a window smaller
         than a merged patch, or an activation or rope type that we do not have.
         """
-        cfg = hf_vision_config
+        cfg, sizes = hf_vision_config, VisionSizes.read(hf_vision_config)
         blocks = lookup(cfg, "fullatt_block_indexes", default=FULL_ATTENTION_BLOCKS)
         act = lookup(cfg, "hidden_act", default="silu")
         activation(act)  # refuse unknown ones here
@@ -82,9 +84,9 @@ class VisionConfig:
             dtype=DType.bfloat16,
             llm_dtype=DType.bfloat16,
             devices=pipeline_config.model.devices,
-            patch_size=_size(cfg, 14, "patch_size"),
-            temporal_patch_size=_size(cfg, 2, "temporal_patch_size"),
-            in_channels=_size(cfg, 3, "in_channels", "in_chans"),
+            patch_size=sizes.patch_size,
+            temporal_patch_size=sizes.temporal_patch_size,
+            in_channels=optional_int(cfg, "in_channels", "in_chans", default=3),
             hidden_size=require_int(cfg, "hidden_size"),
             num_attention_heads=require_int(cfg, "num_heads", "num_attention_heads"),
             depth=require_int(cfg, "depth"),
@@ -92,8 +94,8 @@ class VisionConfig:
             out_hidden_size=require_int(cfg, "out_hidden_size"),
             fullatt_block_indexes=[int(block) for block in blocks],
             rms_norm_eps=RMS_NORM_EPS,
-            window_size=_size(cfg, WINDOW_SIZE, "window_size"),
-            spatial_merge_size=_size(cfg, 2, "spatial_merge_size"),
+            window_size=sizes.window_size,
+            spatial_merge_size=sizes.spatial_merge_size,
             hidden_act=act,
             rope_theta=_axial_theta(cfg),
         )
@@ -146,14 +148,18 @@ class Qwen2_5VLConfig(ArchConfigWithKVCache):
     """Both halves of the model. tokens_per_second: time positions a second of a clip takes."""
 
     devices: list[DeviceRef]
+    vision_config: VisionConfig
+    llm_config: Llama3Config
     image_token_id: int
     video_token_id: int
     vision_start_token_id: int
-    spatial_merge_size: int
     tokens_per_second: int
-    mrope_section: list[int]
-    vision_config: VisionConfig
-    llm_config: Llama3Config
+    spatial_merge_size: PartField[int] = PartField(  # noqa: RUF009  # a descriptor
+        "vision_config", "spatial_merge_size"
+    )
+    mrope_section: PartField[list[int]] = PartField(  # noqa: RUF009
+        "llm_config", "mrope_section", list, tuple
+    )
 
     @classmethod
     def initialize(
@@ -177,7 +183,6 @@ class Qwen2_5VLConfig(ArchConfigWithKVCache):
         cfg, vision_cfg = huggingface_config, require_vision_config(huggingface_config)
         text_cfg = text_config(cfg)
         vision = VisionConfig.initialize_from_config(pipeline_config, vision_cfg)
-        section = _mrope_section(text_cfg)
         llm = Llama3Config.initialize_from_config(pipeline_config, text_cfg)
         if vision.out_hidden_size != llm.hidden_size:
             raise ConfigError(
@@ -191,11 +196,11 @@ class Qwen2_5VLConfig(ArchConfigWithKVCache):
             vision_start_token_id=lookup(
                 cfg, "vision_start_token_id", default=VISION_START_TOKEN_ID
             ),
+            tokens_per_second=VisionSizes.read(vision_cfg).tokens_per_second,
             spatial_merge_size=vision.spatial_merge_size,
-            tokens_per_second=lookup(vision_cfg, "tokens_per_second", default=4),
-            mrope_section=section,
+            mrope_section=_mrope_section(text_cfg),
             vision_config=vision,
-            llm_config=replace(llm, mrope_section=tuple(section)),
+            llm_config=llm,
         )
 
     def finalize(
@@ -261,14 +266,6 @@ class Qwen2_5VLConfig(ArchConfigWithKVCache):
         return self.llm_config.get_max_seq_len()
 
 
-def require_vision_config(huggingface_config: AutoConfig) -> AutoConfig:
-    """Raises: ConfigError without a `vision_config`."""
-    vision = lookup(huggingface_config, "vision_config")
-    if vision is None:
-        raise ConfigError("config.json has no vision_config; is it a Qwen2.5-VL checkpoint?")
-    return vision
-
-
 def stored_dtype(state_dict: Mapping[str, WeightData], module: str) -> DType:
     """The dtype of a module's weight, of its scales where the weight is packed.
 
@@ -279,10 +276,6 @@ def stored_dtype(state_dict: Mapping[str, WeightData], module: str) -> DType:
             if key == name or key.endswith("." + name):
                 return weight.dtype
     raise ConfigError(f"the weights have no {module}.weight; its dtype decides the model's")
-
-
-def _size(cfg: AutoConfig, default: int, *names: str) -> int:
-    return default if lookup(cfg, *names) is None else require_int(cfg, *names)
 
 
 def _axial_theta(cfg: AutoConfig) -> float:

@@ -22,7 +22,7 @@ def make(path, image=None, tokens=IDEFICS3_TOKENS, **processor):
         "processor_config.json": {"image_seq_len": 2, **processor},
     }
     folder = make_folder(path, tokens, files, template(image="<image>"))
-    return room.Idefics3Processor.from_folder(folder, {"architectures": ["Idefics3"]})
+    return room.Idefics3Processor(folder, {"architectures": ["Idefics3"]})
 
 
 @pytest.mark.parametrize(
@@ -145,4 +145,4 @@ def test_missing_tokens_and_files(tmp_path) -> None:
         make(tmp_path, tokens=["<global-img>"])
     (tmp_path / "preprocessor_config.json").unlink()
     with pytest.raises(ProcessorError, match=r"no preprocessor_config\.json"):
-        room.Idefics3Processor.from_folder(tmp_path, {})
+        room.Idefics3Processor(tmp_path, {})

@@ -22,7 +22,7 @@ def make(path, *, original=False, **config):
     folder = make_folder(path, INTERNVL_TOKENS, files, chat)
     dialect = {"llm_config": {}, "max_dynamic_patch": 4} if original else {}
     config = {"vision_config": VISION, "architectures": ["InternVL"], **dialect, **config}
-    return room.InternVLProcessor.from_folder(folder, config)
+    return room.InternVLProcessor(folder, config)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from tests.processing.folders import make_folder, template
 
 
 def test_context(tmp_path) -> None:
-    processor = Llama3Processor.from_folder(make_folder(tmp_path, [], {}, template()), {})
+    processor = Llama3Processor(make_folder(tmp_path, [], {}, template()), {})
     processed = processor.process(PromptRequest("hi"))
     sampling = SamplingParams(stop=("END",), stop_token_ids=(3,))
     context = processor.new_context(processed, max_length=99, sampling_params=sampling)

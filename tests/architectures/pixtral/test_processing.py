@@ -17,7 +17,7 @@ def make(path, image=None, **processor):
         "processor_config.json": processor,
     }
     folder = make_folder(path, PIXTRAL_TOKENS, files, template(image="[IMG]"))
-    return room.PixtralProcessor.from_folder(folder, {"architectures": ["Llava"]})
+    return room.PixtralProcessor(folder, {"architectures": ["Llava"]})
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,15 @@ def test_class_defaults_fill_what_a_file_leaves_out() -> None:
     assert vision.dtype is vision.llm_dtype is DType.bfloat16
 
 
+def test_outer_fields_are_the_parts_own() -> None:
+    config = read(V4)
+    config.mrope_section, config.spatial_merge_size = [2, 2, 2], 3
+    assert config.llm_config.decoder_config().rope.mrope_section == (2, 2, 2)
+    assert config.vision_config.merge_unit == 9
+    config.llm_config.mrope_section = (3, 2, 1)
+    assert (config.mrope_section, dataclasses.asdict(config)["mrope_section"]) == ([3, 2, 1],) * 2
+
+
 def test_a_second_model_config_replaces_the_first() -> None:
     other = pipeline(V5, max_length=17).model
     assert Qwen2_5VLConfig.initialize(pipeline(V4), other).get_max_seq_len() == 17

@@ -6,6 +6,7 @@ import pytest
 from mlx_vlm_pipes.architectures.qwen2_5vl import context as tables
 from mlx_vlm_pipes.architectures.qwen2_5vl import processing as room
 from mlx_vlm_pipes.errors import InputError, ProcessorError
+from mlx_vlm_pipes.processing import grids, patches
 from mlx_vlm_pipes.processing.settings import Settings
 from mlx_vlm_pipes.processing.types import PromptRequest
 from mlx_vlm_pipes.processing.video import VideoInfo
@@ -16,9 +17,13 @@ ROPE = tables.RopeTokens(2, 2, image_token_id=90, video_token_id=91, vision_star
 VISION = {"patch_size": 14, "spatial_merge_size": 2, "tokens_per_second": 2, "window_size": 112}
 
 
-def settings(max_pixels: int) -> room.PatchSettings:
+def settings(max_pixels: int) -> patches.PatchSettings:
     values = {"min_pixels": 3136, "max_pixels": max_pixels}
-    return room.PatchSettings.read(Settings("x", values), room.IMAGE_LIMITS)
+    return patches.PatchSettings.read(Settings("x", values), room.IMAGE_DEFAULTS)
+
+
+def still(*grid: int) -> np.ndarray:
+    return ROPE.positions(tables.Qwen2_5VLImage(0, 1, np.zeros(1), None, grid))
 
 
 def make(path, image=None, vision=None, video=None):
@@ -28,7 +33,7 @@ def make(path, image=None, vision=None, video=None):
     around = "<|vision_start|>{}<|vision_end|>"
     chat = template(image=around.format("<|image_pad|>"), video=around.format("<|video_pad|>"))
     folder = make_folder(path, QWEN_TOKENS, files, chat)
-    return room.Qwen2_5VLProcessor.from_folder(folder, {"vision_config": vision or VISION})
+    return room.Qwen2_5VLProcessor(folder, {"vision_config": vision or VISION})
 
 
 @pytest.mark.parametrize(
@@ -42,15 +47,15 @@ def make(path, image=None, vision=None, video=None):
     ],
 )
 def test_size_and_tokens(height, width, limit, size, tokens) -> None:
-    new_width, new_height = room.smart_size((width, height), settings(limit))
+    new_width, new_height = patches.smart_size((width, height), settings(limit))
     assert (new_height, new_width) == size
     assert new_height * new_width // 28**2 == tokens
 
 
 def test_ratio_above_200_is_refused() -> None:
-    room.smart_size((200, 1), settings(10**6))
+    patches.smart_size((200, 1), settings(10**6))
     with pytest.raises(InputError, match="201x1"):
-        room.smart_size((201, 1), settings(10**6))
+        patches.smart_size((201, 1), settings(10**6))
 
 
 def test_windows() -> None:
@@ -62,35 +67,31 @@ def test_windows() -> None:
     assert both.tolist() == [0, *(order + 1), *(order + 16)]
     assert starts.tolist() == [0, 4, 52, 64, 112, 124]
     assert starts.dtype == np.uint32
-    assert tables.cu_seqlens([(2, 4, 4), (1, 2, 2)]).tolist() == [0, 16, 32, 36]
+    assert grids.cu_seqlens([(2, 4, 4), (1, 2, 2)]).tolist() == [0, 16, 32, 36]
 
 
 def test_vision_positions() -> None:
-    rows, columns = tables.vision_position_ids([(1, 4, 4)], 2).T.tolist()
+    rows, columns = grids.vision_position_ids([(1, 4, 4)], 2).T.tolist()
     assert rows == [0, 0, 1, 1, 0, 0, 1, 1, 2, 2, 3, 3, 2, 2, 3, 3]
     assert columns == [0, 1, 0, 1, 2, 3, 2, 3, 0, 1, 0, 1, 2, 3, 2, 3]
-    assert tables.vision_position_ids([(2, 4, 4)], 2)[16:, 0].tolist() == rows
+    assert grids.vision_position_ids([(2, 4, 4)], 2)[16:, 0].tolist() == rows
 
 
 def test_decoder_positions_of_an_image() -> None:
     ids = np.array([1, 2, 3, 92, *[90] * 6, 4, 5])
-    positions, delta = tables.get_rope_index(ids, ROPE, [(1, 4, 6)])
+    positions, delta = grids.rope_index(ids, {90: [still(1, 4, 6)]})
     assert positions.tolist() == [
         [0, 1, 2, 3, 4, 4, 4, 4, 4, 4, 7, 8],
         [0, 1, 2, 3, 4, 4, 4, 5, 5, 5, 7, 8],
         [0, 1, 2, 3, 4, 5, 6, 4, 5, 6, 7, 8],
     ]
     assert delta == -3
-    padded = np.concatenate([[0, 0], ids])
-    mask = np.array([0, 0, *[1] * len(ids)])
-    shifted, same = tables.get_rope_index(padded, ROPE, [(1, 4, 6)], attention_mask=mask)
-    np.testing.assert_array_equal(shifted[:, 2:], positions)
-    assert same == delta
 
 
 def test_decoder_positions_of_a_clip() -> None:
     ids = np.array([1, 92, *[91] * 8, 4, 5])
-    positions, delta = tables.get_rope_index(ids, ROPE, (), [(4, 2, 4)], [1.0])
+    clip = tables.Qwen2_5VLImage(2, 10, np.zeros(1), None, (4, 2, 4), True, 1.0)
+    positions, delta = grids.rope_index(ids, {90: [], 91: [ROPE.positions(clip)]})
     assert positions.tolist() == [
         [0, 1, 2, 2, 4, 4, 6, 6, 8, 8, 9, 10],
         [0, 1, *[2] * 8, 9, 10],
@@ -100,10 +101,10 @@ def test_decoder_positions_of_a_clip() -> None:
 
 
 def test_text_and_later_image_tokens_are_text() -> None:
-    positions, delta = tables.get_rope_index(np.array([1, 90, 91, 2]), ROPE)
+    positions, delta = grids.rope_index(np.array([1, 90, 91, 2]), {90: [], 91: []})
     assert (positions.tolist(), delta) == ([[0, 1, 2, 3]] * 3, 0)
     with pytest.raises(InputError, match="run of 6 tokens 90"):
-        tables.get_rope_index(np.array([1, 90, 90]), ROPE, [(1, 4, 6)])
+        grids.rope_index(np.array([1, 90, 90]), {90: [still(1, 4, 6)]})
 
 
 def test_context_of_image_and_clip(tmp_path) -> None:
@@ -156,7 +157,7 @@ def test_request_limits(tmp_path) -> None:
 
 
 def test_frame_numbers() -> None:
-    limits = room.ClipSettings.read(Settings("x", {"max_frames": 8}))
+    limits = patches.ClipSettings.read(Settings("x", {"max_frames": 8}), 128000)
 
     def chosen(total: int, rate: float, **options: float) -> list[int]:
         request = PromptRequest("x", **options)
@@ -172,6 +173,12 @@ def test_frame_numbers() -> None:
 def test_processor_and_model_must_agree(tmp_path) -> None:
     with pytest.raises(ProcessorError, match="patches of 16 pixels"):
         make(tmp_path, {"patch_size": 16})
+    with pytest.raises(ProcessorError, match="4 frames"):
+        make(tmp_path, {"temporal_patch_size": 4})
+    tokens = make(tmp_path)
+    config = {"vision_config": VISION, "video_token_id": tokens.video_token_id + 1}
+    with pytest.raises(ProcessorError, match="video_token_id"):
+        room.Qwen2_5VLProcessor(tmp_path, config)
     capped = make(tmp_path, video={"cap_pixels_per_frame": True, "max_video_tokens": 40})
     out = capped.process(PromptRequest("x", videos=[[picture(280, 280)] * 4]))
     assert out.media[0].grid == (2, 24, 24)  # 1.05 times the least, 128 blocks

@@ -8,16 +8,11 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_vlm_pipes.architectures.qwen2_5vl.context import (
-    Grid,
-    VisionSizes,
-    cu_seqlens,
-    vision_position_ids,
-    window_index,
-)
+from mlx_vlm_pipes.architectures.qwen2_5vl.context import VisionSizes, window_index
 from mlx_vlm_pipes.architectures.qwen2_5vl.model_config import VisionConfig
 from mlx_vlm_pipes.architectures.qwen2_5vl.vision_model import VisionModel, window_order
 from mlx_vlm_pipes.dtypes import DType
+from mlx_vlm_pipes.processing.grids import Grid, cu_seqlens, vision_position_ids
 
 GRIDS = [(1, 6, 10), (2, 4, 4), (1, 10, 2)]
 # transformers 5.23, Qwen2_5_VisionTransformerPretrainedModel on `wave` weights and pixels, float32

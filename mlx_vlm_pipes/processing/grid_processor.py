@@ -1,0 +1,143 @@
+"""The processor of models that take pictures and clips of any size as grids of patches.
+
+Source: transformers image_processing_pil_qwen2_vl.py and processing_qwen2_vl.py.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlx_vlm_pipes.errors import ProcessorError
+from mlx_vlm_pipes.processing.base import (
+    EncodedMedia,
+    MediaTokens,
+    VisionProcessor,
+    agreed_token_id,
+    check_num_tokens,
+)
+from mlx_vlm_pipes.processing.grids import Grid, GridImage
+from mlx_vlm_pipes.processing.patches import ClipSettings, PatchDefaults, PatchSettings, fit
+from mlx_vlm_pipes.processing.settings import ProcessorFiles
+from mlx_vlm_pipes.processing.tokenizer import Tokenizer
+from mlx_vlm_pipes.processing.transforms import cut_clip, image_hash, to_array
+from mlx_vlm_pipes.processing.types import PromptRequest
+from mlx_vlm_pipes.processing.video import Clip
+
+IMAGE, VIDEO, START = "<|image_pad|>", "<|video_pad|>", "<|vision_start|>"
+
+
+class GridProcessor(VisionProcessor):
+    """One ImageMetadata a picture or clip; a clip's time steps count as frames of its grid.
+
+    Args: image, video: what the family takes where its files say nothing; max_video_tokens: as for
+    ClipSettings.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: Mapping[str, Any],
+        image: PatchDefaults,
+        video: PatchDefaults,
+        max_video_tokens: int,
+    ) -> None:
+        tokenizer, files = Tokenizer(folder), ProcessorFiles.read(folder)
+        names = tokenizer.named_tokens
+        self.image_token = names.get("image_token", IMAGE)
+        self.video_token = names.get("video_token", VIDEO)
+        self.image_token_id = agreed_token_id(tokenizer, self.image_token, config, "image_token_id")
+        self.video_token_id = agreed_token_id(tokenizer, self.video_token, config, "video_token_id")
+        self.start_token_id = agreed_token_id(tokenizer, START, config, "vision_start_token_id")
+        self.image_settings = PatchSettings.read(files.image, image)
+        self.video_settings = PatchSettings.read(files.video, video)
+        self.clip_settings = ClipSettings.read(files.video, max_video_tokens)
+        tokens = MediaTokens(
+            {"image": (self.image_token,), "video": (self.video_token,)},
+            (self.image_token_id, self.video_token_id),
+        )
+        super().__init__(folder, config, tokenizer, tokens, type(self).__name__)
+
+    def check_patches(self, patch: int, merge: int, step: int) -> None:
+        """Raises: ProcessorError unless pictures and clips are cut as the model's config says."""
+        for settings in (self.image_settings, self.video_settings):
+            own = (settings.patch, settings.merge, settings.step)
+            if own != (patch, merge, step):
+                raise ProcessorError(
+                    f"{self.folder}: patches of {own[0]} pixels merged by {own[1]}, {own[2]} frames"
+                    f" each, in the processor; of {patch}, by {merge}, {step} frames in config.json"
+                )
+
+    def check(self, request: PromptRequest, num_videos: int) -> None:
+        super().check(request, num_videos)
+        self.image_settings.limited(request)
+        self.video_settings.limited(request)
+
+    @abstractmethod
+    def grid_image(self, patches: np.ndarray, grid: Grid) -> GridImage:
+        """A still picture, hashed; its range is [0, rows that it becomes)."""
+
+    def encode_image(self, source: Any, request: PromptRequest) -> EncodedMedia:
+        settings = self.image_settings.limited(request)
+        image = self.load(source, request)
+        resized = fit(image, image.size, settings)
+        frames = np.repeat(to_array(resized, settings.pixels)[None], settings.step, axis=0)
+        made = self.grid_image(*cut(frames, settings, image.size))
+        return EncodedMedia(
+            kind="image",
+            replacement=self.image_token * made.end_idx,
+            token_id=self.image_token_id,
+            images=[made],
+            source_size=image.size,
+            resized_size=resized.size,
+            grid=made.grid_thw,
+        )
+
+    def cut_clip(self, clip: Clip, settings: PatchSettings) -> tuple[np.ndarray, Grid]:
+        """Patches of prepared frames, and their grid."""
+        frames = np.stack([to_array(frame, settings.pixels) for frame in clip.frames])
+        return cut(frames, settings, clip.source_size)
+
+    def encoded_clip(self, clip: Clip, made: GridImage, replacement: str) -> EncodedMedia:
+        return EncodedMedia(
+            kind="video",
+            replacement=replacement,
+            token_id=self.video_token_id,
+            images=[made],
+            source_size=clip.source_size,
+            resized_size=clip.frames[0].size,
+            grid=made.grid_thw,
+            num_frames=len(clip.frames),
+        )
+
+    def grid_hash(self, patches: np.ndarray, grid: Grid, more: str = "") -> int:
+        """As image_hash: the same patches in another grid are another picture."""
+        return image_hash(patches, f"{self.digest}|{grid}|{more}")
+
+    def arrays(self, media: Sequence[EncodedMedia]) -> dict[str, np.ndarray]:
+        """Patches float32 [P, C*tp*p*p] and grids int64 [N, 3], of pictures and of clips."""
+        out: dict[str, np.ndarray] = {}
+        names = {"image": "pixel_values", "video": "pixel_values_videos"}
+        for kind, name in names.items():
+            items = [item for item in media if item.kind == kind]
+            if items:
+                out[name] = np.concatenate([item.images[0].pixel_values for item in items])
+                out[f"{kind}_grid_thw"] = np.array([item.grid for item in items], np.int64)
+        return out
+
+
+def cut(
+    frames: np.ndarray, settings: PatchSettings, source_size: tuple[int, int]
+) -> tuple[np.ndarray, Grid]:
+    """Frames float32 [T, 3, H, W] as patches [t*h*w, C*tp*p*p] and the grid (t, h, w).
+
+    Raises: InputError for more rows than any model takes; source_size (width, height) is named.
+    """
+    patches = cut_clip(frames, settings.patch, settings.merge, settings.step)
+    rows, columns = frames.shape[2] // settings.patch, frames.shape[3] // settings.patch
+    check_num_tokens(len(patches) // settings.merge**2, source_size)
+    return patches, (len(patches) // (rows * columns), rows, columns)
