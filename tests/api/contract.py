@@ -254,13 +254,11 @@ class Contract:
         assert table.dtype == np.uint32
         assert list(blocks.shape[1:]) == model.kv_params.shape_per_block
         assert table.shape == (2, -(-(max(counts) + 1) // size))
-        used = [
-            set(row[: -(-(n + 1) // size)].tolist()) for row, n in zip(table, counts, strict=True)
-        ]
-        assert not used[0] & used[1]
-        assert max(used[0] | used[1]) < len(blocks)
+        used = [row[: -(-(n + 1) // size)] for row, n in zip(table, counts, strict=True)]
+        assert not {*used[0].tolist()} & {*used[1].tolist()}
+        assert max(max(pages) for pages in used) < len(blocks)
         for row, context in enumerate(contexts):
-            pages = blocks[table[row], 1, 0]  # [pages, size, heads, head_dim]
+            pages = blocks[used[row], 1, 0]  # [pages, size, heads, head_dim]
             got = pages.reshape(-1, *pages.shape[2:])[: counts[row]]
             where = self.text_positions(context)
             want = self.layer_0_values(context)[where].reshape(-1, *pages.shape[2:])
@@ -291,8 +289,9 @@ class Contract:
     def pages(view: Any, row: int) -> np.ndarray:
         """A row's cached keys and values, [2, layers, tokens, heads, head_dim]."""
         table, blocks = np.array(view.lookup_table), np.array(view.kv_blocks)
-        mine = np.concatenate(list(blocks[table[row]]), axis=2)
-        return mine[:, :, : int(np.array(view.cache_lengths)[row])]
+        length = int(np.array(view.cache_lengths)[row])
+        mine = table[row, : -(-length // blocks.shape[3])]
+        return np.concatenate(list(blocks[mine]), axis=2)[:, :, :length]
 
     def text_positions(self, context: TextContext) -> np.ndarray:
         """Positions of tokens that are no placeholders of pictures."""

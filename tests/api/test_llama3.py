@@ -21,6 +21,7 @@ from mlx_vlm_pipes.contexts import TextContext, TokenBuffer
 from mlx_vlm_pipes.dtypes import DType
 from mlx_vlm_pipes.errors import CheckpointError, ConfigError
 from mlx_vlm_pipes.interfaces import ReturnHiddenStates, ReturnLogits
+from mlx_vlm_pipes.kv_cache import increment_cache_lengths
 from mlx_vlm_pipes.weights import WeightData
 from tests.api.contract import Contract
 from tests.api.driving import (
@@ -149,17 +150,23 @@ def test_every_field_of_the_inputs_has_its_effect() -> None:
 
 def test_buffers_are_what_the_model_is_called_with() -> None:
     model, contexts = model_of(ROOM), ROOM.contexts()
+    counts = lengths(contexts)
     inputs = model.prepare_initial_token_inputs([contexts], new_cache(model, 2), 2)
     first, cache = inputs.buffers[:3], inputs.kv_cache_inputs.flatten()
     assert [array.tolist() for array in first] == [
         inputs.tokens.tolist(), inputs.input_row_offsets.tolist(), [2],
     ]  # fmt: skip
     assert len(inputs.buffers) == 3 + len(inputs.signal_buffers) + len(cache)
-    called = model.model(*inputs.buffers)
-    (again,) = model.model.execute(*inputs.buffers)
-    for outputs in (called, again):
-        for prompt, got in zip(ROOM.prompts, row_logits(outputs), strict=True):
-            assert relative(got, ROOM.logits(prompt)) < BAR
+    outputs = model.model(*inputs.buffers)
+    for prompt, got in zip(ROOM.prompts, row_logits(outputs), strict=True):
+        assert relative(got, ROOM.logits(prompt)) < BAR
+    increment_cache_lengths(inputs.kv_cache_inputs, counts)
+    tokens = mx.argmax(best(outputs), axis=-1)
+    assert tokens.tolist() == [ROOM.greedy(prompt)[0] for prompt in ROOM.prompts]
+    following = model.prepare_next_token_inputs(tokens, inputs)
+    (outputs,) = model.model.execute(*following.buffers)
+    chosen = mx.argmax(best(outputs), axis=-1).tolist()
+    assert chosen == [ROOM.greedy(prompt)[1] for prompt in ROOM.prompts]
 
 
 def test_inputs_made_by_hand_run_a_step() -> None:
