@@ -325,6 +325,21 @@ class Contract:
         model.execute(inputs)
         assert not asked
 
+    def test_a_decode_step_waits_for_nothing(self) -> None:
+        """While MLX traces a function, reading a value that depends on its input is an error."""
+        model = model_of(self.room)
+        inputs, _ = prefill(model, self.room.contexts())
+
+        def decode_step(tokens: mx.array) -> mx.array:
+            return best(model.execute(model.prepare_next_token_inputs(tokens, inputs)))
+
+        logits = mx.compile(decode_step)(
+            mx.array([self.room.greedy(p)[0] for p in self.room.prompts])
+        )
+        assert mx.argmax(logits, axis=-1).tolist() == [
+            self.room.greedy(p)[1] for p in self.room.prompts
+        ]
+
     # ---- log-probabilities
 
     @pytest.mark.parametrize("echo", [False, True])
@@ -360,6 +375,17 @@ class Contract:
             assert model.return_logits is ReturnLogits.ALL
             (result,) = model.compute_log_probabilities(*arguments)
             assert len(result.token_log_probabilities) == context.tokens.active_length
+
+    # ---- memory
+
+    activation_bytes: ClassVar[int] = 0
+
+    def test_documented_estimates(self) -> None:
+        model = model_of(self.room)
+        estimate = model.estimate_activation_memory(model.pipeline_config, model.huggingface_config)
+        assert estimate == self.activation_bytes
+        size = (self.room.folder / "model.safetensors").stat().st_size
+        assert model.estimate_weights_size(model.pipeline_config) == size
 
     # ---- devices
 

@@ -73,6 +73,7 @@ class TestInternVL(VisionContract):
         "text_config__num_hidden_layers": 1,
     }  # fmt: skip
 
+    activation_bytes = 8192 // 4 * 128 * 2**20 + 8192 * 100 * 2**10  # four tokens a tile
     own_defaults: ClassVar[dict[str, str]] = {
         "image_seq_length": "transformers takes 256, here it follows from the tile's size",
     }

@@ -23,7 +23,7 @@ from mlx_vlm_pipes.errors import CheckpointError, ConfigError
 from mlx_vlm_pipes.interfaces import ReturnHiddenStates, ReturnLogits
 from mlx_vlm_pipes.kv_cache import increment_cache_lengths
 from mlx_vlm_pipes.weights import WeightData
-from tests.api.contract import Contract
+from tests.api.contract import Contract, check_log_probabilities, log_softmax
 from tests.api.driving import (
     BAR,
     Arrays,
@@ -86,6 +86,15 @@ class TestLlama3(Contract):
         assert outputs.logits.shape == best(outputs).shape == (0, vocab)
         assert outputs.logit_offsets is not None
         assert outputs.logit_offsets.tolist() == [0]
+
+    def test_echo_with_as_many_logits_as_tokens(self) -> None:
+        model, context = model_of(ROOM, ReturnLogits.VARIABLE), ROOM.context("raw")
+        inputs, outputs = prefill(model, [context], None, context.tokens.active_length)
+        (result,) = model.compute_log_probabilities(
+            model.session, inputs, outputs, mx.array(ROOM.greedy("raw")[:1]), [2], [True]
+        )
+        tokens = [*context.tokens.all[1:].tolist(), ROOM.greedy("raw")[0]]
+        check_log_probabilities(result, log_softmax(ROOM.logits("raw")), tokens, 2)
 
 
 class TestLoRA(LoRAContract):
