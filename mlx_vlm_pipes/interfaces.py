@@ -218,6 +218,7 @@ class PipelineModel(ABC, Generic[ContextT]):
     ) -> None:
         if len(devices) > 1:
             raise NotImplementedError(f"{len(devices)} devices; one unified-memory device is run")
+        pipeline_config.model.resolve(weights)
         self.pipeline_config = pipeline_config
         self.session = session
         self.devices = devices

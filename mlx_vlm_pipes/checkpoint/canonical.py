@@ -106,7 +106,7 @@ def canonical_state(
     and for LoRA adapters that do not fit; names that nobody knows go to `report`.
     """
     model = pipeline_config.model
-    wanted = float_dtype(pipeline_config)
+    wanted = model.compute_dtype
     unpacked = unpack(weights, model.huggingface_config, wanted)
     if adapter is None:
         state = canonical(unpacked, layouts, transforms, report)
@@ -121,13 +121,6 @@ def canonical_state(
         state.update(cast_floats(state, wanted))
     state.loras = read_loras(pipeline_config.lora, layouts, transforms)
     return state
-
-
-def float_dtype(pipeline_config: PipelineConfig) -> DType | None:
-    """The float type that the encoding asks for, None to keep the checkpoint's."""
-    encoding = pipeline_config.model.quantization_encoding or ""
-    wanted = encoding.removeprefix("mlx:")
-    return DType[wanted] if wanted in ("float32", "float16", "bfloat16") else None
 
 
 def read_loras(

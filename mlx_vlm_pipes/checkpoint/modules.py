@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from mlx_vlm_pipes.checkpoint.state import LANGUAGE, StateDict, part, tower_state
 from mlx_vlm_pipes.checkpoint.tie import HEAD, settle_head
 from mlx_vlm_pipes.config import PipelineConfig
 from mlx_vlm_pipes.interfaces import InferenceSession, Model
-from mlx_vlm_pipes.nn.decoder import DecoderConfig, DenseDecoder
-from mlx_vlm_pipes.nn.lora import attach_loras
+from mlx_vlm_pipes.nn.decoder import DecoderConfig, DenseDecoder, Projections
+from mlx_vlm_pipes.nn.lora import LoRATable, attach_loras
 from mlx_vlm_pipes.weights import (
     WeightData,
     check_against_base,
@@ -101,7 +102,34 @@ def load_decoder(
         attach_loras(decoder, state.loras, LANGUAGE, compute_dtype(decoder))
         decoder.adapter_names = tuple(lora.name for lora in state.loras)
     decoder.fuse()
-    return decoder, session.load(decoder)
+    session.load(decoder)
+    return decoder, Model(decoder, canonical_arrays(decoder))
+
+
+def canonical_arrays(decoder: DenseDecoder) -> dict[str, mx.array]:
+    """A loaded decoder's weights under the checkpoint's names, LoRA tables left out.
+
+    Of fused projections the rows of each part: views into the same memory, nothing is copied.
+    """
+    modules = dict(decoder.named_modules())
+    arrays: dict[str, mx.array] = {}
+    for name, array in cast("list[tuple[str, mx.array]]", tree_flatten(decoder.parameters())):
+        path, _, kind = name.rpartition(".")
+        parent, _, leaf = path.rpartition(".")
+        if isinstance(modules[path], LoRATable):
+            continue
+        owner = modules.get(parent)
+        joined = owner.joined if isinstance(owner, Projections) else None
+        if not isinstance(owner, Projections) or joined is None or leaf != joined.name:
+            arrays[name] = array
+            continue
+        begin = 0
+        for part_name, rows in zip(joined.parts, owner.sizes(joined.parts), strict=True):
+            if kind != "bias" or part_name in joined.biased:
+                arrays[f"{parent}.{part_name}.{kind}"] = array[begin : begin + rows]
+            begin += rows
+    mx.eval(arrays)  # of slices this makes views, that any thread may read
+    return arrays
 
 
 def compute_dtype(decoder: DenseDecoder) -> mx.Dtype:

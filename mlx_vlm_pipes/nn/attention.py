@@ -16,11 +16,6 @@ TILE = 256  # tokens of a quantised cache that prefill dequantises at a time
 DECODE_TILE = 2048  # tokens whose scores a decode step holds at a time; nothing is dequantised
 
 
-def split_heads(x: mx.array, heads: int) -> mx.array:
-    """[T, heads * D] -> [1, heads, T, D]."""
-    return x.reshape(x.shape[0], heads, -1).transpose(1, 0, 2)[None]
-
-
 def merge_heads(x: mx.array) -> mx.array:
     """[1, heads, T, D] -> [T, heads * D]."""
     return x[0].transpose(1, 0, 2).reshape(x.shape[2], -1)
@@ -58,10 +53,10 @@ def prefill_attention(
     fresh tokens written at start..start+T-1. Returns: [1, H, T, D].
     """
     stop = start + q.shape[2]
-    mask = causal_mask(start, stop, window)
     if isinstance(format, QuantizedFormat):
         return _tiled(q, cached, format, stop, scale, start, window)
-    keys, values = fresh if start == 0 else (cached[0][:, :, :stop], cached[1][:, :, :stop])
+    keys, values = fresh if start == 0 else format.decode(cached, 0, stop)
+    mask = causal_mask(start, stop, window)
     return mx.fast.scaled_dot_product_attention(
         q, keys.astype(q.dtype), values.astype(q.dtype), scale=scale, mask=mask
     )
@@ -98,26 +93,29 @@ def _tiled(
 ) -> mx.array:
     """Prefill over a quantised cache: blocks of queries, tiles of keys up to the diagonal.
 
-    Each block is evaluated before the next: a lazy graph of all of them would hold their tiles.
+    Each tile depends on the one before it: left to itself, MLX may compute the scores and the
+    dequantised keys of them all before it adds up the first.
     """
     heads, dim = cached[0].shape[1], q.shape[-1]
-    blocks = []
+    blocks: list[mx.array] = []
     for first in range(start, stop, TILE):
         last = min(first + TILE, stop)
         block = q[:, :, first - start : last - start].astype(mx.float32) * scale
         grouped, state = _grouped(block, heads), None  # [1, K, H / K * T, D]
+        before = blocks[-1:]
         oldest = 0 if window is None else max(0, first - window + 1) // TILE * TILE
         for begin in range(oldest, last, TILE):
             end = min(begin + TILE, last)
+            tile = tuple(mx.depends(list(cached), before)) if before else cached
             keys, values = (
-                x.astype(mx.float32) for x in format.decode(cached, begin, end)
+                x.astype(mx.float32) for x in format.decode(tile, begin, end)
             )  # [1, K, S, D]
             mask = _tile_mask((first, last), (begin, end), window, q.shape[1] // heads)
             scores = grouped @ keys.swapaxes(-1, -2)
             state = _merge(state, scores, mask, _plain(values))
+            before = [state[0]]
         assert state is not None
         block = (state[0] / state[2]).reshape(1, q.shape[1], last - first, dim).astype(q.dtype)
-        mx.eval(block)
         blocks.append(block)
     return blocks[0] if len(blocks) == 1 else mx.concatenate(blocks, axis=2)
 

@@ -116,10 +116,31 @@ def project_into(linear: nn.Module, x: mx.array, residual: mx.array, factor: flo
     return residual + (out if factor == 1.0 else out * factor)
 
 
+@dataclass(frozen=True)
+class Joined:
+    """Linears that are one matrix now: its name, theirs in the order of rows, those with a bias."""
+
+    name: str
+    parts: tuple[str, ...]
+    biased: frozenset[str]
+
+
 class Projections(nn.Module):
     """Linears with an optional LoRA table beside each; `adapters` maps a linear's name to it."""
 
     residual_multiplier: float
+    joined: Joined | None = None
+
+    def join(self, fused: str, names: tuple[str, ...]) -> None:
+        """Make one matrix of several, where their formats agree."""
+        parts = [self[name] for name in names]
+        linear = fuse_linears(parts)
+        if linear is not None:
+            self[fused] = linear
+            biased = frozenset(n for n, p in zip(names, parts, strict=True) if "bias" in p)
+            self.joined = Joined(fused, names, biased)
+            for name in names:
+                self.pop(name)
 
     def side_by_side(
         self, fused: str, names: tuple[str, ...], x: mx.array, slots: mx.array | None
@@ -194,13 +215,8 @@ class Attention(Projections):
             self.k_norm = nn.RMSNorm(dim, config.norm_eps or 1e-6)
 
     def fuse(self) -> None:
-        """Make one matrix of the three projections, where their formats agree."""
         if "q_proj" in self:
-            fused = fuse_linears([self.q_proj, self.k_proj, self.v_proj])
-            if fused is not None:
-                self.qkv_proj = fused
-                for name in ("q_proj", "k_proj", "v_proj"):
-                    self.pop(name)
+            self.join("qkv_proj", ("q_proj", "k_proj", "v_proj"))
 
     def sizes(self, names: tuple[str, ...]) -> list[int]:
         heads = {"q_proj": self.num_heads}
@@ -282,13 +298,8 @@ class MLP(Projections):
         self.down_proj = nn.Linear(inner, hidden, bias=bias)
 
     def fuse(self) -> None:
-        """Make one matrix of gate and up, where their formats agree."""
         if "gate_proj" in self:
-            fused = fuse_linears([self.gate_proj, self.up_proj])
-            if fused is not None:
-                self.gate_up_proj = fused
-                for name in ("gate_proj", "up_proj"):
-                    self.pop(name)
+            self.join("gate_up_proj", ("gate_proj", "up_proj"))
 
     def sizes(self, names: tuple[str, ...]) -> list[int]:
         return [self.inner for _ in names]

@@ -10,7 +10,7 @@ import numpy as np
 from mlx_vlm_pipes.config import KVCacheParams
 from mlx_vlm_pipes.errors import ConfigError, InputError
 from mlx_vlm_pipes.interfaces import ModelOutputs, Phase, ReturnHiddenStates, ReturnLogits
-from mlx_vlm_pipes.kv_cache import KVCacheInputs, Layer, RowCacheInputs, cache_format
+from mlx_vlm_pipes.kv_cache import KVCacheInputs, Layer, RowCacheInputs, cache_format, rows_of
 from mlx_vlm_pipes.nn.attention import decode_mask
 from mlx_vlm_pipes.nn.decoder import DecodeStep, DenseDecoder, PrefillRow, last_tokens
 from mlx_vlm_pipes.nn.ragged import merge_image_features
@@ -71,14 +71,15 @@ class LanguageModel:
         [M, E] with image_token_indices [M]; position_ids [axes, T] for M-RoPE; phase, as the
         inputs say it.
         """
-        (kv,) = kv_cache_inputs.inputs
-        assert isinstance(kv, RowCacheInputs)
+        kv = rows_of(kv_cache_inputs)
+        kv.require_counted()
         if not kv.rows:
             return self._no_rows(tokens)
         # Some of the rows that lie in the batch go prefill's way: placing them alone would push
         # the others out.
         if phase is Phase.DECODE and kv.cache.can_place(kv.rows):
             hidden, logits = self._decode(tokens, kv, position_ids)
+            kv.wrote([1] * len(kv.rows))
             return self._one_token_outputs(hidden, logits)
         h = self.decoder.embed(tokens)
         if image_embeddings is not None:
@@ -95,6 +96,7 @@ class LanguageModel:
             picked = h if tail is None else h[last_tokens(rows, tail)]
         else:
             picked = h = self.decoder.prefill(h, rows, slots, tail)
+        kv.wrote(np.diff(bounds).tolist())
         return self._outputs(h, picked, bounds, tail)
 
     def _tail(self, bounds: np.ndarray, return_n_logits: mx.array) -> int | None:

@@ -208,7 +208,7 @@ def _rename_mxfp4(state: Tensors) -> dict[str, WeightData]:
 def record_scales(state: Tensors, quantization: ScaledFormat) -> QuantConfig | None:
     """The documented record of a scaled checkpoint; looks at names, dtypes and shapes only.
 
-    A layer counts as quantised when all linears of its MLP (or attention) have a scale.
+    A layer counts as quantised when all matrices of its MLP (or attention) have a scale.
     """
     scales = {
         name.rpartition(".")[0]: weight
@@ -225,17 +225,18 @@ def record_scales(state: Tensors, quantization: ScaledFormat) -> QuantConfig | N
         input_scale=ScaleSpec("tensor", inputs[0].dtype) if inputs else None,
         weight_scale=ScaleSpec(covers or "block", scale.dtype, quantization.block_size),
         mlp_quantized_layers=_whole_layers(state, scales, "mlp"),
-        attn_quantized_layers=_whole_layers(state, scales, "self_attn"),
+        attn_quantized_layers=_whole_layers(state, scales, "(?:self_)?attn"),
         format=quantization.format,
     )
 
 
 def _whole_layers(state: Tensors, scaled: Mapping[str, object], part: str) -> set[int]:
-    """Layers whose part has a scale for each of its projections."""
-    pattern = re.compile(rf"(?:.*\.)?layers\.(\d{{1,6}})\.{part}\.\w+_proj")
+    """Layers whose part (a pattern) has a scale for each of its matrices."""
+    pattern = re.compile(rf"(?:.*\.)?(?:layers|blocks)\.(\d{{1,6}})\.{part}\.\w+")
     found: dict[int, list[bool]] = {}
-    for module in {name.rpartition(".")[0] for name in state}:
+    for name, weight in state.items():
+        module, _, kind = name.rpartition(".")
         match = pattern.fullmatch(module)
-        if match:
+        if match and kind in ("weight", "weight_packed") and len(weight.shape) == 2:
             found.setdefault(int(match[1]), []).append(module in scaled)
     return {layer for layer, flags in found.items() if all(flags)}

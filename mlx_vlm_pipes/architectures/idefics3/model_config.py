@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from mlx_vlm_pipes.architectures.llama3.model_config import Llama3Config, NormMethod
+from mlx_vlm_pipes.checkpoint.state import expanded_scales
 from mlx_vlm_pipes.checkpoint.tie import declared_tied
 from mlx_vlm_pipes.config import (
     KVCacheConfig,
@@ -127,6 +128,7 @@ class Idefics3Config(ArchConfigWithKVCache):
     ) -> Self:
         """Raises: ConfigError or UnsupportedModel for what the two parts refuse."""
         model_config = model_config or pipeline_config.model
+        pipeline_config = replace(pipeline_config, model=model_config)
         cfg = model_config.require_huggingface_config()
         _check_type("text", text_config(cfg), _TEXT_TYPES)
         text = Llama3Config.initialize_from_config(pipeline_config, text_config(cfg), model_config)
@@ -159,9 +161,8 @@ class Idefics3Config(ArchConfigWithKVCache):
             norm_method,
             attention_bias=False,
         )
-        if declared_tied(
-            huggingface_config, text
-        ):  # the outer configuration may be the one to say it
+        self.text_config.quant_config = expanded_scales(huggingface_config, llm_state_dict)
+        if declared_tied(huggingface_config, text):  # either part may say it
             self.text_config.tie_word_embeddings = True
 
     @staticmethod

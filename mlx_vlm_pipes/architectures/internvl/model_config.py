@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from mlx_vlm_pipes.architectures.llama3 import Llama3Config
 from mlx_vlm_pipes.architectures.qwen3 import Qwen3Config
+from mlx_vlm_pipes.checkpoint.state import expanded_scales
 from mlx_vlm_pipes.config import KVCacheConfig, KVCacheParams, MAXModelConfig, PipelineConfig
 from mlx_vlm_pipes.dtypes import DeviceRef, DType
 from mlx_vlm_pipes.errors import ConfigError, UnsupportedModel
@@ -191,6 +192,7 @@ class InternVLConfig(ArchConfigWithKVCache):
             norm_method,
             attention_bias=_text_type(text) == "qwen2",
         )
+        self.llm_config.quant_config = expanded_scales(huggingface_config, llm_state_dict)
 
     @staticmethod
     def calculate_max_seq_len(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from mlx_vlm_pipes.checkpoint.state import expanded_scales
@@ -122,6 +122,7 @@ class Llama3Config(ArchConfigWithKVCache):
         an encoding that is not resolved yet.
         """
         model_config = model_config or pipeline_config.model
+        pipeline_config = replace(pipeline_config, model=model_config)
         cfg = huggingface_config
         devices = model_config.devices
         llama3, longrope = _rope_scaling(cfg)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from mlx_vlm_pipes.architectures.llama3.model_config import Llama3Config
 from mlx_vlm_pipes.architectures.part_fields import PartField
 from mlx_vlm_pipes.architectures.qwen2_5vl.sizes import VisionSizes, require_vision_config
+from mlx_vlm_pipes.checkpoint.state import expanded_scales
 from mlx_vlm_pipes.checkpoint.tie import declared_tied
 from mlx_vlm_pipes.config import KVCacheConfig, KVCacheParams, MAXModelConfig, PipelineConfig
 from mlx_vlm_pipes.dtypes import DeviceRef, DType
@@ -30,7 +31,7 @@ from mlx_vlm_pipes.hf_config import (
 from mlx_vlm_pipes.interfaces import ArchConfigWithKVCache, ReturnLogits
 from mlx_vlm_pipes.nn.activations import activation
 from mlx_vlm_pipes.quantization import QuantConfig
-from mlx_vlm_pipes.weights import ScaledFormat, WeightData, parse_quantization, record_scales
+from mlx_vlm_pipes.weights import WeightData
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -111,10 +112,7 @@ class VisionConfig:
     ) -> None:
         """Take the two dtypes, and a record of scaled (FP8, FP4) weights of the vision tower."""
         self.dtype, self.llm_dtype = vision_dtype, llm_dtype
-        names = ("quantization_config", "quantization")
-        declared = parse_quantization({name: lookup(huggingface_config, name) for name in names})
-        if isinstance(declared, ScaledFormat):
-            self.quant_config = record_scales(vision_state_dict, declared)
+        self.quant_config = expanded_scales(huggingface_config, vision_state_dict)
 
     @property
     def head_dim(self) -> int:
@@ -166,8 +164,7 @@ class Qwen2_5VLConfig(ArchConfigWithKVCache):
         cls, pipeline_config: PipelineConfig, model_config: MAXModelConfig | None = None
     ) -> Self:
         model_config = model_config or pipeline_config.model
-        if model_config is not pipeline_config.model:
-            pipeline_config = replace(pipeline_config, model=model_config)
+        pipeline_config = replace(pipeline_config, model=model_config)
         config = model_config.require_huggingface_config()
         return cls.initialize_from_config(pipeline_config, config)
 
@@ -233,6 +230,7 @@ class Qwen2_5VLConfig(ArchConfigWithKVCache):
             norm_method=norm_method,
             attention_bias=True,
         )
+        self.llm_config.quant_config = expanded_scales(huggingface_config, llm_state_dict)
         if declared_tied(huggingface_config, text_cfg):
             self.llm_config.tie_word_embeddings = True
 
