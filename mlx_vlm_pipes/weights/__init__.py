@@ -2,6 +2,7 @@
 
 from mlx_vlm_pipes.weights.checkpoint import (
     SafetensorWeights,
+    TensorHandle,
     WeightData,
     Weights,
     WeightsAdapter,
@@ -57,6 +58,7 @@ __all__ = [
     "TensorInfo",
     "WeightData",
     "Weights",
+    "TensorHandle",
     "WeightsAdapter",
     "adapt",
     "canonical_overrides",
