@@ -198,11 +198,17 @@ def rope_theta(config: Any, default: float = 10000.0) -> float:
 
 
 def head_dim(config: Any) -> int:
-    """`head_dim`, else hidden_size / num_attention_heads."""
+    """`head_dim`, else hidden_size / num_attention_heads. Raises: ConfigError if that is none."""
     explicit = lookup(config, "head_dim")
     if explicit is not None:
         return require_int(config, "head_dim")
-    return require_int(config, "hidden_size") // require_int(config, "num_attention_heads")
+    hidden, heads = require_int(config, "hidden_size"), require_int(config, "num_attention_heads")
+    if hidden < heads:
+        raise ConfigError(
+            f"config.json: hidden_size {hidden} for {heads} attention heads; expected at least one "
+            "number for each head"
+        )
+    return hidden // heads
 
 
 def tie_flag(outer: Any, text: Any) -> bool | None:

@@ -21,6 +21,7 @@ from mlx_vlm_pipes.weights import (
     Layout,
     LoRAAdapter,
     ScaledFormat,
+    TensorHandle,
     WeightData,
     Weights,
     WeightsAdapter,
@@ -112,7 +113,7 @@ def canonical_state(
         state = canonical(unpacked, layouts, transforms, report)
     else:
         tensors = adapter(
-            unpacked.tensors,
+            {name: TensorHandle(weight) for name, weight in unpacked.tensors.items()},
             huggingface_config=model.huggingface_config,
             pipeline_config=pipeline_config,
         )

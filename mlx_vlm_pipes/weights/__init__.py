@@ -2,6 +2,7 @@
 
 from mlx_vlm_pipes.weights.checkpoint import (
     SafetensorWeights,
+    TensorHandle,
     WeightData,
     Weights,
     WeightsAdapter,
@@ -55,6 +56,7 @@ __all__ = [
     "TensorInfo",
     "WeightData",
     "Weights",
+    "TensorHandle",
     "WeightsAdapter",
     "adapt",
     "canonical_overrides",
