@@ -15,8 +15,6 @@ from mlx_vlm_pipes.kv_cache import CacheFormat, Layer, PlainFormat, QuantizedFor
 
 TILE = 256  # tokens of a quantised cache that prefill dequantises at a time
 DECODE_TILE = 2048  # tokens whose scores a decode step holds at a time; nothing is dequantised
-
-
 Span = tuple[int, int]  # begin and end of positions in a sequence
 
 

@@ -65,15 +65,13 @@ class LanguageModel:
         image_token_indices: mx.array | None = None,
         position_ids: mx.array | None = None,
         phase: Phase = Phase.PREFILL,
-        whole_spans: Sequence[Sequence[Span]] = (),
     ) -> ModelOutputs:
         """One step over the active tokens of every row.
 
         Args: tokens int [T]; input_row_offsets [B + 1]; return_n_logits [1]; image_embeddings
         [M, (1 + feature_layers) * E], the rows and behind them what each of the first layers adds,
         with image_token_indices [M]; position_ids [axes, T] for M-RoPE; phase, as the inputs say
-        it; whole_spans: for each row the positions in its sequence whose tokens see each other
-        both ways, all of a span in one step; empty where there are none.
+        it.
         """
         kv = rows_of(kv_cache_inputs)
         kv.require_counted()
@@ -95,7 +93,7 @@ class LanguageModel:
         bounds = np.array(input_row_offsets).astype(np.int64)
         slots = self._slots([row.adapter for row in kv.rows], np.diff(bounds))
         tail = self._tail(bounds, return_n_logits)
-        rows = self._prefill_rows(kv, bounds, position_ids, whole_spans)
+        rows = self._prefill_rows(kv, bounds, position_ids)
         if self.return_hidden_states in (ReturnHiddenStates.ALL, ReturnHiddenStates.ALL_NORMALIZED):
             h = self.decoder.prefill(h, rows, slots, added=added)
             picked = h if tail is None else h[last_tokens(rows, tail)]
@@ -143,15 +141,12 @@ class LanguageModel:
         return mx.array(np.repeat(np.array(rows, np.int32), counts))
 
     def _prefill_rows(
-        self,
-        kv: RowCacheInputs,
-        bounds: np.ndarray,
-        position_ids: mx.array | None,
-        whole_spans: Sequence[Sequence[Span]],
+        self, kv: RowCacheInputs, bounds: np.ndarray, position_ids: mx.array | None
     ) -> list[PrefillRow]:
-        rows, edges = [], bounds.tolist()
-        spans = whole_spans or [()] * len(kv.rows)
-        for cache, own, begin, end in zip(kv.rows, spans, edges[:-1], edges[1:], strict=True):
+        rows = []
+        for cache, begin, end in zip(
+            kv.rows, bounds[:-1].tolist(), bounds[1:].tolist(), strict=True
+        ):
             kv.cache.release(cache, keep=True)
             stop = cache.length + end - begin
             reach = max(stop, cache.planned_length)
@@ -159,7 +154,8 @@ class LanguageModel:
             positions = None if position_ids is None else position_ids[:, begin:end]
             where = cache.length, stop, reach, positions
             rotations = self.decoder.rotations(lambda rope, at=where: rope.prefill(*at))
-            rows.append(PrefillRow(begin, end, cache, rotations, _fresh(own, cache.length, stop)))
+            spans = _fresh(cache.whole_spans, cache.length, stop)
+            rows.append(PrefillRow(begin, end, cache, rotations, spans))
         return rows
 
     def _decode(

@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_vlm_pipes.config import KVCacheParams
 from mlx_vlm_pipes.dtypes import DType
 from mlx_vlm_pipes.errors import ConfigError, InputError
-from mlx_vlm_pipes.interfaces import ReturnLogits
+from mlx_vlm_pipes.interfaces import Phase, ReturnLogits
 from mlx_vlm_pipes.kv_cache import KVCache, cache_inputs, increment_cache_lengths
 from mlx_vlm_pipes.nn.attention import Span
 from mlx_vlm_pipes.nn.decoder import DecoderConfig, DenseDecoder
@@ -101,7 +101,9 @@ def gemma(bits: int | None = None) -> LanguageModel:
 def logits(model: LanguageModel, cuts: Sequence[int], spans: Sequence[Span]) -> np.ndarray:
     """All logits [T, V], the prompt given in pieces that end at `cuts`."""
     cache = KVCache(cache_params(8 if model.decoder.config.head_dim == 32 else None))
-    kv, parts, begin = cache_inputs(cache, [cache.new_row()]), [], 0
+    row = cache.new_row()
+    row.whole_spans = spans
+    kv, parts, begin = cache_inputs(cache, [row]), [], 0
     rows = mx.array(np.cos(np.arange(6 * 16) * 0.37).reshape(6, 16).astype(np.float32))
     for end in cuts:
         has_picture = begin < PICTURE[1] and end > PICTURE[0]
@@ -112,7 +114,7 @@ def logits(model: LanguageModel, cuts: Sequence[int], spans: Sequence[Span]) -> 
             kv,
             image_embeddings=rows if has_picture else None,
             image_token_indices=mx.arange(*PICTURE) - begin if has_picture else None,
-            whole_spans=[spans],
+            phase=Phase.DECODE if end == begin + 1 else Phase.PREFILL,
         )
         parts.append(np.array(out.logits))
         increment_cache_lengths(kv, [end - begin])
