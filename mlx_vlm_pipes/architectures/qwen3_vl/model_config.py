@@ -221,7 +221,7 @@ class Qwen3VLConfig(ArchConfigWithKVCache):
 
 def _tapped_blocks(vision_cfg: AutoConfig) -> list[int]:
     given = lookup(vision_cfg, "deepstack_visual_indexes")
-    blocks = [int(block) for block in (DEEPSTACK_INDEXES if given is None else given)]
+    blocks: list[int] = [*(DEEPSTACK_INDEXES if given is None else given)]
     depth = require_int(vision_cfg, "depth", "num_hidden_layers")
     if len(set(blocks)) < len(blocks) or not all(0 <= block < depth for block in blocks):
         raise ConfigError(
