@@ -14,10 +14,9 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_vlm_pipes.kv_cache import CacheFormat, CacheRow, Layer, write_decode
+from mlx_vlm_pipes.kv_cache import CacheFormat, CacheRow, Layer, Span, write_decode
 from mlx_vlm_pipes.nn.activations import activation
 from mlx_vlm_pipes.nn.attention import (
-    Span,
     decode_attention,
     merge_heads,
     prefill_attention,
