@@ -134,12 +134,14 @@ class CheckpointModel(LogProbabilitiesMixin, PipelineModelWithKVCache[ContextT])
 
 
 def announce(kv_cache_inputs: KVCacheInputs | None, contexts: Sequence[TextContext]) -> None:
-    """Tell the cache inputs, if any, how many tokens of each row the coming step runs.
+    """Tell the cache inputs, if any, how many tokens of each row the coming step runs, and which
+    of a row's tokens see each other both ways.
 
     Raises: InputError for another number of rows.
     """
     if kv_cache_inputs is not None:
-        kv_cache_inputs.expect([context.tokens.active_length for context in contexts])
+        lengths = [context.tokens.active_length for context in contexts]
+        kv_cache_inputs.expect(lengths, [context.whole_spans for context in contexts])
 
 
 def following(prev: RaggedT, next_tokens: Buffer, **changes: Any) -> RaggedT:

@@ -74,7 +74,9 @@ def prompt_logits(state: EngineState, context: TextContext) -> np.ndarray:
     row = SliceRow(context, state.new_row(context, cache), features)
     pieces = []
     while tokens.active_length:
-        size = min(config.prefill_chunk, tokens.active_length)
+        begin = tokens.processed_length
+        end = begin + min(config.prefill_chunk, tokens.active_length)
+        size = context.uncut(begin, end) - begin
         tokens.chunk(size)
         pieces.append(np.array(run_slice(model, cache, [row], size).logits))
         tokens.advance_chunk()

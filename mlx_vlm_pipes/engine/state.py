@@ -137,6 +137,7 @@ class EngineState:
             return row
         length, stored = self.prefixes.match(job.keys)
         length = min(length, len(tokens) - 1)  # one token must run to give logits
+        length = job.context.uncut(-1, length)
         if stored is None or length < 1:
             return row
         copied = stored.copy(length, capacity_bucket(len(tokens) + 1))

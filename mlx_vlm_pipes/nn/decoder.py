@@ -1,9 +1,9 @@
-"""The dense grouped-query decoder that all five architectures share.
+"""The dense grouped-query decoder that all architectures share.
 
 Two ways through the same weights: `prefill` takes ragged rows on a flat token axis, `decode` one
 token of every row. Hidden states are [T, E]: no batch axis, no padding.
 Source: transformers modeling_llama.py, modeling_granite.py, modeling_phi3.py, modeling_olmo.py,
-modeling_qwen2.py, modeling_qwen3.py (spec, section 4.2).
+modeling_qwen2.py, modeling_qwen3.py, modeling_qwen3_vl.py, modeling_gemma3.py (spec, section 4.2).
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_vlm_pipes.kv_cache import CacheFormat, CacheRow, Layer, write_decode
+from mlx_vlm_pipes.kv_cache import CacheFormat, CacheRow, Layer, Span, write_decode
 from mlx_vlm_pipes.nn.activations import activation
 from mlx_vlm_pipes.nn.attention import (
-    Span,
     decode_attention,
     merge_heads,
     prefill_attention,

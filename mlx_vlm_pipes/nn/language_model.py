@@ -11,8 +11,8 @@ import numpy as np
 from mlx_vlm_pipes.config import KVCacheParams
 from mlx_vlm_pipes.errors import ConfigError, InputError
 from mlx_vlm_pipes.interfaces import ModelOutputs, Phase, ReturnHiddenStates, ReturnLogits
-from mlx_vlm_pipes.kv_cache import KVCacheInputs, Layer, RowCacheInputs, cache_format, rows_of
-from mlx_vlm_pipes.nn.attention import Span, decode_mask
+from mlx_vlm_pipes.kv_cache import KVCacheInputs, Layer, RowCacheInputs, Span, cache_format, rows_of
+from mlx_vlm_pipes.nn.attention import decode_mask
 from mlx_vlm_pipes.nn.decoder import Added, DecodeStep, DenseDecoder, PrefillRow, last_tokens
 from mlx_vlm_pipes.nn.ragged import merge_image_features, placed_features
 

@@ -18,8 +18,7 @@ from mlx_vlm_pipes.config import KVCacheParams
 from mlx_vlm_pipes.dtypes import DType
 from mlx_vlm_pipes.errors import ConfigError, InputError
 from mlx_vlm_pipes.interfaces import Phase, ReturnLogits
-from mlx_vlm_pipes.kv_cache import KVCache, cache_inputs, increment_cache_lengths
-from mlx_vlm_pipes.nn.attention import Span
+from mlx_vlm_pipes.kv_cache import KVCache, Span, cache_inputs, increment_cache_lengths
 from mlx_vlm_pipes.nn.decoder import DecoderConfig, DenseDecoder
 from mlx_vlm_pipes.nn.language_model import LanguageModel
 from mlx_vlm_pipes.nn.rope import RopeSpec, frequency_axes
