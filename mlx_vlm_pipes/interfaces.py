@@ -26,7 +26,7 @@ from mlx_vlm_pipes.contexts import (
     TokenBuffer,
 )
 from mlx_vlm_pipes.dtypes import Device, DeviceRef, DType
-from mlx_vlm_pipes.errors import ConfigError, InputError
+from mlx_vlm_pipes.errors import ConfigError, InputError, UnknownAdapter
 from mlx_vlm_pipes.log_probabilities import LogProbabilities, LogProbabilitiesMixin
 from mlx_vlm_pipes.session import InferenceSession, Model
 
@@ -41,7 +41,7 @@ __all__ = [
     "AlwaysSignalBuffersMixin", "ArchConfigWithKVCache", "Buffer", "EOSTracker", "ImageMetadata",
     "InferenceSession", "LayerWork", "LogProbabilities", "LogProbabilitiesMixin", "Model",
     "ModelInputs", "ModelOutputs", "Phase", "PipelineModel", "PipelineModelWithKVCache",
-    "RaggedInputs", "ReturnHiddenStates", "ReturnLogits", "SamplingParams",
+    "RaggedInputs", "ReturnHiddenStates", "ReturnLogits", "SamplingParams", "StepMode",
     "TextAndVisionContext", "TextContext", "TokenBuffer", "VisionInputs",
 ]  # fmt: skip
 
@@ -79,6 +79,19 @@ class Phase(enum.Enum):
 
     PREFILL = "prefill"
     DECODE = "decode"
+
+
+@dataclass(frozen=True)
+class StepMode:
+    """How a step runs: its phase, and which adapter its tokens take.
+
+    lora_ids int32 [G]: a slot for each group of adjacent tokens; lora_grouped_offsets uint32
+    [G + 1]: where the groups begin and end. None: the base model.
+    """
+
+    phase: Phase = Phase.PREFILL
+    lora_ids: Buffer | None = None
+    lora_grouped_offsets: Buffer | None = None
 
 
 @dataclass(kw_only=True)
@@ -122,6 +135,11 @@ class RaggedInputs(ModelInputs, Generic[PerDeviceT]):
     tokens: Buffer
     input_row_offsets: PerDeviceT
     return_n_logits: Buffer
+    lora_grouped_offsets: Buffer | None
+
+    @property
+    def mode(self) -> StepMode:
+        return StepMode(self.phase, self.lora_ids, self.lora_grouped_offsets)
 
     def active_tokens(self) -> list[list[int]]:
         flat: list[int] = np.array(self.tokens).tolist()
@@ -129,7 +147,19 @@ class RaggedInputs(ModelInputs, Generic[PerDeviceT]):
         return [flat[begin:end] for begin, end in itertools.pairwise(bounds)]
 
 
-class VisionInputs(RaggedInputs[PerDeviceT]):
+@dataclass(kw_only=True)
+class LoRAGroups(ModelInputs):
+    """The documented LoRA inputs of `Llama3Inputs`, for rooms whose documentation lists none."""
+
+    lora_grouped_offsets: Buffer | None = None
+    num_active_loras: Buffer | None = None
+    lora_end_idx: Buffer | None = None
+    batch_seq_len: Buffer | None = None
+    lora_ids_kv: Buffer | None = None
+    lora_grouped_offsets_kv: Buffer | None = None
+
+
+class VisionInputs(LoRAGroups, RaggedInputs[PerDeviceT]):
     """Ragged inputs with pictures: the tower's arguments, or the vision rows it made before.
 
     vision_fields: names of the fields that the tower takes, in the order of its arguments.
@@ -335,6 +365,9 @@ class TextSide(Protocol):
     def adapters(self) -> tuple[str, ...]: ...
 
     @property
+    def adapter_ranks(self) -> tuple[int, ...]: ...
+
+    @property
     def traces(self) -> int: ...
 
 
@@ -367,6 +400,18 @@ class PipelineModelWithKVCache(PipelineModel[ContextT]):
     def adapters(self) -> tuple[str, ...]:
         """Names of the loaded LoRA adapters; their slots count from 1."""
         return self.language.adapters
+
+    def adapter_slot(self, name: str) -> int:
+        """The slot of a LoRA adapter; 0 for the base model (no name).
+
+        Raises: UnknownAdapter, listing the adapters there are.
+        """
+        if not name:
+            return 0
+        if name not in self.adapters:
+            loaded = ", ".join(self.adapters) or "none"
+            raise UnknownAdapter(f"no adapter {name!r}; loaded: {loaded}")
+        return self.adapters.index(name) + 1
 
     @classmethod
     @abstractmethod

@@ -39,6 +39,7 @@ from mlx_vlm_pipes.interfaces import (
 from mlx_vlm_pipes.kv_cache import KVCacheInputs
 from mlx_vlm_pipes.nn.decoder import DecoderConfig
 from mlx_vlm_pipes.nn.language_model import LanguageModel
+from mlx_vlm_pipes.nn.lora_groups import group_fields, next_group_fields
 from mlx_vlm_pipes.nn.ragged import (
     active_images,
     flat_tokens,
@@ -132,6 +133,18 @@ class CheckpointModel(LogProbabilitiesMixin, PipelineModelWithKVCache[ContextT])
         )
         return [*parts, Model(self.language, loaded.weights)]
 
+    def lora_fields(self, contexts: Sequence[TextContext]) -> dict[str, Buffer]:
+        """The LoRA inputs that the contexts' model_name asks for; none where none is loaded.
+
+        Raises: UnknownAdapter, listing the adapters there are.
+        """
+        slots = [self.adapter_slot(context.model_name) for context in contexts]
+        lora = self.pipeline_config.lora
+        if lora is None or not self.adapters:
+            return {}
+        lengths = [context.tokens.active_length for context in contexts]
+        return group_fields(slots, lengths, self.language.adapter_ranks, lora.max_num_loras)
+
 
 def announce(kv_cache_inputs: KVCacheInputs | None, contexts: Sequence[TextContext]) -> None:
     """Tell the cache inputs, if any, how many tokens of each row the coming step runs.
@@ -146,6 +159,7 @@ def following(prev: RaggedT, next_tokens: Buffer, **changes: Any) -> RaggedT:
     """The inputs of the decode step after `prev`: one token a row, not synchronised."""
     if prev.kv_cache_inputs is not None:
         prev.kv_cache_inputs.expect([1] * next_tokens.shape[0])
+    changes |= next_group_fields(prev)
     offsets = mx.arange(next_tokens.shape[0] + 1, dtype=mx.uint32)
     listed = [offsets] if isinstance(prev.input_row_offsets, list) else offsets
     return replace(
@@ -244,8 +258,8 @@ class VisionLanguageModel(
         """Ragged inputs; pictures with tokens among the active ones are encoded in this step.
 
         image_embeddings [M, E]: the vision rows of exactly these pictures, encoded before.
-        Raises: ConfigError for more than one replica, ImageTokenMismatch for a picture with more
-        or fewer placeholders than vision rows, and what the room's `pack` raises.
+        Raises: ConfigError for more than one replica, UnknownAdapter, ImageTokenMismatch for a
+        picture with more or fewer placeholders than vision rows, and what the room's `pack` raises.
         """
         single_replica(replica_batches)
         contexts = replica_batches[0]
@@ -258,6 +272,7 @@ class VisionLanguageModel(
             "input_row_offsets": self._per_device(row_offsets(contexts)),
             "return_n_logits": mx.array([return_n_logits], dtype=mx.int64),
             "image_embeddings": image_embeddings,
+            **self.lora_fields(contexts),
         }
         if images or image_embeddings is not None:
             indices = mx.array(image_token_indices(contexts))
@@ -287,7 +302,7 @@ class VisionLanguageModel(
             rows,
             None if indices is None else one_device(indices),
             self.positions(inputs),
-            inputs.phase,
+            inputs.mode,
         )
 
     def prepare_next_token_inputs(

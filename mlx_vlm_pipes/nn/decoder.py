@@ -350,6 +350,7 @@ class DenseDecoder(nn.Module):
         super().__init__()
         self.config = config
         self.adapter_names: tuple[str, ...] = ()  # LoRA slots from 1 on
+        self.adapter_ranks: tuple[int, ...] = ()
         self.rope = Rope(config.rope)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = [DecoderLayer(config, i) for i in range(config.num_layers)]

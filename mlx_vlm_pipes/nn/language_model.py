@@ -9,11 +9,14 @@ import numpy as np
 
 from mlx_vlm_pipes.config import KVCacheParams
 from mlx_vlm_pipes.errors import ConfigError, InputError
-from mlx_vlm_pipes.interfaces import ModelOutputs, Phase, ReturnHiddenStates, ReturnLogits
+from mlx_vlm_pipes.interfaces import ModelOutputs, Phase, ReturnHiddenStates, ReturnLogits, StepMode
 from mlx_vlm_pipes.kv_cache import KVCacheInputs, Layer, RowCacheInputs, cache_format, rows_of
 from mlx_vlm_pipes.nn.attention import decode_mask
 from mlx_vlm_pipes.nn.decoder import DecodeStep, DenseDecoder, PrefillRow, last_tokens
+from mlx_vlm_pipes.nn.lora_groups import token_slots
 from mlx_vlm_pipes.nn.ragged import merge_image_features
+
+PREFILL = StepMode()
 
 
 def can_compile() -> bool:
@@ -25,7 +28,7 @@ def can_compile() -> bool:
 class LanguageModel:
     """A decoder and its compiled step. Holds weights only; the cache comes with each call.
 
-    adapters names the LoRA adapters that the decoder carries, in the order of their slots from 1.
+    adapters and adapter_ranks: names and ranks of its LoRA adapters, in the order of their slots.
     traces counts how often the compiled decode step was traced: once per (slots, capacity) bucket.
     """
 
@@ -43,7 +46,7 @@ class LanguageModel:
         self.decoder = decoder
         self.return_logits = return_logits
         self.return_hidden_states = return_hidden_states
-        self.adapters = decoder.adapter_names
+        self.adapters, self.adapter_ranks = decoder.adapter_names, decoder.adapter_ranks
         self.traces = 0
         self._format = cache_format(kv_params)
         self._compiled = compile and can_compile()
@@ -63,12 +66,12 @@ class LanguageModel:
         image_embeddings: mx.array | None = None,
         image_token_indices: mx.array | None = None,
         position_ids: mx.array | None = None,
-        phase: Phase = Phase.PREFILL,
+        mode: StepMode = PREFILL,
     ) -> ModelOutputs:
         """One step over the active tokens of every row.
 
         Args: tokens int [T]; input_row_offsets [B + 1]; return_n_logits [1]; image_embeddings
-        [M, E] with image_token_indices [M]; position_ids [axes, T] for M-RoPE; phase, as the
+        [M, E] with image_token_indices [M]; position_ids [axes, T] for M-RoPE; mode, as the
         inputs say it.
         """
         kv = rows_of(kv_cache_inputs)
@@ -77,8 +80,8 @@ class LanguageModel:
             return self._no_rows(tokens)
         # Some of the rows that lie in the batch go prefill's way: placing them alone would push
         # the others out.
-        if phase is Phase.DECODE and kv.cache.can_place(kv.rows):
-            hidden, logits = self._decode(tokens, kv, position_ids)
+        if mode.phase is Phase.DECODE and kv.cache.can_place(kv.rows):
+            hidden, logits = self._decode(tokens, kv, position_ids, mode)
             kv.wrote([1] * len(kv.rows))
             return self._one_token_outputs(hidden, logits)
         h = self.decoder.embed(tokens)
@@ -88,7 +91,7 @@ class LanguageModel:
             h = merge_image_features(h, image_embeddings, image_token_indices)
         h = self.decoder.scale_embeddings(h)
         bounds = np.array(input_row_offsets).astype(np.int64)
-        slots = self._slots([row.adapter for row in kv.rows], np.diff(bounds))
+        slots = token_slots(mode, tokens.shape[0], self.adapters)
         tail = self._tail(bounds, return_n_logits)
         rows = self._prefill_rows(kv, bounds, position_ids)
         if self.return_hidden_states in (ReturnHiddenStates.ALL, ReturnHiddenStates.ALL_NORMALIZED):
@@ -114,12 +117,6 @@ class LanguageModel:
             raise InputError(f"return_n_logits {tail} for a row of {shortest} active tokens")
         return tail
 
-    def _slots(self, rows: list[int], counts: np.ndarray | int = 1) -> mx.array | None:
-        """Each token's adapter, int32 [T]; None where no adapter is loaded."""
-        if not self.adapters:
-            return None
-        return mx.array(np.repeat(np.array(rows, np.int32), counts))
-
     def _prefill_rows(
         self, kv: RowCacheInputs, bounds: np.ndarray, position_ids: mx.array | None
     ) -> list[PrefillRow]:
@@ -137,7 +134,11 @@ class LanguageModel:
         return rows
 
     def _decode(
-        self, tokens: mx.array, kv: RowCacheInputs, position_ids: mx.array | None
+        self,
+        tokens: mx.array,
+        kv: RowCacheInputs,
+        position_ids: mx.array | None,
+        mode: StepMode,
     ) -> tuple[mx.array, mx.array]:
         """The compiled step: hidden states [B, E] and logits [B, V], batch arrays updated."""
         cache, count = kv.cache, len(kv.rows)
@@ -150,8 +151,7 @@ class LanguageModel:
             tokens = mx.concatenate([tokens, idle])
             if position_ids is not None:
                 positions = mx.concatenate([positions, idle.astype(mx.int32)])
-        idle_rows = [0] * (cache.slots - count)
-        slots = self._slots([row.adapter for row in kv.rows] + idle_rows)
+        slots = token_slots(mode, cache.slots, self.adapters)
         extra = () if slots is None else (slots,)
         out = self._step(tokens, lengths, positions, *extra, *cache.take())
         cache.give(out[2:])

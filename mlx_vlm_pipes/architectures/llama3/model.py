@@ -40,7 +40,8 @@ class Llama3Inputs(RaggedInputs[Buffer]):
     """One step's inputs.
 
     tokens int32 [T]; input_row_offsets uint32 [B + 1]; return_n_logits int64 [1]. The LoRA
-    fields group the rows by adapter (spec, section 1.10); all None without LoRA.
+    fields group the rows by adapter (nn.lora_groups); all None without LoRA. Steps read lora_ids
+    and lora_grouped_offsets, the others say the same in other words.
     """
 
     tokens: Buffer
@@ -115,7 +116,7 @@ class LlamaModelBase(CheckpointModel[TextContext], PipelineModelWithKVCache[Text
         """Read the weights through the adapter, build the decoder, install and evaluate."""
         (model,) = self.load_parts(session)
         self.state_dict = dict(model.weights)
-        return Model(BufferStep(model.module, self.kv_params), model.weights)
+        return Model(BufferStep(model.module, self.kv_params, self.adapters), model.weights)
 
     def prepare_initial_token_inputs(
         self,
@@ -125,7 +126,10 @@ class LlamaModelBase(CheckpointModel[TextContext], PipelineModelWithKVCache[Text
         *,
         image_embeddings: Buffer | None = None,
     ) -> Llama3Inputs:
-        """Ragged inputs. Raises: InputError for image_embeddings: there is no place for them."""
+        """Ragged inputs.
+
+        Raises: UnknownAdapter; InputError for image_embeddings: there is no place for them.
+        """
         if image_embeddings is not None:
             raise InputError("image_embeddings for a text model; leave them out")
         single_replica(replica_batches, self.pipeline_config.model.data_parallel_degree)
@@ -138,6 +142,7 @@ class LlamaModelBase(CheckpointModel[TextContext], PipelineModelWithKVCache[Text
             return_n_logits=mx.array([return_n_logits], dtype=mx.int64),
             kv_cache_inputs=kv_cache_inputs,
             phase=step_phase(contexts),
+            **self.lora_fields(contexts),
         )
 
     def execute(self, model_inputs: ModelInputs) -> ModelOutputs:
@@ -151,7 +156,7 @@ class LlamaModelBase(CheckpointModel[TextContext], PipelineModelWithKVCache[Text
             None,
             None,
             None,
-            inputs.phase,
+            inputs.mode,
         )
 
     def prepare_next_token_inputs(
