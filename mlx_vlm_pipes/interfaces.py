@@ -235,7 +235,7 @@ class ArchConfigWithKVCache(ABC):
 class PipelineModel(ABC, Generic[ContextT]):
     """One architecture, loaded. The engine calls prepare, execute, prepare_next, execute, ..."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # the documented ones, and ours by keyword only
         self,
         pipeline_config: PipelineConfig,
         session: InferenceSession,
@@ -245,7 +245,14 @@ class PipelineModel(ABC, Generic[ContextT]):
         adapter: WeightsAdapter | None = None,
         return_logits: ReturnLogits = ReturnLogits.LAST_TOKEN,
         return_hidden_states: ReturnHiddenStates = ReturnHiddenStates.NONE,
+        *,
+        eagle_layers: Sequence[int] | None = None,
     ) -> None:
+        """Load the model. With `ModelConfig.enable_echo` it returns all logits.
+
+        eagle_layers: the decoder layers, counted from 0, whose outputs `EAGLE3` returns, in this
+        order; a negative one counts from the last, as Python's indices do.
+        """
         if len(devices) > 1:
             raise NotImplementedError(f"{len(devices)} devices; one unified-memory device is run")
         pipeline_config.model.resolve(weights)
@@ -256,8 +263,10 @@ class PipelineModel(ABC, Generic[ContextT]):
         self.kv_cache_config = kv_cache_config
         self.weights = weights
         self.adapter = adapter
-        self.return_logits = return_logits
+        echo = pipeline_config.model.enable_echo
+        self.return_logits = ReturnLogits.ALL if echo else return_logits
         self.return_hidden_states = return_hidden_states
+        self.eagle_layers = eagle_layers
         self.max_seq_len = self.calculate_max_seq_len(pipeline_config, self.huggingface_config)
         self.install(session)
 
