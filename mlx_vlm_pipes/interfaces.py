@@ -61,7 +61,10 @@ class ReturnLogits(str, enum.Enum):
 
 
 class ReturnHiddenStates(str, enum.Enum):
-    """Which hidden states `execute` returns beside the logits (spec, section 1.7)."""
+    """Which hidden states `execute` returns beside the logits (spec, section 1.7).
+
+    EAGLE3: of all tokens, the outputs of the model's `eagle_layers` side by side, [T, k * E].
+    """
 
     NONE = "none"
     LAST = "last"
@@ -251,7 +254,8 @@ class PipelineModel(ABC, Generic[ContextT]):
         """Load the model. With `ModelConfig.enable_echo` it returns all logits.
 
         eagle_layers: the decoder layers, counted from 0, whose outputs `EAGLE3` returns, in this
-        order; a negative one counts from the last, as Python's indices do.
+        order: after the layer, and for the last one before the final norm. A negative one counts
+        from the last, as Python's indices do.
         """
         if len(devices) > 1:
             raise NotImplementedError(f"{len(devices)} devices; one unified-memory device is run")

@@ -38,7 +38,7 @@ from mlx_vlm_pipes.interfaces import (
 )
 from mlx_vlm_pipes.kv_cache import KVCacheInputs
 from mlx_vlm_pipes.nn.decoder import DecoderConfig
-from mlx_vlm_pipes.nn.language_model import LanguageModel
+from mlx_vlm_pipes.nn.language_model import LanguageModel, captured_layers
 from mlx_vlm_pipes.nn.lora_groups import group_fields, next_group_fields
 from mlx_vlm_pipes.nn.ragged import (
     active_images,
@@ -110,7 +110,8 @@ class CheckpointModel(LogProbabilitiesMixin, PipelineModelWithKVCache[ContextT])
     def load_parts(self, session: InferenceSession) -> list[Model]:
         """Read the weights through the adapter; the tower, if any, and the language model.
 
-        Raises: WeightsError naming missing, unexpected and mis-shaped tensors.
+        Raises: ConfigError for eagle_layers that there are not; WeightsError naming missing,
+        unexpected and mis-shaped tensors.
         """
         config, changes = self.read_config(self.pipeline_config)
         state = canonical_state(
@@ -118,6 +119,9 @@ class CheckpointModel(LogProbabilitiesMixin, PipelineModelWithKVCache[ContextT])
         )
         tower, decoder_config = self.blueprint(
             config, self.pipeline_config, state, self.return_logits, self.return_hidden_states
+        )
+        captured = captured_layers(
+            self.return_hidden_states, self.eagle_layers, decoder_config.num_layers
         )
         parts = []
         if tower is not None:
@@ -129,6 +133,7 @@ class CheckpointModel(LogProbabilitiesMixin, PipelineModelWithKVCache[ContextT])
             self.kv_params,
             self.return_logits,
             self.return_hidden_states,
+            captured=captured,
             compile=session.compile,
         )
         return [*parts, Model(self.language, loaded.weights)]

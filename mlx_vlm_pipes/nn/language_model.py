@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 
 import mlx.core as mx
 import numpy as np
@@ -12,7 +13,7 @@ from mlx_vlm_pipes.errors import ConfigError, InputError
 from mlx_vlm_pipes.interfaces import ModelOutputs, Phase, ReturnHiddenStates, ReturnLogits, StepMode
 from mlx_vlm_pipes.kv_cache import KVCacheInputs, Layer, RowCacheInputs, cache_format, rows_of
 from mlx_vlm_pipes.nn.attention import decode_mask
-from mlx_vlm_pipes.nn.decoder import DecodeStep, DenseDecoder, PrefillRow, last_tokens
+from mlx_vlm_pipes.nn.decoder import Capture, DecodeStep, DenseDecoder, PrefillRow, last_tokens
 from mlx_vlm_pipes.nn.lora_groups import token_slots
 from mlx_vlm_pipes.nn.ragged import merge_image_features
 
@@ -25,10 +26,35 @@ def can_compile() -> bool:
     return on_gpu or shutil.which("g++") is not None or shutil.which("c++") is not None
 
 
+def captured_layers(
+    kind: ReturnHiddenStates, eagle_layers: Sequence[int] | None, count: int
+) -> tuple[int, ...]:
+    """The decoder layers whose outputs are returned, counted from 0, of `count` layers.
+
+    Raises: ConfigError naming eagle_layers, where EAGLE3 has none, others have some, or a layer
+    does not exist.
+    """
+    layers = tuple(eagle_layers or ())
+    if kind is not ReturnHiddenStates.EAGLE3:
+        if eagle_layers is not None:
+            raise ConfigError(
+                f"eagle_layers with return_hidden_states {kind.value!r}; they go with 'eagle3' only"
+            )
+        return ()
+    wrong = [layer for layer in layers if not -count <= layer < count]
+    if wrong or not layers:
+        raise ConfigError(
+            f"eagle_layers {list(layers) or 'missing'} for return_hidden_states 'eagle3'; list "
+            f"decoder layers from 0 to {count - 1}, or from -{count} to -1"
+        )
+    return tuple(layer % count for layer in layers)
+
+
 class LanguageModel:
     """A decoder and its compiled step. Holds weights only; the cache comes with each call.
 
     adapters and adapter_ranks: names and ranks of its LoRA adapters, in the order of their slots.
+    captured: the layers whose outputs are the hidden states of EAGLE3, from `captured_layers`.
     traces counts how often the compiled decode step was traced: once per (slots, capacity) bucket.
     """
 
@@ -39,13 +65,13 @@ class LanguageModel:
         return_logits: ReturnLogits,
         return_hidden_states: ReturnHiddenStates = ReturnHiddenStates.NONE,
         *,
+        captured: Sequence[int] = (),
         compile: bool = True,
     ) -> None:
-        if return_hidden_states is ReturnHiddenStates.EAGLE3:
-            raise ConfigError("return_hidden_states 'eagle3' needs a list of layers; none is set")
         self.decoder = decoder
         self.return_logits = return_logits
         self.return_hidden_states = return_hidden_states
+        self._captured = captured
         self.adapters, self.adapter_ranks = decoder.adapter_names, decoder.adapter_ranks
         self.traces = 0
         self._format = cache_format(kv_params)
@@ -94,13 +120,21 @@ class LanguageModel:
         slots = token_slots(mode, tokens.shape[0], self.adapters)
         tail = self._tail(bounds, return_n_logits)
         rows = self._prefill_rows(kv, bounds, position_ids)
-        if self.return_hidden_states in (ReturnHiddenStates.ALL, ReturnHiddenStates.ALL_NORMALIZED):
-            h = self.decoder.prefill(h, rows, slots)
+        capture = Capture(self._captured) if self._captured else None
+        if self._wants_all_tokens():
+            h = self.decoder.prefill(h, rows, slots, None, capture)
             picked = h if tail is None else h[last_tokens(rows, tail)]
         else:
-            picked = h = self.decoder.prefill(h, rows, slots, tail)
+            picked = h = self.decoder.prefill(h, rows, slots, tail, capture)
+        h = h if capture is None else capture.joined()
         kv.wrote(np.diff(bounds).tolist())
         return self._outputs(h, picked, bounds, tail)
+
+    def _wants_all_tokens(self) -> bool:
+        """Whether the last layer's output is returned for all tokens of a step."""
+        every = (ReturnHiddenStates.ALL, ReturnHiddenStates.ALL_NORMALIZED)
+        is_captured = self.decoder.config.num_layers - 1 in self._captured
+        return is_captured or self.return_hidden_states in every
 
     def _tail(self, bounds: np.ndarray, return_n_logits: mx.array) -> int | None:
         """How many last tokens of each row get logits, None for all of them.
@@ -140,7 +174,8 @@ class LanguageModel:
         position_ids: mx.array | None,
         mode: StepMode,
     ) -> tuple[mx.array, mx.array]:
-        """The compiled step: hidden states [B, E] and logits [B, V], batch arrays updated."""
+        """The compiled step: hidden states [B, E], or the captured ones [B, layers * E], and
+        logits [B, V]; batch arrays updated."""
         cache, count = kv.cache, len(kv.rows)
         cache.place(kv.rows)
         tokens = tokens.astype(mx.uint32)  # what argmax gives; another type would be traced again
@@ -176,13 +211,17 @@ class LanguageModel:
             slots=slots,
         )
         h = decoder.scale_embeddings(decoder.embed(tokens))
-        h, written = decoder.decode(h, layers, step)
-        return h, decoder.logits(h), *(a for layer in written for a in layer)
+        capture = Capture(self._captured) if self._captured else None
+        h, written = decoder.decode(h, layers, step, capture)
+        hidden = h if capture is None else capture.joined()
+        return hidden, decoder.logits(h), *(a for layer in written for a in layer)
 
     def _no_rows(self, tokens: mx.array) -> ModelOutputs:
         """An empty batch: logits [0, V]."""
         logits = mx.zeros((0, self.decoder.config.vocab_size), mx.float32)
-        return self._one_token_outputs(self.decoder.embed(tokens), logits)
+        width = self.decoder.config.hidden_size * max(1, len(self._captured))
+        hidden = mx.zeros((0, width), self.decoder.embed(tokens).dtype)
+        return self._one_token_outputs(hidden, logits)
 
     def _one_token_outputs(self, hidden: mx.array, logits: mx.array) -> ModelOutputs:
         """Every row has one active token, so all the ways of returning logits coincide."""
@@ -210,7 +249,7 @@ class LanguageModel:
 
     def _hidden(self, h: mx.array, last: mx.array) -> mx.array | None:
         kind = self.return_hidden_states
-        if kind is ReturnHiddenStates.ALL:
+        if kind in (ReturnHiddenStates.ALL, ReturnHiddenStates.EAGLE3):
             return h
         if kind is ReturnHiddenStates.ALL_NORMALIZED:
             return self.decoder.norm(h)
