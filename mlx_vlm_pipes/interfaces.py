@@ -335,6 +335,11 @@ class PipelineModel(ABC, Generic[ContextT]):
     ) -> ModelInputs:
         """Inputs of the decode step after `prev`; next_tokens [B], not synchronised."""
 
+    def as_replicas(self, contexts: Sequence[ContextT]) -> list[Sequence[ContextT]]:
+        """A batch as `prepare_initial_token_inputs` takes it, all rows in the first replica."""
+        others = self.pipeline_config.model.data_parallel_degree - 1
+        return [contexts, *([] for _ in range(others))]
+
     def encode_images(self, images: Sequence[ImageMetadata]) -> list[Buffer]:
         """Vision rows [M_i, E] of each image, independent of its neighbours. Lazy.
 

@@ -17,6 +17,7 @@ from mlx_vlm_pipes.checkpoint.state import LANGUAGE, StateDict, part, tower_stat
 from mlx_vlm_pipes.config import KVCacheConfig, KVCacheParams, PipelineConfig
 from mlx_vlm_pipes.contexts import ImageMetadata, TextAndVisionContext, TextContext
 from mlx_vlm_pipes.dtypes import DeviceRef, DType
+from mlx_vlm_pipes.errors import ConfigError
 from mlx_vlm_pipes.hf_config import AutoConfig
 from mlx_vlm_pipes.interfaces import (
     Buffer,
@@ -45,8 +46,8 @@ from mlx_vlm_pipes.nn.ragged import (
     flat_tokens,
     image_token_indices,
     require_image_rows,
+    require_replicas,
     row_offsets,
-    single_replica,
     step_phase,
 )
 from mlx_vlm_pipes.weights.layout import Layout, Transform
@@ -190,6 +191,11 @@ class VisionLanguageModel(
     language_model: Model
 
     def install(self, session: InferenceSession) -> None:
+        degree = self.pipeline_config.model.data_parallel_degree
+        if degree != 1:
+            raise ConfigError(
+                f"data_parallel_degree {degree}; {type(self).__name__} runs one replica, use 1"
+            )
         self.vision_model, self.language_model = self.load_model(session)
 
     def load_model(self, session: InferenceSession) -> tuple[Model, Model]:
@@ -266,7 +272,7 @@ class VisionLanguageModel(
         Raises: ConfigError for more than one replica, UnknownAdapter, ImageTokenMismatch for a
         picture with more or fewer placeholders than vision rows, and what the room's `pack` raises.
         """
-        single_replica(replica_batches)
+        require_replicas(replica_batches)
         contexts = replica_batches[0]
         images = active_images(contexts)
         has_pixels = bool(images) and image_embeddings is None
