@@ -52,7 +52,7 @@ def run_slice(
         if image.start_idx < row.context.tokens.current_position
     ]
     inputs = model.prepare_initial_token_inputs(
-        [[row.context for row in rows]],
+        model.as_replicas([row.context for row in rows]),
         kv,
         return_n_logits,
         image_embeddings=mx.concatenate(features) if features else None,

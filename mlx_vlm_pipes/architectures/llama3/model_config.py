@@ -226,13 +226,15 @@ class Llama3Config(ArchConfigWithKVCache):
         kv_cache_config: KVCacheConfig,
         cache_dtype: DType,
     ) -> KVCacheParams:
+        """One device holds the rows of all replicas: its cache is that of degree 1."""
+        degree = 1 if len(devices) == 1 else pipeline_config.model.data_parallel_degree
         return kv_cache_config.to_params(
             dtype=cache_dtype,
             n_kv_heads=_num_kv_heads(huggingface_config),
             head_dim=Llama3Config.get_head_dim(huggingface_config),
             num_layers=Llama3Config.get_num_layers(huggingface_config),
             devices=devices,
-            data_parallel_degree=pipeline_config.model.data_parallel_degree,
+            data_parallel_degree=degree,
         )
 
     @staticmethod
