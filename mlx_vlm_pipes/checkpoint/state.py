@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +60,11 @@ class StateDict(dict[str, WeightData]):
         self.scaled = scaled  # None where nothing was scaled
         self.layout = layout
         self.prefix = prefix
+
+    def keep(self, names: Collection[str]) -> None:
+        """Forget all tensors but these."""
+        for name in [name for name in self if name not in names]:
+            del self[name]
 
     def below(self, prefix: str) -> StateDict:
         """The tensors below a prefix, named relative to it."""
