@@ -64,7 +64,8 @@ class Ours:
 
     def __init__(self, folder: Path) -> None:
         from mlx_vlm_pipes.architectures.registry import find_room
-        from mlx_vlm_pipes.engine.scheduler import EngineConfig, Scheduler
+        from mlx_vlm_pipes.engine.scheduler import Scheduler
+        from mlx_vlm_pipes.engine.state import EngineConfig
         from mlx_vlm_pipes.hf_config import read_config
         from mlx_vlm_pipes.loading import LoadOptions, load_model
 

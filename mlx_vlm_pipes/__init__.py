@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from mlx_vlm_pipes.config import KVCacheConfig, ModelConfig, PipelineConfig
     from mlx_vlm_pipes.contexts import SamplingParams
     from mlx_vlm_pipes.engine.requests import Chunk, Timings, Usage
-    from mlx_vlm_pipes.engine.scheduler import EngineConfig
+    from mlx_vlm_pipes.engine.state import EngineConfig
     from mlx_vlm_pipes.errors import PipesError
     from mlx_vlm_pipes.loading import load
     from mlx_vlm_pipes.pipeline import GenerationResult, Pipeline
@@ -25,7 +25,7 @@ __all__ = [
 
 _HOMES = {
     "Chunk": "engine.requests",
-    "EngineConfig": "engine.scheduler",
+    "EngineConfig": "engine.state",
     "GenerationResult": "pipeline",
     "KVCacheConfig": "config",
     "ModelConfig": "config",

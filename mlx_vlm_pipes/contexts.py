@@ -6,6 +6,7 @@ Numpy only, so that `processing` can build contexts without MLX. `interfaces` re
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -164,10 +165,30 @@ class GenerationStatus(str, enum.Enum):
         return self is not GenerationStatus.ACTIVE
 
 
+@dataclass(frozen=True)
+class ImageMetadata:
+    """One image (or frame, or clip) of a prompt.
+
+    start_idx, end_idx: half-open range of its placeholder tokens. pixel_values: the room's
+    layout (spec, section 2). image_hash: content hash, equal only for equal pixels after equal
+    processing.
+    """
+
+    start_idx: int
+    end_idx: int
+    pixel_values: np.ndarray
+    image_hash: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start_idx < self.end_idx:
+            raise InputError(f"image range [{self.start_idx}, {self.end_idx}) is not a range")
+
+
 @dataclass(kw_only=True)
 class TextContext:
     """A text request. max_length bounds prompt plus generated tokens.
 
+    images: none here; `TextAndVisionContext` has them.
     Raises: ContextTooLong when `min_tokens + prompt_length > max_length`.
     """
 
@@ -182,6 +203,7 @@ class TextContext:
     sampling_params: SamplingParams = field(default_factory=SamplingParams)
     model_name: str = ""
     status: GenerationStatus = GenerationStatus.ACTIVE
+    images: Sequence[ImageMetadata] = field(default=(), init=False)
 
     def __post_init__(self) -> None:
         if self.min_tokens + self.tokens.prompt_length > self.max_length:
@@ -201,6 +223,32 @@ class TextContext:
     @property
     def is_initial_prompt(self) -> bool:
         return self.tokens.processed_length == 0
+
+    @property
+    def image_idx(self) -> int:
+        """Index of the first image that is not processed yet, else the number of images."""
+        done = self.tokens.processed_length
+        return next((i for i, m in enumerate(self.images) if done < m.end_idx), len(self.images))
+
+    @property
+    def next_images(self) -> Sequence[ImageMetadata]:
+        """The images whose placeholders are not all processed yet."""
+        return self.images[self.image_idx :]
+
+    @property
+    def needs_vision_encoding(self) -> bool:
+        return self.image_idx < len(self.images)
+
+    @property
+    def image_token_indices(self) -> np.ndarray:
+        """int32 positions, in all tokens, of the placeholders that receive a vision row."""
+        spans = [self.placeholder_positions(image) for image in self.images]
+        return np.concatenate([np.zeros(0, np.int32), *spans]).astype(np.int32)
+
+    def placeholder_positions(self, image: ImageMetadata) -> np.ndarray:
+        """int32 positions of one image's placeholders, in all tokens."""
+        span = self.tokens[image.start_idx : image.end_idx]
+        return (np.flatnonzero(span == span[0]) + image.start_idx).astype(np.int32)
 
     def update(self, token: int, log_probabilities: Any = None) -> None:
         """Take a generated token; the status says whether it was the last one."""
@@ -223,25 +271,6 @@ class TextContext:
         return len(self.tokens) >= self.max_length
 
 
-@dataclass(frozen=True)
-class ImageMetadata:
-    """One image (or frame, or clip) of a prompt.
-
-    start_idx, end_idx: half-open range of its placeholder tokens. pixel_values: the room's
-    layout (spec, section 2). image_hash: content hash, equal only for equal pixels after equal
-    processing.
-    """
-
-    start_idx: int
-    end_idx: int
-    pixel_values: np.ndarray
-    image_hash: int | None = None
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.start_idx < self.end_idx:
-            raise InputError(f"image range [{self.start_idx}, {self.end_idx}) is not a range")
-
-
 @dataclass(kw_only=True)
 class TextAndVisionContext(TextContext):
     """A request with pictures, whose placeholders are already expanded in the tokens.
@@ -251,7 +280,7 @@ class TextAndVisionContext(TextContext):
     """
 
     vision_token_ids: list[int]
-    images: list[ImageMetadata] = field(default_factory=list)
+    images: Sequence[ImageMetadata] = field(default_factory=list)
     extra_model_args: dict[str, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -271,27 +300,37 @@ class TextAndVisionContext(TextContext):
                 )
             end = image.end_idx
 
-    @property
-    def image_idx(self) -> int:
-        """Index of the first image that is not processed yet, else the number of images."""
-        done = self.tokens.processed_length
-        return next((i for i, m in enumerate(self.images) if done < m.end_idx), len(self.images))
 
-    @property
-    def next_images(self) -> list[ImageMetadata]:
-        return self.images[self.image_idx :]
+@dataclass(kw_only=True)
+class MRopeContext(TextAndVisionContext):
+    """A request whose tokens have positions on three axes: time, height and width (M-RoPE).
 
-    @property
-    def needs_vision_encoding(self) -> bool:
-        return self.image_idx < len(self.images)
+    decoder_position_ids: int64 [3, prompt]. rope_delta: what to add to a token's index behind the
+    last picture to get its position.
+    """
 
-    @property
-    def image_token_indices(self) -> np.ndarray:
-        """int32 positions, in all tokens, of the placeholders that receive a vision row."""
-        spans = [self.placeholder_positions(image) for image in self.images]
-        return np.concatenate([np.zeros(0, np.int32), *spans]).astype(np.int32)
+    rope_delta: int = 0
+    decoder_position_ids: np.ndarray = field(default_factory=lambda: np.zeros((3, 0), np.int64))
 
-    def placeholder_positions(self, image: ImageMetadata) -> np.ndarray:
-        """int32 positions of one image's placeholders, in all tokens."""
-        span = self.tokens[image.start_idx : image.end_idx]
-        return (np.flatnonzero(span == span[0]) + image.start_idx).astype(np.int32)
+    def refresh_positions(self) -> None:
+        """Recompute positions and rope_delta over all tokens, generated ones included."""
+        raise NotImplementedError(f"{type(self).__name__} does not compute positions")
+
+    def require_pixels(self) -> None:
+        """Raises: InputError if the pictures were given without what encoding them needs."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what its pictures need")
+
+    def active_positions(self) -> np.ndarray:
+        """Positions of the active tokens, int64 [3, active tokens].
+
+        Tokens that have grown since the positions were made (a reset) get new ones.
+        """
+        tokens = self.tokens
+        if not self.needs_vision_encoding:
+            start = tokens.processed_length + self.rope_delta
+            text = np.arange(start, start + tokens.active_length)
+            return np.broadcast_to(text, (3, len(text)))
+        if self.decoder_position_ids.shape[1] != len(tokens):
+            self.require_pixels()
+            self.refresh_positions()
+        return self.decoder_position_ids[:, tokens.processed_length : tokens.current_position]

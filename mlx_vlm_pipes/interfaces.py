@@ -7,13 +7,14 @@ Source: the documented pipeline API (spec, sections 1.1, 1.7 and 1.9).
 from __future__ import annotations
 
 import enum
+import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
 from mlx_vlm_pipes.contexts import (
@@ -25,7 +26,9 @@ from mlx_vlm_pipes.contexts import (
     TokenBuffer,
 )
 from mlx_vlm_pipes.dtypes import Device, DeviceRef, DType
-from mlx_vlm_pipes.errors import ConfigError, InputError
+from mlx_vlm_pipes.errors import ConfigError
+from mlx_vlm_pipes.log_probabilities import LogProbabilities, LogProbabilitiesMixin
+from mlx_vlm_pipes.session import InferenceSession, Model
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -36,14 +39,17 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AlwaysSignalBuffersMixin", "ArchConfigWithKVCache", "Buffer", "EOSTracker", "ImageMetadata",
-    "InferenceSession", "LogProbabilities", "LogProbabilitiesMixin", "Model", "ModelInputs",
-    "ModelOutputs", "PipelineModel", "PipelineModelWithKVCache", "ReturnHiddenStates",
-    "ReturnLogits", "SamplingParams", "TextAndVisionContext", "TextContext", "TokenBuffer",
-    "VisionWork",
+    "InferenceSession", "LayerWork", "LogProbabilities", "LogProbabilitiesMixin", "Model",
+    "ModelInputs", "ModelOutputs", "Phase", "PipelineModel", "PipelineModelWithKVCache",
+    "RaggedInputs", "ReturnHiddenStates", "ReturnLogits", "SamplingParams",
+    "TextAndVisionContext", "TextContext", "TokenBuffer", "VisionInputs",
 ]  # fmt: skip
 
 Buffer = mx.array
 ContextT = TypeVar("ContextT", bound=TextContext)
+PerDeviceT = TypeVar("PerDeviceT", Buffer, list[Buffer])
+KindT = TypeVar("KindT")
+InputsT = TypeVar("InputsT", bound="ModelInputs")
 
 
 class ReturnLogits(str, enum.Enum):
@@ -65,6 +71,16 @@ class ReturnHiddenStates(str, enum.Enum):
     EAGLE3 = "eagle3"
 
 
+class Phase(enum.Enum):
+    """What a step does with its rows: read (part of) a prompt, or one token of each row.
+
+    DECODE promises that every row runs its last token alone and that no vision rows go in.
+    """
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
 @dataclass(kw_only=True)
 class ModelInputs:
     """What one step reads. The documented inputs add their own fields to these."""
@@ -73,6 +89,7 @@ class ModelInputs:
     lora_ids: Buffer | None = None
     lora_ranks: Buffer | None = None
     hidden_states: Buffer | list[Buffer] | None = None
+    phase: Phase = Phase.PREFILL
 
     def update(self, **values: Any) -> None:
         """Overwrite existing fields with the values that are not None."""
@@ -84,6 +101,54 @@ class ModelInputs:
     @property
     def buffers(self) -> tuple[Buffer, ...]:
         raise NotImplementedError(f"{type(self).__name__} does not list its buffers")
+
+    def active_tokens(self) -> list[list[int]]:
+        """This step's tokens, row by row. Waits for them."""
+        raise NotImplementedError(f"{type(self).__name__} has no rows of tokens")
+
+
+def one_device(value: Buffer | list[Buffer]) -> Buffer:
+    """The array itself, where inputs list one for each device."""
+    return value[0] if isinstance(value, list) else value
+
+
+class RaggedInputs(ModelInputs, Generic[PerDeviceT]):
+    """Inputs whose rows lie behind one another on a flat token axis.
+
+    Each room's dataclass has these fields in its own documented order. PerDeviceT is an array, or
+    a list with one array for each device.
+    """
+
+    tokens: Buffer
+    input_row_offsets: PerDeviceT
+    return_n_logits: Buffer
+
+    def active_tokens(self) -> list[list[int]]:
+        flat: list[int] = np.array(self.tokens).tolist()
+        bounds: list[int] = np.array(one_device(self.input_row_offsets)).tolist()
+        return [flat[begin:end] for begin, end in itertools.pairwise(bounds)]
+
+
+class VisionInputs(RaggedInputs[PerDeviceT]):
+    """Ragged inputs with pictures: the tower's arguments, or the vision rows it made before.
+
+    vision_fields: names of the fields that the tower takes, in the order of its arguments.
+    per_device: whether these, offsets and indices are lists with one array for each device.
+    """
+
+    vision_fields: ClassVar[tuple[str, ...]]
+    per_device: ClassVar[bool] = False
+    image_token_indices: PerDeviceT | None
+    image_embeddings: Buffer | None
+
+    @property
+    def has_vision_inputs(self) -> bool:
+        """Whether this step has pixels to encode."""
+        return getattr(self, self.vision_fields[0]) is not None
+
+    def vision_arguments(self) -> list[Buffer]:
+        """What the tower is called with."""
+        return [one_device(getattr(self, name)) for name in self.vision_fields]
 
 
 @dataclass
@@ -97,26 +162,18 @@ class ModelOutputs:
 
 
 @dataclass(frozen=True)
-class VisionWork:
-    """What encoding one image holds at once, in elements: for plans, not for running.
+class LayerWork:
+    """What one layer of a tower or decoder holds at once, in elements: for plans, not for running.
 
-    patches x width are its hidden states, patches x heads the queries of all heads, patches x
-    inner the MLP's; scores are the attention weights of one layer, all heads.
+    tokens (or patches) x width are its hidden states, tokens x heads the queries of all heads,
+    tokens x inner the MLP's; scores are the attention weights of all heads.
     """
 
-    patches: int
+    tokens: int
     width: int
     heads: int
     inner: int
     scores: int
-
-
-@dataclass(frozen=True)
-class LogProbabilities:
-    """Natural-log probabilities of the scored tokens, and of the best tokens at each place."""
-
-    token_log_probabilities: list[float]
-    top_log_probabilities: list[dict[int, float]]
 
 
 class ArchConfigWithKVCache(ABC):
@@ -134,51 +191,6 @@ class ArchConfigWithKVCache(ABC):
 
     @abstractmethod
     def get_max_seq_len(self) -> int: ...
-
-
-class Model:
-    """A loaded, callable network. Call it as the module it holds."""
-
-    def __init__(self, module: Callable[..., Any], weights: Mapping[str, Buffer]) -> None:
-        self.module = module
-        self.weights = weights
-
-    def __call__(self, *buffers: Any) -> Any:
-        return self.module(*buffers)
-
-    def execute(self, *buffers: Any) -> list[Any]:
-        """As calling it, with the results always in a list."""
-        result = self.module(*buffers)
-        return list(result) if isinstance(result, (list, tuple)) else [result]
-
-
-@dataclass
-class InferenceSession:
-    """The devices and the compile switch that models are loaded with."""
-
-    devices: Sequence[Device] = ()
-    compile: bool = True
-
-    def load(
-        self, module: nn.Module, weights_registry: Mapping[str, Buffer] | None = None
-    ) -> Model:
-        """Install weights (all of them, strictly), evaluate them, and wrap the module."""
-        if weights_registry is not None:
-            module.load_weights(list(weights_registry.items()), strict=True)
-        parameters = module.parameters()
-        mx.eval(parameters)
-        module.eval()
-        return Model(module, dict(_flatten(parameters)))
-
-
-def _flatten(tree: Any, prefix: str = "") -> list[tuple[str, Buffer]]:
-    if isinstance(tree, Mapping):
-        items = [(str(k), v) for k, v in tree.items()]
-    elif isinstance(tree, (list, tuple)):
-        items = [(str(i), v) for i, v in enumerate(tree)]
-    else:
-        return [(prefix, tree)]
-    return [pair for k, v in items for pair in _flatten(v, f"{prefix}.{k}" if prefix else k)]
 
 
 class PipelineModel(ABC, Generic[ContextT]):
@@ -207,6 +219,10 @@ class PipelineModel(ABC, Generic[ContextT]):
         self.return_logits = return_logits
         self.return_hidden_states = return_hidden_states
         self.max_seq_len = self.calculate_max_seq_len(pipeline_config, self.huggingface_config)
+        self.install(session)
+
+    def install(self, session: InferenceSession) -> None:
+        """Load the networks: the constructor's last act. A model without its own loads nothing."""
 
     @property
     def huggingface_config(self) -> Any:
@@ -247,8 +263,14 @@ class PipelineModel(ABC, Generic[ContextT]):
         replica_batches: Sequence[Sequence[ContextT]],
         kv_cache_inputs: KVCacheInputs | None = None,
         return_n_logits: int = 1,
+        *,
+        image_embeddings: Buffer | None = None,
     ) -> ModelInputs:
-        """Ragged inputs for the active tokens of every context."""
+        """Ragged inputs for the active tokens of every context.
+
+        image_embeddings [M, E]: the vision rows of exactly the pictures with tokens among the
+        active ones, from `encode_images`. A text model refuses them.
+        """
 
     @abstractmethod
     def execute(self, model_inputs: ModelInputs) -> ModelOutputs:
@@ -263,12 +285,12 @@ class PipelineModel(ABC, Generic[ContextT]):
     def encode_images(self, images: Sequence[ImageMetadata]) -> list[Buffer]:
         """Vision rows [M_i, E] of each image, independent of its neighbours. Lazy.
 
-        The engine caches them and hands them back as `image_embeddings` of the step's inputs.
+        The engine caches them and hands them back as `image_embeddings` of a step.
         """
         raise NotImplementedError(f"{type(self).__name__} has no vision model")
 
-    def vision_work(self, image: ImageMetadata) -> VisionWork:
-        """What `encode_images` needs for one image."""
+    def vision_work(self, image: ImageMetadata) -> LayerWork:
+        """What a layer of the tower holds while it encodes one image."""
         raise NotImplementedError(f"{type(self).__name__} has no vision model")
 
     def compute_log_probabilities(
@@ -307,10 +329,24 @@ class TextSide(Protocol):
 
 
 class PipelineModelWithKVCache(PipelineModel[ContextT]):
-    """A model whose attention reads a KV cache; `kv_params` says of what shape."""
+    """A model whose attention reads a KV cache; `kv_params` says of what shape.
 
-    kv_params: KVCacheParams
+    model_config: the documented config, finalised. language: its text side.
+    """
+
+    model_config: Any
     language: TextSide
+
+    @cached_property
+    def kv_params(self) -> KVCacheParams:
+        """What `get_kv_params` makes of the model's own configuration."""
+        return self.get_kv_params(
+            self.huggingface_config,
+            self.pipeline_config,
+            self.device_refs,
+            self.kv_cache_config,
+            self.pipeline_config.model.cache_dtype,
+        )
 
     @property
     def cache_break_length(self) -> int | None:
@@ -321,39 +357,6 @@ class PipelineModelWithKVCache(PipelineModel[ContextT]):
     def adapters(self) -> tuple[str, ...]:
         """Names of the loaded LoRA adapters; their slots count from 1."""
         return self.language.adapters
-
-    def __init__(
-        self,
-        pipeline_config: PipelineConfig,
-        session: InferenceSession,
-        devices: list[Device],
-        kv_cache_config: KVCacheConfig,
-        weights: Weights,
-        adapter: WeightsAdapter | None = None,
-        return_logits: ReturnLogits = ReturnLogits.LAST_TOKEN,
-        return_hidden_states: ReturnHiddenStates = ReturnHiddenStates.NONE,
-    ) -> None:
-        super().__init__(
-            pipeline_config,
-            session,
-            devices,
-            kv_cache_config,
-            weights,
-            adapter,
-            return_logits,
-            return_hidden_states,
-        )
-        self.kv_params = self.get_kv_params(
-            self.huggingface_config,
-            pipeline_config,
-            self.device_refs,
-            kv_cache_config,
-            pipeline_config.model.cache_dtype,
-        )
-        self.install(session)
-
-    def install(self, session: InferenceSession) -> None:
-        """Load the networks: the constructor's last act. A model without its own loads nothing."""
 
     @classmethod
     @abstractmethod
@@ -379,89 +382,16 @@ class AlwaysSignalBuffersMixin:
         return self._signal_buffers
 
 
-class HasRaggedRows(Protocol):
-    """Inputs that say where each row of the flat batch begins."""
-
-    tokens: Buffer
-    input_row_offsets: Buffer | list[Buffer]
-
-
-class LogProbabilitiesMixin:
-    """Log-probabilities of sampled (and, with echo, prompt) tokens (spec, section 1.9)."""
-
-    def compute_log_probabilities(
-        self,
-        session: InferenceSession,
-        model_inputs: ModelInputs,
-        model_outputs: ModelOutputs,
-        next_tokens: Buffer,
-        batch_top_n: list[int],
-        batch_echo: list[bool],
-    ) -> list[LogProbabilities | None]:
-        """One entry per row, None where top_n is 0.
-
-        Raises: InputError for echo without logits of all active tokens (set enable_echo).
-        """
-        del session
-        inputs: HasRaggedRows = model_inputs  # pyright: ignore[reportAssignmentType]  # by duck
-        rows = _row_bounds(inputs)
-        sampled: list[int] = np.array(next_tokens).reshape(-1).tolist()
-        active: list[int] = np.array(inputs.tokens).tolist()
-        results: list[LogProbabilities | None] = []
-        for i, (top_n, echo) in enumerate(zip(batch_top_n, batch_echo, strict=True)):
-            if not top_n:
-                results.append(None)
-                continue
-            if echo:
-                logits = _echo_logits(model_outputs, i, rows)
-                scored = [*active[rows[i] + 1 : rows[i + 1]], sampled[i]]
-            else:
-                assert model_outputs.next_token_logits is not None
-                logits, scored = model_outputs.next_token_logits[i : i + 1], [sampled[i]]
-            results.append(log_probabilities(logits, scored, top_n))
-        return results
+def require_kind(value: object, kind: type[KindT]) -> KindT:
+    """The value, known to be of that class. Raises: TypeError for one of another class."""
+    if not isinstance(value, kind):
+        raise TypeError(f"expected {kind.__name__}, got {type(value).__name__}")
+    return value
 
 
-def log_probabilities(logits: Buffer, tokens: list[int], top_n: int) -> LogProbabilities:
-    """Score `tokens` under logits [len(tokens), V]; each place lists its top_n and its token."""
-    scores = logits.astype(mx.float32)
-    scores = scores - mx.logsumexp(scores, axis=-1, keepdims=True)
-    best = mx.argpartition(-scores, min(top_n, scores.shape[-1]) - 1, axis=-1)[:, :top_n]
-    index = mx.concatenate([best, mx.array(tokens)[:, None].astype(best.dtype)], axis=-1)
-    values = np.array(mx.take_along_axis(scores, index, axis=-1))
-    own: list[float] = []
-    tops: list[dict[int, float]] = []
-    for ids, row in zip(np.array(index).tolist(), values.tolist(), strict=True):
-        own.append(row[-1])
-        ranked = sorted(zip(ids, row, strict=True), key=lambda pair: -pair[1])
-        tops.append(dict(ranked))
-    return LogProbabilities(own, tops)
-
-
-def _row_bounds(inputs: HasRaggedRows) -> list[int]:
-    offsets = inputs.input_row_offsets
-    return np.array(offsets[0] if isinstance(offsets, list) else offsets).tolist()
-
-
-def _echo_logits(outputs: ModelOutputs, row: int, rows: list[int]) -> Buffer:
-    wanted = rows[row + 1] - rows[row]
-    if outputs.logit_offsets is None:
-        have = 1
-        begin = row
-    else:
-        bounds: list[int] = np.array(outputs.logit_offsets).tolist()
-        begin, have = bounds[row], bounds[row + 1] - bounds[row]
-    if have != wanted:
-        raise InputError(
-            f"echo needs logits of all {wanted} tokens of row {row}, there are {have}; "
-            "load the model with enable_echo"
-        )
-    return outputs.logits[begin : begin + have]
-
-
-def require_inputs(inputs: ModelInputs, kind: type[Any]) -> None:
-    """Raises: TypeError for another inputs class, ConfigError without a KV cache."""
-    if not isinstance(inputs, kind):
-        raise TypeError(f"expected {kind.__name__}, got {type(inputs).__name__}")
-    if inputs.kv_cache_inputs is None:
+def require_inputs(inputs: ModelInputs, kind: type[InputsT]) -> InputsT:
+    """The inputs of a step. Raises: TypeError for another class, ConfigError without a cache."""
+    own = require_kind(inputs, kind)
+    if own.kv_cache_inputs is None:
         raise ConfigError(f"{kind.__name__} without kv_cache_inputs; pass the cache of this batch")
+    return own

@@ -13,7 +13,7 @@ from mlx_vlm_pipes.architectures.registry import Room, find_room
 from mlx_vlm_pipes.config import KVCacheConfig, ModelConfig, PipelineConfig
 from mlx_vlm_pipes.dtypes import Device, DeviceSpec
 from mlx_vlm_pipes.engine.engine import Engine, default_engine_config, machine_memory
-from mlx_vlm_pipes.engine.scheduler import EngineConfig
+from mlx_vlm_pipes.engine.state import EngineConfig
 from mlx_vlm_pipes.engine.worker import OwnerThread
 from mlx_vlm_pipes.errors import CheckpointNotFound, ConfigError
 from mlx_vlm_pipes.hf_config import HuggingFaceConfig, read_json, text_config

@@ -113,7 +113,7 @@ class Pipeline:
     @property
     def config(self) -> Any:
         """The documented architecture config, finalised."""
-        return self.model.model_config  # pyright: ignore[reportAttributeAccessIssue]  # every room sets it
+        return self.model.model_config
 
     @property
     def tokenizer(self) -> Tokenizer:

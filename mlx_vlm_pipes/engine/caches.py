@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from mlx_vlm_pipes.contexts import TextAndVisionContext, TextContext
+from mlx_vlm_pipes.contexts import TextContext
 from mlx_vlm_pipes.kv_cache import CacheRow
 
 _SALT = 1 << 40  # above any token id
@@ -28,15 +28,14 @@ def prefix_keys(context: TextContext, salt: int = 0) -> np.ndarray:
     it. salt separates what must not be shared (adapters, LongRoPE tables).
     """
     keys = context.tokens.all.astype(np.int64) + salt * _SALT
-    if isinstance(context, TextAndVisionContext):
-        for image in context.images:
-            place = np.arange(image.end_idx - image.start_idx, dtype=np.uint64)
-            digest = image.image_hash
-            if digest is None:  # such an image equals no other
-                digest = secrets.randbits(63)
-            start = np.full(1, (digest + salt) % 2**64, dtype=np.uint64)
-            mixed = (start + place * _GOLDEN) | _SIGN  # negative: never a token id
-            keys[image.start_idx : image.end_idx] = mixed.view(np.int64)
+    for image in context.images:
+        place = np.arange(image.end_idx - image.start_idx, dtype=np.uint64)
+        digest = image.image_hash
+        if digest is None:  # such an image equals no other
+            digest = secrets.randbits(63)
+        start = np.full(1, (digest + salt) % 2**64, dtype=np.uint64)
+        mixed = (start + place * _GOLDEN) | _SIGN  # negative: never a token id
+        keys[image.start_idx : image.end_idx] = mixed.view(np.int64)
     return keys
 
 

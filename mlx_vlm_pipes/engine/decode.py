@@ -19,6 +19,7 @@ class Flight:
 
     jobs: list[Job]
     inputs: ModelInputs
+    kv: KVCacheInputs
     tokens: mx.array  # uint32 [B]
     logits: mx.array  # float32 [B, V]
 
@@ -63,7 +64,7 @@ class Decode:
         if any(self._ends_by_length(job) or self._crosses(job) for job in flight.jobs):
             return None
         inputs = self._state.model.prepare_next_token_inputs(flight.tokens, flight.inputs)
-        return self._launch(inputs, flight.jobs)
+        return self._launch(inputs, flight.kv, flight.jobs)
 
     def _ends_by_length(self, job: Job) -> bool:
         """Whether the token in flight is the last that this job may have."""
@@ -75,7 +76,6 @@ class Decode:
     def _crosses(self, job: Job) -> bool:
         """Whether the row's next token needs another rotary table than its cache has."""
         edge = self._state.model.cache_break_length
-        assert job.row is not None
         return edge is not None and job.row.length == edge
 
     def _take_crossing(self) -> list[Job]:
@@ -88,13 +88,12 @@ class Decode:
         """A decode step from the contexts' own tokens, after the rows have changed."""
         self.jobs.sort(key=_slot)  # rows that stay keep their slots, so nothing is moved
         jobs = list(self.jobs)
-        kv = cache_inputs(self._state.cache, [job.row for job in jobs if job.row is not None])
+        kv = cache_inputs(self._state.cache, [job.row for job in jobs])
         contexts = [job.context for job in jobs]
-        return self._launch(self._state.model.prepare_initial_token_inputs([contexts], kv), jobs)
+        inputs = self._state.model.prepare_initial_token_inputs([contexts], kv)
+        return self._launch(inputs, kv, jobs)
 
-    def _launch(self, inputs: ModelInputs, jobs: list[Job]) -> Flight:
-        kv = inputs.kv_cache_inputs
-        assert isinstance(kv, KVCacheInputs)
+    def _launch(self, inputs: ModelInputs, kv: KVCacheInputs, jobs: list[Job]) -> Flight:
         outputs = self._state.model.execute(inputs)
         increment_cache_lengths(kv, [1] * len(jobs))
         self._state.note_bucket()
@@ -103,7 +102,7 @@ class Decode:
         tokens = self._results.sample(logits, jobs)
         states = [a for job in jobs for a in job.sampler.state()]
         mx.async_eval(tokens, *states)
-        return Flight(jobs, inputs, tokens, logits)
+        return Flight(jobs, inputs, kv, tokens, logits)
 
     def _read(self, flight: Flight) -> None:
         """Wait for a step's tokens and hand them out; jobs that end leave."""
@@ -115,4 +114,4 @@ class Decode:
 
 def _slot(job: Job) -> float:
     """Place in the batch arrays; rows that are new come last."""
-    return float("inf") if job.row is None or job.row.slot is None else job.row.slot
+    return float("inf") if job.row.slot is None else job.row.slot

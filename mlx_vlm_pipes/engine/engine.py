@@ -11,15 +11,14 @@ import numpy as np
 
 from mlx_vlm_pipes.contexts import TextContext
 from mlx_vlm_pipes.engine.plan import Plan, make_plan
-from mlx_vlm_pipes.engine.prefill import image_key, pending_images, step_images
 from mlx_vlm_pipes.engine.requests import Handle
 from mlx_vlm_pipes.engine.scheduler import Scheduler
-from mlx_vlm_pipes.engine.state import EngineConfig, EngineState, EngineStats
+from mlx_vlm_pipes.engine.slices import prompt_logits
+from mlx_vlm_pipes.engine.state import EngineConfig, EngineStats
 from mlx_vlm_pipes.engine.text import StreamDecoder
 from mlx_vlm_pipes.engine.worker import OwnerThread
 from mlx_vlm_pipes.errors import EngineClosed
 from mlx_vlm_pipes.interfaces import PipelineModelWithKVCache
-from mlx_vlm_pipes.kv_cache import KVCache, cache_inputs, increment_cache_lengths
 
 
 class Engine:
@@ -55,7 +54,7 @@ class Engine:
 
     def prompt_logits(self, context: TextContext) -> np.ndarray:
         """float32 [T, V]: logits at every prompt position, outside the batch and its caches."""
-        return self.worker.call(lambda: _prompt_logits(self.scheduler.state, context))
+        return self.worker.call(lambda: prompt_logits(self.scheduler.state, context))
 
     def plan(self, context: TextContext) -> Plan:
         """What a request would need on this engine; nothing is computed."""
@@ -81,42 +80,6 @@ class Engine:
         self._finalizer()
 
 
-def _prompt_logits(state: EngineState, context: TextContext) -> np.ndarray:
-    """Slices of prefill in a cache of their own, logits of all positions kept."""
-    model, tokens = state.model, context.tokens
-    cache = KVCache(model.kv_params)
-    row = cache.new_row()
-    row.planned_length = len(tokens)
-    row.adapter = state.adapter_slot(context.model_name)
-    kv = cache_inputs(cache, [row])
-    features = _encode_all(state, context)
-    pieces = []
-    while tokens.active_length:
-        size = min(state.config.prefill_chunk, tokens.active_length)
-        tokens.chunk(size)
-        used = [features[image_key(image)] for image in step_images(context)]
-        extra = {"image_embeddings": mx.concatenate(used)} if used else {}
-        inputs = model.prepare_initial_token_inputs([[context]], kv, size, **extra)
-        outputs = model.execute(inputs)
-        increment_cache_lengths(kv, [size])
-        pieces.append(np.array(outputs.logits))
-        tokens.advance_chunk()
-    return np.concatenate(pieces)
-
-
-def _encode_all(state: EngineState, context: TextContext) -> dict[int, mx.array]:
-    """Vision rows of a context's pictures by key, encoded in micro-batches."""
-    images = {image_key(image): image for image in pending_images(context)}
-    keys, size = list(images), state.config.image_batch
-    features: dict[int, mx.array] = {}
-    for begin in range(0, len(keys), size):
-        part = keys[begin : begin + size]
-        rows = state.model.encode_images([images[key] for key in part])
-        mx.eval(rows)
-        features.update(zip(part, rows, strict=True))
-    return features
-
-
 def machine_memory() -> int:
     """Bytes: the device's memory where it has its own figure, else the machine's."""
     info = mx.device_info()
@@ -126,11 +89,10 @@ def machine_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def default_engine_config(memory_bytes: int, *, prefix_caching: bool = True) -> EngineConfig:
+def default_engine_config(memory_bytes: int) -> EngineConfig:
     """Half of the memory for keys and values, an eighth for prefixes, a 32nd for images."""
     return EngineConfig(
         kv_bytes=memory_bytes // 2,
         prefix_bytes=memory_bytes // 8,
         image_bytes=memory_bytes // 32,
-        enable_prefix_caching=prefix_caching,
     )

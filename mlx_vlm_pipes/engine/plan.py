@@ -15,9 +15,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_vlm_pipes.contexts import ImageMetadata, TextAndVisionContext, TextContext
+from mlx_vlm_pipes.contexts import ImageMetadata, TextContext
 from mlx_vlm_pipes.engine.state import EngineConfig, EngineState
-from mlx_vlm_pipes.interfaces import PipelineModelWithKVCache, VisionWork
+from mlx_vlm_pipes.interfaces import LayerWork, PipelineModelWithKVCache
 from mlx_vlm_pipes.kv_cache import capacity_bucket
 
 HIDDEN_STATES = 9
@@ -62,20 +62,16 @@ def make_plan(
     """The plan of one processed request on an otherwise idle engine."""
     tokens, limit = context.tokens, context.sampling_params.max_new_tokens
     new = min(limit or context.max_length, context.max_length - len(tokens))
-    images = context.images if isinstance(context, TextAndVisionContext) else []
     kv = capacity_bucket(len(tokens) + new) * state.model.kv_params.bytes_per_token
-    vision = _vision_bytes(state.model, images, state.config)
+    vision = _vision_bytes(state.model, context.images, state.config)
     prefill = _prefill_bytes(state.model, len(tokens), state.config)
     # A finished row is copied into the prefix cache while its own arrays are still there.
     copied = kv if state.config.enable_prefix_caching else 0
     peak = resident_bytes + kv + max(vision, prefill, copied)
     fits = peak <= memory_bytes and kv <= state.config.kv_bytes
-    placeholders = (
-        len(context.image_token_indices) if isinstance(context, TextAndVisionContext) else 0
-    )
     return Plan(
         len(tokens),
-        placeholders,
+        len(context.image_token_indices),
         new,
         kv,
         resident_bytes,
@@ -87,10 +83,10 @@ def make_plan(
     )
 
 
-def _transient(work: VisionWork, itemsize: int, *, fused: bool) -> float:
+def _transient(work: LayerWork, itemsize: int, *, fused: bool) -> float:
     widths = HIDDEN_STATES * work.width + HEAD_WIDTHS * work.heads + MLP_WIDTHS * work.inner
     scores = 0 if fused else SCORES * work.scores
-    return FIXED_BYTES + MARGIN * itemsize * (work.patches * widths + scores)
+    return FIXED_BYTES + MARGIN * itemsize * (work.tokens * widths + scores)
 
 
 def _vision_bytes(
@@ -110,8 +106,8 @@ def _prefill_bytes(model: PipelineModelWithKVCache, tokens: int, config: EngineC
     itemsize, fused = _compute(model)
     decoder = model.language.decoder.config
     chunk = min(tokens, config.prefill_chunk)
-    work = VisionWork(
-        patches=chunk,
+    work = LayerWork(
+        tokens=chunk,
         width=decoder.hidden_size,
         heads=decoder.num_heads * decoder.head_dim,
         inner=decoder.intermediate_size,

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
-from mlx_vlm_pipes.contexts import TextAndVisionContext, TextContext
+from mlx_vlm_pipes.contexts import ImageMetadata
 from mlx_vlm_pipes.engine.caches import common_prefix
 from mlx_vlm_pipes.engine.requests import Job
 from mlx_vlm_pipes.engine.results import Results
+from mlx_vlm_pipes.engine.slices import SliceRow, encode, image_key, run_slice
 from mlx_vlm_pipes.engine.state import EngineState
 from mlx_vlm_pipes.errors import InputError
-from mlx_vlm_pipes.interfaces import ImageMetadata, LogProbabilities, log_probabilities
-from mlx_vlm_pipes.kv_cache import cache_inputs, increment_cache_lengths
+from mlx_vlm_pipes.log_probabilities import LogProbabilities, log_probabilities
 
 Group = Sequence[tuple[Job, int]]  # the jobs of a slice, with the number of tokens of each
 
@@ -49,7 +49,7 @@ class Prefill:
         owners: dict[int, Job] = {}
         batch: dict[int, ImageMetadata] = {}
         for job in self.jobs:
-            for image in pending_images(job.context):
+            for image in job.context.next_images:
                 key = image_key(image)
                 if key in job.features or key in batch:
                     continue
@@ -65,9 +65,7 @@ class Prefill:
     def _encode(self, batch: dict[int, ImageMetadata]) -> dict[int, mx.array | Exception]:
         """Vision rows by key; an exception for each picture that cannot be encoded."""
         try:
-            rows = self._state.model.encode_images(list(batch.values()))
-            mx.eval(rows)
-            return dict(zip(batch, rows, strict=True))
+            return {**encode(self._state.model, batch)}
         except Exception as error:  # find out whose failure it is
             if len(batch) == 1:
                 return dict.fromkeys(batch, error)
@@ -82,7 +80,7 @@ class Prefill:
     ) -> None:
         """Give vision rows to the jobs that wait for them, and to the cache."""
         for key, rows in made.items():
-            waiting = [j for j in self.jobs if key in map(image_key, pending_images(j.context))]
+            waiting = [j for j in self.jobs if key in map(image_key, j.context.next_images)]
             if isinstance(rows, Exception):
                 for job in waiting:
                     self.jobs.remove(job)
@@ -93,13 +91,6 @@ class Prefill:
             owners[key].images_encoded += 1
             self._state.stats.images_encoded += 1
             self._state.images.put([batch[key].image_hash], [rows])
-
-    def _step_features(self, jobs: Sequence[Job]) -> mx.array | None:
-        """Vision rows of the pictures in this slice, in order."""
-        rows = [
-            job.features[image_key(image)] for job in jobs for image in step_images(job.context)
-        ]
-        return mx.concatenate(rows) if rows else None
 
     # ---- tokens
 
@@ -137,26 +128,18 @@ class Prefill:
     def _run(self, group: Group) -> None:
         """Run one ragged slice: keys and values into the rows, logits to the jobs that end."""
         jobs = [job for job, _ in group]
-        sizes = [size for _, size in group]
         for job, size in group:
             job.context.tokens.chunk(size)
         echo = jobs[0].wants_echo
-        kv = cache_inputs(self._state.cache, [job.row for job in jobs if job.row is not None])
-        features = self._step_features(jobs)
-        extra = {} if features is None else {"image_embeddings": features}
-        contexts = [job.context for job in jobs]
-        inputs = self._state.model.prepare_initial_token_inputs(
-            [contexts], kv, sizes[0] if echo else 1, **extra
-        )
-        outputs = self._state.model.execute(inputs)
-        increment_cache_lengths(kv, sizes)
+        rows = [SliceRow(job.context, job.row, job.features) for job in jobs]
+        count = group[0][1] if echo else 1
+        outputs = run_slice(self._state.model, self._state.cache, rows, count)
         logits = outputs.next_token_logits
         assert logits is not None
-        rows = [a for job in jobs if job.row is not None for a in job.row.arrays()]
-        mx.eval(logits, *rows)
+        mx.eval(logits, *(a for job in jobs for a in job.row.arrays()))
         if echo:
             _note_echo(jobs[0], outputs.logits)
-        self._state.stats.prefill_tokens += sum(sizes)
+        self._state.stats.prefill_tokens += sum(size for _, size in group)
         for i, (job, size) in enumerate(group):
             job.first_logits = logits[i : i + 1] if job.remaining_prompt == size else None
 
@@ -198,22 +181,6 @@ class Prefill:
 
 
 SHARED_MIN = 64  # tokens of a common prefix that are worth waiting for
-
-
-def pending_images(context: TextContext) -> list[ImageMetadata]:
-    """Pictures whose placeholders are not all processed yet."""
-    return context.next_images if isinstance(context, TextAndVisionContext) else []
-
-
-def step_images(context: TextContext) -> list[ImageMetadata]:
-    """Pictures with placeholders among the active tokens or before them, not fully processed."""
-    end = context.tokens.current_position
-    return [image for image in pending_images(context) if image.start_idx < end]
-
-
-def image_key(image: ImageMetadata) -> int:
-    """The picture's content hash; its identity where it has none."""
-    return image.image_hash if image.image_hash is not None else id(image)
 
 
 def _note_echo(job: Job, logits: mx.array) -> None:

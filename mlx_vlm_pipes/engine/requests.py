@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 import numpy as np
 
-from mlx_vlm_pipes.contexts import TextAndVisionContext, TextContext
+from mlx_vlm_pipes.contexts import TextContext
 from mlx_vlm_pipes.engine.sampling import RowSampler
 from mlx_vlm_pipes.engine.text import StreamDecoder, TextStream
-from mlx_vlm_pipes.interfaces import LogProbabilities
 from mlx_vlm_pipes.kv_cache import CacheRow
+from mlx_vlm_pipes.log_probabilities import LogProbabilities
 
 
 @dataclass(frozen=True)
@@ -162,8 +162,9 @@ class Job:
     """One request inside the engine. It owns its arrays; nothing else holds per-request state.
 
     keys: int64 [prompt], what the prefix cache compares. capacity: cache tokens at its longest.
-    features: vision rows, by image key, that its prompt still needs. first_logits: logits [1, V]
-    behind its prompt, until its first token is out. failure: what its sampler raised.
+    held: its cache row, from its admission to its end. features: vision rows, by image key, that
+    its prompt still needs. first_logits: logits [1, V] behind its prompt, until its first token
+    is out. failure: what its sampler raised.
     """
 
     context: TextContext
@@ -173,7 +174,7 @@ class Job:
     keys: np.ndarray
     capacity: int
     clock: Clock = field(default_factory=Clock)
-    row: CacheRow | None = None
+    held: CacheRow | None = None
     cached_tokens: int = 0
     images_encoded: int = 0
     features: dict[int, mx.array] = field(default_factory=dict)
@@ -181,6 +182,13 @@ class Job:
     failure: Exception | None = None
     prompt_logprobs: LogProbabilities | None = None
     echoed: list[LogProbabilities] = field(default_factory=list)
+
+    @property
+    def row(self) -> CacheRow:
+        """The cache row. Raises: RuntimeError for a job that waits or has ended."""
+        if self.held is None:
+            raise RuntimeError(f"request {self.context.request_id!r} runs without a cache row")
+        return self.held
 
     @property
     def top_logprobs(self) -> int:
@@ -196,13 +204,10 @@ class Job:
         return len(self.context.tokens) - self.context.tokens.processed_length
 
     def usage(self) -> Usage:
-        context, image_tokens = self.context, 0
-        if isinstance(context, TextAndVisionContext):
-            spans = [context.placeholder_positions(image) for image in context.images]
-            image_tokens = sum(len(span) for span in spans)
+        context = self.context
         return Usage(
             prompt_tokens=context.tokens.prompt_length,
-            image_tokens=image_tokens,
+            image_tokens=len(context.image_token_indices),
             cached_tokens=self.cached_tokens,
             images_encoded=self.images_encoded,
             completion_tokens=context.tokens.generated_length,

@@ -12,7 +12,7 @@ import mlx.core as mx
 from mlx_vlm_pipes.contexts import GenerationStatus
 from mlx_vlm_pipes.engine.requests import Chunk, Job
 from mlx_vlm_pipes.engine.state import EngineState
-from mlx_vlm_pipes.interfaces import log_probabilities
+from mlx_vlm_pipes.log_probabilities import log_probabilities
 
 
 class Results:
@@ -83,6 +83,6 @@ class Results:
 
     def _free(self, job: Job) -> None:
         job.features.clear()
-        if job.row is not None:
-            self._state.cache.release(job.row)
-            job.row = None
+        if job.held is not None:
+            self._state.cache.release(job.held)
+            job.held = None

@@ -20,8 +20,6 @@ from mlx_vlm_pipes.engine.text import StreamDecoder
 from mlx_vlm_pipes.interfaces import PipelineModelWithKVCache
 from mlx_vlm_pipes.kv_cache import KVCache
 
-__all__ = ["EngineConfig", "EngineStats", "Scheduler"]
-
 
 class Scheduler:
     """Owns all jobs. Knows models only through `PipelineModelWithKVCache`."""
@@ -103,7 +101,7 @@ class Scheduler:
                 return
             self.waiting.popleft()
             job.clock.started = time.perf_counter()
-            job.row = self.state.row_from_prefix(job)
+            job.held = self.state.row_from_prefix(job)
             self.state.prefixes.shrink(config.kv_bytes - need)
             self.prefilling.append(job)
 

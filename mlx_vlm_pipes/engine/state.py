@@ -123,16 +123,16 @@ class EngineState:
 
     # ---- rows
 
-    def new_row(self, job: Job) -> CacheRow:
-        """An empty row for a job's tokens."""
-        row = self.cache.new_row()
-        row.planned_length = len(job.context.tokens)
-        row.adapter = self.adapter_slot(job.context.model_name)
+    def new_row(self, context: TextContext, cache: KVCache | None = None) -> CacheRow:
+        """An empty row for a request's tokens, of the batch's cache or of another one."""
+        row = (cache or self.cache).new_row()
+        row.planned_length = len(context.tokens)
+        row.adapter = self.adapter_slot(context.model_name)
         return row
 
     def row_from_prefix(self, job: Job) -> CacheRow:
         """A row that starts with the longest cached prefix of a job's prompt."""
-        row, tokens = self.new_row(job), job.context.tokens
+        row, tokens = self.new_row(job.context), job.context.tokens
         if not self.config.enable_prefix_caching or job.wants_echo:
             return row
         length, stored = self.prefixes.match(job.keys)
@@ -148,18 +148,17 @@ class EngineState:
 
     def reset_row(self, job: Job) -> None:
         """Forget what is cached for a job; all its tokens become active again."""
-        if job.row is not None:
-            self.cache.release(job.row)
+        self.cache.release(job.row)
         tokens = job.context.tokens
         tokens.advance_chunk()  # lifts the limit of an unfinished slice
         tokens.rewind_processing(tokens.processed_length)
         job.cached_tokens = 0
         job.echoed.clear()
-        job.row = self.new_row(job)
+        job.held = self.new_row(job.context)
 
     def remember(self, job: Job) -> None:
-        """Keep what is cached for a job as a prefix for later ones."""
-        row, tokens = job.row, job.context.tokens
+        """Keep what is cached for a job, if anything is, as a prefix for later ones."""
+        row, tokens = job.held, job.context.tokens
         if row is None or not self.config.enable_prefix_caching:
             return
         length = min(row.length, len(tokens))

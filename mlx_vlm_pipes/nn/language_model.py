@@ -9,7 +9,7 @@ import numpy as np
 
 from mlx_vlm_pipes.config import KVCacheParams
 from mlx_vlm_pipes.errors import ConfigError, InputError
-from mlx_vlm_pipes.interfaces import ModelOutputs, ReturnHiddenStates, ReturnLogits
+from mlx_vlm_pipes.interfaces import ModelOutputs, Phase, ReturnHiddenStates, ReturnLogits
 from mlx_vlm_pipes.kv_cache import KVCacheInputs, Layer, RowCacheInputs, cache_format
 from mlx_vlm_pipes.nn.attention import decode_mask
 from mlx_vlm_pipes.nn.decoder import DecodeStep, DenseDecoder, PrefillRow, last_tokens
@@ -63,19 +63,21 @@ class LanguageModel:
         image_embeddings: mx.array | None = None,
         image_token_indices: mx.array | None = None,
         position_ids: mx.array | None = None,
+        phase: Phase = Phase.PREFILL,
     ) -> ModelOutputs:
         """One step over the active tokens of every row.
 
         Args: tokens int [T]; input_row_offsets [B + 1]; return_n_logits [1]; image_embeddings
-        [M, E] with image_token_indices [M]; position_ids [axes, T] for M-RoPE.
+        [M, E] with image_token_indices [M]; position_ids [axes, T] for M-RoPE; phase, as the
+        inputs say it.
         """
         (kv,) = kv_cache_inputs.inputs
         assert isinstance(kv, RowCacheInputs)
-        count = len(kv.rows)
-        is_decode = tokens.shape[0] == count and image_embeddings is None
-        # A lone token of a longer prompt is no decode step: LongRoPE looks at the whole prompt.
-        is_decode = is_decode and all(row.planned_length <= row.length + 1 for row in kv.rows)
-        if is_decode and kv.cache.can_place(kv.rows):
+        if not kv.rows:
+            return self._no_rows(tokens)
+        # Some of the rows that lie in the batch go prefill's way: placing them alone would push
+        # the others out.
+        if phase is Phase.DECODE and kv.cache.can_place(kv.rows):
             hidden, logits = self._decode(tokens, kv, position_ids)
             return self._one_token_outputs(hidden, logits)
         h = self.decoder.embed(tokens)
@@ -174,6 +176,11 @@ class LanguageModel:
         h = decoder.scale_embeddings(decoder.embed(tokens))
         h, written = decoder.decode(h, layers, step)
         return h, decoder.logits(h), *(a for layer in written for a in layer)
+
+    def _no_rows(self, tokens: mx.array) -> ModelOutputs:
+        """An empty batch: logits [0, V]."""
+        logits = mx.zeros((0, self.decoder.config.vocab_size), mx.float32)
+        return self._one_token_outputs(self.decoder.embed(tokens), logits)
 
     def _one_token_outputs(self, hidden: mx.array, logits: mx.array) -> ModelOutputs:
         """Every row has one active token, so all the ways of returning logits coincide."""

@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 import numpy as np
 
-from mlx_vlm_pipes.contexts import ImageMetadata, TextAndVisionContext, TextContext
+from mlx_vlm_pipes.contexts import ImageMetadata, TextContext
 from mlx_vlm_pipes.errors import ConfigError, ImageTokenMismatch
+from mlx_vlm_pipes.interfaces import Phase
 
 DROP = np.iinfo(np.int32).min  # an image row that has no place among the active tokens
 
@@ -35,7 +36,7 @@ def row_offsets(contexts: Sequence[TextContext]) -> mx.array:
     return mx.array(np.cumsum([0, *lengths]).astype(np.uint32))
 
 
-def active_images(contexts: Sequence[TextAndVisionContext]) -> list[ImageMetadata]:
+def active_images(contexts: Sequence[TextContext]) -> list[ImageMetadata]:
     """The images that this step encodes: those with tokens among the active ones, in order."""
     return [
         image
@@ -45,8 +46,15 @@ def active_images(contexts: Sequence[TextAndVisionContext]) -> list[ImageMetadat
     ]
 
 
+def step_phase(contexts: Sequence[TextContext]) -> Phase:
+    """DECODE where every row runs its last token alone and no vision rows go in."""
+    last = all(c.tokens.active_length == 1 and not c.tokens.is_chunked for c in contexts)
+    is_decode = contexts and last and not active_images(contexts)
+    return Phase.DECODE if is_decode else Phase.PREFILL
+
+
 def require_image_rows(
-    contexts: Sequence[TextAndVisionContext],
+    contexts: Sequence[TextContext],
     image_token_id: int | None,
     count_rows: Callable[[ImageMetadata], int],
 ) -> None:
@@ -68,7 +76,7 @@ def require_image_rows(
                 )
 
 
-def image_token_indices(contexts: Sequence[TextAndVisionContext]) -> np.ndarray:
+def image_token_indices(contexts: Sequence[TextContext]) -> np.ndarray:
     """Destination of every vision row of `active_images`, int32 [vision rows].
 
     Rows outside the active tokens (already processed, or in a later chunk) get DROP.

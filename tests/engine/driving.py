@@ -8,7 +8,8 @@ from typing import Any
 from mlx_vlm_pipes.architectures.registry import find_room
 from mlx_vlm_pipes.contexts import TextContext
 from mlx_vlm_pipes.engine.requests import Chunk, Handle
-from mlx_vlm_pipes.engine.scheduler import EngineConfig, Scheduler
+from mlx_vlm_pipes.engine.scheduler import Scheduler
+from mlx_vlm_pipes.engine.state import EngineConfig
 from mlx_vlm_pipes.hf_config import read_config, text_config
 from mlx_vlm_pipes.loading import LoadOptions, load_model
 from mlx_vlm_pipes.pipeline import sampling_params

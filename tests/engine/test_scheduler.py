@@ -11,7 +11,7 @@ import pytest
 from mlx_vlm_pipes.contexts import TokenBuffer
 from mlx_vlm_pipes.engine.requests import Handle
 from mlx_vlm_pipes.engine.sampling import RowSampler
-from mlx_vlm_pipes.engine.scheduler import EngineConfig
+from mlx_vlm_pipes.engine.state import EngineConfig
 from mlx_vlm_pipes.errors import InputError, OutOfBudget
 from mlx_vlm_pipes.kv_cache import row_bucket
 from tests.engine.driving import IDEFICS3, LLAMA, Driven, fixture_requests
@@ -201,6 +201,17 @@ def test_a_sampler_that_raises_fails_its_request_only(fresh: Driven) -> None:
         list(bad)
     assert [fresh.tokens(h) for h in handles] == alone
     assert fresh.tokens(after) == alone[0]
+
+
+def test_a_job_without_a_row_is_an_error(fresh: Driven) -> None:
+    fresh.restart(EngineConfig(prefill_chunk=2, enable_prefix_caching=False))
+    handle = fresh.submit(PROMPTS[0])
+    fresh.step()
+    (job,) = fresh.scheduler.prefilling
+    job.held = None  # dropped from the list, it would lend its tokens to its neighbour's row
+    fresh.finish()
+    with pytest.raises(RuntimeError, match="without a cache row"):
+        list(handle)
 
 
 def test_a_picture_that_cannot_be_encoded_fails_its_request_only(

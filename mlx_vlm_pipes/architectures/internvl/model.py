@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from typing import Any
 
 import mlx.core as mx
-import numpy as np
 
+from mlx_vlm_pipes.architectures.base import VisionLanguageModel
 from mlx_vlm_pipes.architectures.internvl.model_config import InternVLConfig, require_vision_config
 from mlx_vlm_pipes.architectures.internvl.vision_model import VisionModel, as_patches
 from mlx_vlm_pipes.architectures.internvl.weight_adapters import LAYOUTS, transforms
-from mlx_vlm_pipes.config import (
-    PipelineConfig,
-    upper_bounded_default,
-    weights_format,
-)
+from mlx_vlm_pipes.config import PipelineConfig, upper_bounded_default, weights_format
 from mlx_vlm_pipes.contexts import ImageMetadata, TextAndVisionContext
 from mlx_vlm_pipes.errors import InputError, WeightsError
 from mlx_vlm_pipes.hf_config import AutoConfig, lookup, text_config
@@ -23,30 +20,14 @@ from mlx_vlm_pipes.interfaces import (
     AlwaysSignalBuffersMixin,
     Buffer,
     InferenceSession,
+    LayerWork,
     Model,
-    ModelInputs,
-    ModelOutputs,
     ReturnHiddenStates,
     ReturnLogits,
-    VisionWork,
-    require_inputs,
+    VisionInputs,
 )
-from mlx_vlm_pipes.kv_cache import KVCacheInputs
-from mlx_vlm_pipes.nn.checkpoint_model import VisionLanguageModel
 from mlx_vlm_pipes.nn.decoder import DecoderConfig
-from mlx_vlm_pipes.nn.loading import (
-    LANGUAGE,
-    StateDict,
-    part,
-)
-from mlx_vlm_pipes.nn.ragged import (
-    active_images,
-    flat_tokens,
-    image_token_indices,
-    require_image_rows,
-    row_offsets,
-    single_replica,
-)
+from mlx_vlm_pipes.nn.loading import LANGUAGE, StateDict, part
 from mlx_vlm_pipes.nn.vision import pixel_array
 from mlx_vlm_pipes.weights.layout import Transform
 
@@ -57,7 +38,7 @@ TOKEN_BYTES = 100 * 2**10  # of activations, for each prompt token
 
 
 @dataclass
-class InternVLInputs(ModelInputs):
+class InternVLInputs(VisionInputs[list[Buffer]]):
     """One step's inputs; lists have one element, for the one device.
 
     tokens int32 [T]; input_row_offsets uint32 [B + 1]; return_n_logits int64 [1]; pixel_values
@@ -65,6 +46,8 @@ class InternVLInputs(ModelInputs):
     for each vision row. image_embeddings [rows, D] replaces the pixels where they are encoded.
     """
 
+    vision_fields = ("pixel_values",)
+    per_device = True
     tokens: Buffer
     input_row_offsets: list[Buffer]
     signal_buffers: list[Buffer]
@@ -73,15 +56,13 @@ class InternVLInputs(ModelInputs):
     image_token_indices: list[Buffer] | None = None
     image_embeddings: Buffer | None = field(default=None, kw_only=True)
 
-    @property
-    def has_vision_inputs(self) -> bool:
-        return self.pixel_values is not None
 
-
-class InternVLModel(AlwaysSignalBuffersMixin, VisionLanguageModel):
+class InternVLModel(AlwaysSignalBuffersMixin, VisionLanguageModel[InternVLInputs]):
     """InternVL in transformers' layout and in that of the original InternVLChatModel."""
 
+    model_config: InternVLConfig
     config_class = InternVLConfig
+    inputs_class = InternVLInputs
     layouts = LAYOUTS
 
     @staticmethod
@@ -116,12 +97,8 @@ class InternVLModel(AlwaysSignalBuffersMixin, VisionLanguageModel):
         return devices * (images * IMAGE_BYTES + tokens * TOKEN_BYTES)
 
     @classmethod
-    def read_config(
-        cls, pipeline_config: PipelineConfig
-    ) -> tuple[InternVLConfig, tuple[Transform, ...]]:
-        """What config.json alone says, and the changes of values that it implies."""
-        config = InternVLConfig.initialize(pipeline_config)
-        return config, transforms(config.vision_config)
+    def transforms(cls, config: InternVLConfig) -> tuple[Transform, ...]:
+        return transforms(config.vision_config)
 
     @classmethod
     def blueprint(
@@ -152,114 +129,45 @@ class InternVLModel(AlwaysSignalBuffersMixin, VisionLanguageModel):
 
     def count_rows(self, image: ImageMetadata) -> int:
         """Vision rows that the image becomes."""
-        shape, config = image.pixel_values.shape, self.model_config
-        patch = 1 if len(shape) == 6 else config.vision_config.patch_size
-        rows, columns = shape[-2:] if len(shape) == 4 else shape[1:3]
-        return shape[0] * (rows // patch) * (columns // patch) // config.shuffle_factor**2
+        tiles, rows, columns = self._grid(image)
+        return tiles * rows * columns // self.model_config.shuffle_factor**2
 
-    def encode_images(self, images: Sequence[ImageMetadata]) -> list[Buffer]:
-        """Vision rows [M_i, D] of each image. Images with tiles of one size share a batch."""
-        tiles = [self._tiles(image) for image in images]
-        groups: dict[tuple[int, ...], list[int]] = {}
-        for i, array in enumerate(tiles):
-            groups.setdefault(array.shape[1:3], []).append(i)
-        encoded: dict[int, Buffer] = {}
-        for members in groups.values():
-            batch = mx.concatenate([tiles[i] for i in members])
-            rows = self.vision_model(batch)
-            per_tile = rows.shape[0] // batch.shape[0]
-            ends = np.cumsum([tiles[i].shape[0] * per_tile for i in members])
-            pieces = mx.split(rows, ends[:-1].tolist())
-            encoded.update(zip(members, pieces, strict=True))
-        return [encoded[i] for i in range(len(images))]
+    def batch_key(self, image: ImageMetadata) -> tuple[int, int]:
+        """Rows and columns of patches of the image's tiles."""
+        return self._grid(image)[1:]
 
-    def prepare_initial_token_inputs(
-        self,
-        replica_batches: Sequence[Sequence[TextAndVisionContext]],
-        kv_cache_inputs: KVCacheInputs[Buffer, Buffer] | None = None,
-        return_n_logits: int = 1,
-        *,
-        image_embeddings: Buffer | None = None,
-    ) -> InternVLInputs:
-        """image_embeddings [rows, D]: rows of the step's images, encoded before.
-
-        Raises: ConfigError for more than one replica, InputError for tiles of several sizes,
-        ImageTokenMismatch for an image with more or fewer placeholders than vision rows.
-        """
-        single_replica(replica_batches)
-        contexts = [context for batch in replica_batches for context in batch]
-        require_image_rows(contexts, None, self.count_rows)
-        images = active_images(contexts)
-        pixels = indices = None
-        if images:
-            indices = [mx.array(image_token_indices(contexts))]
-            if image_embeddings is None:
-                pixels = [self._batch(images)]
-        return InternVLInputs(
-            tokens=flat_tokens(contexts),
-            input_row_offsets=[row_offsets(contexts)],
-            signal_buffers=self.signal_buffers,
-            return_n_logits=mx.array([return_n_logits]),
-            pixel_values=pixels,
-            image_token_indices=indices,
-            kv_cache_inputs=kv_cache_inputs,
-            image_embeddings=image_embeddings if images else None,
-        )
-
-    def vision_work(self, image: ImageMetadata) -> VisionWork:
-        vision = self.model_config.vision_config
-        tiles, patches = image.pixel_values.shape[0], (vision.image_size // vision.patch_size) ** 2
-        scores = tiles * vision.num_attention_heads * (patches + 1) ** 2
-        tokens, width = tiles * (patches + 1), vision.hidden_size
-        return VisionWork(tokens, width, width, vision.intermediate_size, scores)
-
-    def execute(self, model_inputs: ModelInputs) -> ModelOutputs:
-        """One step. Raises: TypeError for other inputs, ConfigError without a cache."""
-        require_inputs(model_inputs, InternVLInputs)
-        assert isinstance(model_inputs, InternVLInputs)
-        embeddings = model_inputs.image_embeddings
-        if embeddings is None and model_inputs.pixel_values is not None:
-            embeddings = self.vision_model(model_inputs.pixel_values[0])
-        indices = model_inputs.image_token_indices
-        return self.language_model(
-            model_inputs.tokens,
-            model_inputs.input_row_offsets[0],
-            model_inputs.return_n_logits,
-            model_inputs.kv_cache_inputs,
-            embeddings,
-            None if indices is None else indices[0],
-        )
-
-    def prepare_next_token_inputs(
-        self, next_tokens: Buffer, prev_model_inputs: ModelInputs
-    ) -> InternVLInputs:
-        """The decode step's inputs, lazily: next_tokens [B] becomes the tokens, images are gone."""
-        if not isinstance(prev_model_inputs, InternVLInputs):
-            raise TypeError(f"expected InternVLInputs, got {type(prev_model_inputs).__name__}")
-        return replace(
-            prev_model_inputs,
-            tokens=next_tokens,
-            input_row_offsets=[mx.arange(next_tokens.shape[0] + 1, dtype=mx.uint32)],
-            pixel_values=None,
-            image_token_indices=None,
-            image_embeddings=None,
-        )
-
-    def _tiles(self, image: ImageMetadata) -> Buffer:
-        """The image's tiles as [tiles, R, C, 3, p, p]."""
-        patch = self.model_config.vision_config.patch_size
-        return as_patches(pixel_array(image.pixel_values), patch)
-
-    def _batch(self, images: Sequence[ImageMetadata]) -> Buffer:
+    def pack(self, images: Sequence[ImageMetadata]) -> list[Buffer]:
         """All tiles of the images, [N, R, C, 3, p, p]. Raises: InputError for several sizes."""
-        tiles = [self._tiles(image) for image in images]
-        grids = {array.shape[1:3] for array in tiles}
+        grids = {self.batch_key(image) for image in images}
         if len(grids) > 1:
             raise InputError(
                 f"tiles of {sorted(grids)} patches in one step; resize all images to one size or"
                 " pass image_embeddings"
             )
-        return tiles[0] if len(tiles) == 1 else mx.concatenate(tiles)
+        patch = self.model_config.vision_config.patch_size
+        tiles = [as_patches(pixel_array(image.pixel_values), patch) for image in images]
+        return [tiles[0] if len(tiles) == 1 else mx.concatenate(tiles)]
+
+    def step_fields(
+        self, contexts: Sequence[TextAndVisionContext], *, has_pixels: bool
+    ) -> dict[str, Any]:
+        del contexts, has_pixels
+        return {"signal_buffers": self.signal_buffers}
+
+    def vision_work(self, image: ImageMetadata) -> LayerWork:
+        vision = self.model_config.vision_config
+        tiles, patches = image.pixel_values.shape[0], (vision.image_size // vision.patch_size) ** 2
+        scores = tiles * vision.num_attention_heads * (patches + 1) ** 2
+        tokens, width = tiles * (patches + 1), vision.hidden_size
+        return LayerWork(tokens, width, width, vision.intermediate_size, scores)
+
+    def _grid(self, image: ImageMetadata) -> tuple[int, int, int]:
+        """Tiles, and rows and columns of patches of each, for pixels cut into patches or not."""
+        shape = image.pixel_values.shape
+        if len(shape) == 6:
+            return shape[0], shape[1], shape[2]
+        patch = self.model_config.vision_config.patch_size
+        return shape[0], shape[-2] // patch, shape[-1] // patch
 
 
 def _first(size: int | Sequence[int]) -> int:

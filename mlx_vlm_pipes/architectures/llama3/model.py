@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import mlx.core as mx
 
+from mlx_vlm_pipes.architectures.base import CheckpointModel, following
 from mlx_vlm_pipes.architectures.llama3.model_config import Llama3Config, bounded_max_seq_len
 from mlx_vlm_pipes.architectures.llama3.weight_adapters import LAYOUTS
 from mlx_vlm_pipes.config import PipelineConfig
 from mlx_vlm_pipes.contexts import TextContext
+from mlx_vlm_pipes.errors import InputError
 from mlx_vlm_pipes.hf_config import AutoConfig, lookup, require_int
 from mlx_vlm_pipes.interfaces import (
     Buffer,
@@ -20,20 +22,20 @@ from mlx_vlm_pipes.interfaces import (
     ModelInputs,
     ModelOutputs,
     PipelineModelWithKVCache,
+    RaggedInputs,
     ReturnHiddenStates,
     ReturnLogits,
     require_inputs,
+    require_kind,
 )
 from mlx_vlm_pipes.kv_cache import KVCacheInputs
-from mlx_vlm_pipes.nn.checkpoint_model import CheckpointModel
 from mlx_vlm_pipes.nn.decoder import DecoderConfig
 from mlx_vlm_pipes.nn.loading import LANGUAGE, StateDict, part
-from mlx_vlm_pipes.nn.ragged import flat_tokens, row_offsets, single_replica
-from mlx_vlm_pipes.weights.layout import Transform
+from mlx_vlm_pipes.nn.ragged import flat_tokens, row_offsets, single_replica, step_phase
 
 
 @dataclass
-class Llama3Inputs(ModelInputs):
+class Llama3Inputs(RaggedInputs[Buffer]):
     """One step's inputs.
 
     tokens int32 [T]; input_row_offsets uint32 [B + 1]; return_n_logits int64 [1]. The LoRA
@@ -69,6 +71,7 @@ class Llama3Inputs(ModelInputs):
 class LlamaModelBase(CheckpointModel[TextContext], PipelineModelWithKVCache[TextContext]):
     """What Llama and OLMo share; `norm_method` tells them apart."""
 
+    model_config: Llama3Config
     config_class = Llama3Config
     layouts = LAYOUTS
     norm_method: Literal["rms_norm"] | Literal["layer_norm"]
@@ -87,13 +90,6 @@ class LlamaModelBase(CheckpointModel[TextContext], PipelineModelWithKVCache[Text
         limit = require_int(huggingface_config, "max_position_embeddings")
         kind = lookup(huggingface_config, "model_type", default="llama")
         return bounded_max_seq_len(kind, limit, pipeline_config.model.max_length)
-
-    @classmethod
-    def read_config(
-        cls, pipeline_config: PipelineConfig
-    ) -> tuple[Llama3Config, tuple[Transform, ...]]:
-        """What config.json alone says, and the changes of values that it implies (none)."""
-        return cls.config_class.initialize(pipeline_config), ()
 
     @classmethod
     def blueprint(
@@ -116,7 +112,7 @@ class LlamaModelBase(CheckpointModel[TextContext], PipelineModelWithKVCache[Text
 
     def load_model(self, session: InferenceSession) -> Model:
         """Read the weights through the adapter, build the decoder, install and evaluate."""
-        _, model = self.load_parts(session)
+        (model,) = self.load_parts(session)
         self.state_dict = dict(model.weights)
         return model
 
@@ -125,39 +121,42 @@ class LlamaModelBase(CheckpointModel[TextContext], PipelineModelWithKVCache[Text
         replica_batches: Sequence[Sequence[TextContext]],
         kv_cache_inputs: KVCacheInputs[Buffer, Buffer] | None = None,
         return_n_logits: int = 1,
+        *,
+        image_embeddings: Buffer | None = None,
     ) -> Llama3Inputs:
+        """Ragged inputs. Raises: InputError for image_embeddings: there is no place for them."""
+        if image_embeddings is not None:
+            raise InputError("image_embeddings for a text model; leave them out")
         single_replica(replica_batches, self.pipeline_config.model.data_parallel_degree)
         contexts = [context for batch in replica_batches for context in batch]
         return Llama3Inputs(
             tokens=flat_tokens(contexts),
             input_row_offsets=row_offsets(contexts),
             signal_buffers=self.signal_buffers,
-            return_n_logits=mx.array([return_n_logits]),
+            return_n_logits=mx.array([return_n_logits], dtype=mx.int64),
             kv_cache_inputs=kv_cache_inputs,
+            phase=step_phase(contexts),
         )
 
     def execute(self, model_inputs: ModelInputs) -> ModelOutputs:
         """One step. Raises: TypeError for other inputs, ConfigError without a cache."""
-        require_inputs(model_inputs, Llama3Inputs)
-        assert isinstance(model_inputs, Llama3Inputs)
+        inputs = require_inputs(model_inputs, Llama3Inputs)
         return self.model(
-            model_inputs.tokens,
-            model_inputs.input_row_offsets,
-            model_inputs.return_n_logits,
-            model_inputs.kv_cache_inputs,
+            inputs.tokens,
+            inputs.input_row_offsets,
+            inputs.return_n_logits,
+            inputs.kv_cache_inputs,
+            None,
+            None,
+            None,
+            inputs.phase,
         )
 
     def prepare_next_token_inputs(
         self, next_tokens: Buffer, prev_model_inputs: ModelInputs
     ) -> Llama3Inputs:
         """The decode step's inputs, lazily: next_tokens [B] becomes the tokens."""
-        if not isinstance(prev_model_inputs, Llama3Inputs):
-            raise TypeError(f"expected Llama3Inputs, got {type(prev_model_inputs).__name__}")
-        return replace(
-            prev_model_inputs,
-            tokens=next_tokens,
-            input_row_offsets=mx.arange(next_tokens.shape[0] + 1, dtype=mx.uint32),
-        )
+        return following(require_kind(prev_model_inputs, Llama3Inputs), next_tokens)
 
 
 class Llama3Model(LlamaModelBase):

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import cast
 
 import mlx.core as mx
-import numpy as np
 
+from mlx_vlm_pipes.architectures.mrope import MRopeInputs, MRopeModel
 from mlx_vlm_pipes.architectures.qwen2_5vl.context import (
     Qwen2_5VLImage,
     Qwen2_5VLTextAndVisionContext,
@@ -19,38 +18,21 @@ from mlx_vlm_pipes.architectures.qwen2_5vl.model_config import Qwen2_5VLConfig
 from mlx_vlm_pipes.architectures.qwen2_5vl.vision_model import VisionModel
 from mlx_vlm_pipes.architectures.qwen2_5vl.weight_adapters import LAYOUTS, transforms
 from mlx_vlm_pipes.config import PipelineConfig, weights_format
-from mlx_vlm_pipes.contexts import ImageMetadata, TextAndVisionContext
-from mlx_vlm_pipes.dtypes import Device
+from mlx_vlm_pipes.contexts import ImageMetadata
 from mlx_vlm_pipes.errors import ConfigError
 from mlx_vlm_pipes.hf_config import AutoConfig
 from mlx_vlm_pipes.interfaces import (
-    AlwaysSignalBuffersMixin,
     Buffer,
     InferenceSession,
+    LayerWork,
     Model,
-    ModelInputs,
-    ModelOutputs,
     ReturnHiddenStates,
     ReturnLogits,
-    VisionWork,
-    require_inputs,
+    require_kind,
 )
 from mlx_vlm_pipes.kv_cache import KVCacheInputs
-from mlx_vlm_pipes.nn.checkpoint_model import VisionLanguageModel
 from mlx_vlm_pipes.nn.decoder import DecoderConfig
-from mlx_vlm_pipes.nn.loading import (
-    LANGUAGE,
-    VISION,
-    StateDict,
-    part,
-)
-from mlx_vlm_pipes.nn.ragged import (
-    active_images,
-    flat_tokens,
-    image_token_indices,
-    row_offsets,
-    single_replica,
-)
+from mlx_vlm_pipes.nn.loading import LANGUAGE, VISION, StateDict, part
 from mlx_vlm_pipes.nn.vision import pixel_array
 from mlx_vlm_pipes.weights.layout import Transform
 
@@ -58,7 +40,7 @@ ACTIVATION_BYTES = 5 * 2**30  # the documented estimate
 
 
 @dataclass
-class Qwen2_5VLInputs(ModelInputs):
+class Qwen2_5VLInputs(MRopeInputs):
     """One step's inputs; every list holds one array, for the one device.
 
     tokens int32 [T]; input_row_offsets uint32 [B + 1]; position_ids uint32 [3, T], time, height
@@ -69,6 +51,10 @@ class Qwen2_5VLInputs(ModelInputs):
     place of all of them where the pictures are encoded already.
     """
 
+    vision_fields = (
+        "pixel_values", "vision_position_ids", "window_index", "cu_seqlens", "cu_window_seqlens",
+        "max_seqlen", "max_window_seqlen", "max_grid_size",
+    )  # fmt: skip
     tokens: Buffer
     input_row_offsets: list[Buffer]
     signal_buffers: list[Buffer]
@@ -86,16 +72,14 @@ class Qwen2_5VLInputs(ModelInputs):
     kv_cache_inputs: KVCacheInputs[Buffer, Buffer] = field(kw_only=True)  # pyright: ignore[reportIncompatibleVariableOverride]  # documented as required
     image_embeddings: Buffer | None = field(default=None, kw_only=True)
 
-    @property
-    def has_vision_inputs(self) -> bool:
-        return self.pixel_values is not None
 
+class Qwen2_5VLModel(MRopeModel[Qwen2_5VLInputs]):
+    """Qwen2.5-VL."""
 
-class Qwen2_5VLModel(AlwaysSignalBuffersMixin, VisionLanguageModel):
-    """Qwen2.5-VL. `model_config` is None until `load_model` has finalised it."""
-
-    model_config: Qwen2_5VLConfig | None = None
+    model_config: Qwen2_5VLConfig
     config_class = Qwen2_5VLConfig
+    inputs_class = Qwen2_5VLInputs
+    context_class = Qwen2_5VLTextAndVisionContext
     layouts = LAYOUTS
     tower_prefix = VISION
 
@@ -115,12 +99,8 @@ class Qwen2_5VLModel(AlwaysSignalBuffersMixin, VisionLanguageModel):
         return ACTIVATION_BYTES
 
     @classmethod
-    def read_config(
-        cls, pipeline_config: PipelineConfig
-    ) -> tuple[Qwen2_5VLConfig, tuple[Transform, ...]]:
-        """What config.json alone says, and the changes of values that it implies."""
-        config = Qwen2_5VLConfig.initialize(pipeline_config)
-        return config, transforms(config.vision_config)
+    def transforms(cls, config: Qwen2_5VLConfig) -> tuple[Transform, ...]:
+        return transforms(config.vision_config)
 
     @classmethod
     def blueprint(
@@ -148,150 +128,32 @@ class Qwen2_5VLModel(AlwaysSignalBuffersMixin, VisionLanguageModel):
             raise ConfigError(f"weight files {files[0].name}, ...; expected .safetensors")
         return super().load_model(session)
 
-    def encode_images(self, images: Sequence[ImageMetadata]) -> list[Buffer]:
-        """Decoder rows [M_i, E] of each picture or clip, all encoded in one batch. Lazy."""
-        if not images:
-            return []
-        data = self._vision_data(images)
-        rows = self.vision_model(*(fields[0] for fields in _vision_fields(data).values()))
-        unit = data.sizes.spatial_merge_size**2
-        counts = [t * h * w // unit for t, h, w in data.grids]
-        return list(mx.split(rows, np.cumsum(counts)[:-1].tolist()))
+    def count_rows(self, image: ImageMetadata) -> int:
+        """Vision rows that a picture or clip makes: one for each merged patch."""
+        t, h, w = require_kind(image, Qwen2_5VLImage).grid_thw
+        return t * h * w // self.model_config.vision_config.spatial_merge_size**2
 
-    @staticmethod
-    def prepare_decoder_position_ids(
-        context_batch: Sequence[Qwen2_5VLTextAndVisionContext], devices: list[Device]
-    ) -> Buffer:
-        """Positions of all active tokens, uint32 [3, T]: time, height and width.
-
-        Contexts whose tokens have grown since their positions were made (a reset) get new ones.
-        """
-        del devices  # one unified memory
-        columns = [np.zeros((3, 0), np.int64)]
-        columns += [context.active_positions() for context in context_batch]
-        return mx.array(np.concatenate(columns, axis=1).astype(np.uint32))
-
-    def prepare_initial_token_inputs(
-        self,
-        replica_batches: Sequence[Sequence[TextAndVisionContext]],
-        kv_cache_inputs: KVCacheInputs[Buffer, Buffer] | None = None,
-        return_n_logits: int = 1,
-        *,
-        image_embeddings: Buffer | None = None,
-    ) -> Qwen2_5VLInputs:
-        """Raises: ConfigError without a cache; InputError for a picture without vision_data."""
-        if kv_cache_inputs is None:
-            raise ConfigError("no kv_cache_inputs; pass the cache of this batch")
-        single_replica(replica_batches)
-        contexts = [_own_context(context) for context in replica_batches[0]]
-        inputs = Qwen2_5VLInputs(
-            tokens=flat_tokens(contexts),
-            input_row_offsets=[row_offsets(contexts)],
-            signal_buffers=self.signal_buffers,
-            position_ids=self.prepare_decoder_position_ids(contexts, self.devices),
-            return_n_logits=mx.array([return_n_logits]),
-            kv_cache_inputs=kv_cache_inputs,
-            image_embeddings=image_embeddings,
+    def pack(self, images: Sequence[ImageMetadata]) -> list[Buffer]:
+        """Pixels and tables of these pictures and clips and no others."""
+        vision = self.model_config.vision_config
+        sizes = VisionSizes(vision.spatial_merge_size, vision.patch_size, vision.window_size)
+        own = tuple(require_kind(image, Qwen2_5VLImage) for image in images)
+        data = VisionData(own, sizes)
+        tables = (
+            data.vision_position_ids,
+            data.window_index,
+            data.cu_seqlens,
+            data.cu_window_seqlens_unique,
+            data.max_seqlen,
+            data.window_max_seqlen,
+            data.max_grid_size,
         )
-        images = active_images(contexts)
-        if images or image_embeddings is not None:
-            inputs.image_token_indices = [mx.array(image_token_indices(contexts))]
-        if images and image_embeddings is None:
-            for context in contexts:
-                if active_images([context]):
-                    context.require_vision_data()
-            inputs.update(**_vision_fields(self._vision_data(images)))
-        return inputs
+        return [pixel_array(data.concatenated_pixel_values), *(mx.array(table) for table in tables)]
 
-    def vision_work(self, image: ImageMetadata) -> VisionWork:
-        assert isinstance(image, Qwen2_5VLImage)
-        assert self.model_config is not None
-        vision, (times, rows, columns) = self.model_config.vision_config, image.grid_thw
+    def vision_work(self, image: ImageMetadata) -> LayerWork:
+        vision = self.model_config.vision_config
+        times, rows, columns = require_kind(image, Qwen2_5VLImage).grid_thw
         frame = rows * columns
         scores = times * vision.num_attention_heads * frame**2
         width = vision.hidden_size
-        return VisionWork(times * frame, width, width, vision.intermediate_size, scores)
-
-    def execute(self, model_inputs: ModelInputs) -> ModelOutputs:
-        """One step. Raises: TypeError for other inputs, ConfigError without a cache,
-        ImageTokenMismatch if vision rows and image_token_indices differ in number."""
-        require_inputs(model_inputs, Qwen2_5VLInputs)
-        inputs = cast("Qwen2_5VLInputs", model_inputs)
-        rows = inputs.image_embeddings
-        if rows is None and inputs.has_vision_inputs:
-            rows = self.vision_model(*(getattr(inputs, name)[0] for name in VISION_FIELDS))
-        indices = inputs.image_token_indices
-        return self.language_model(
-            inputs.tokens,
-            inputs.input_row_offsets[0],
-            inputs.return_n_logits,
-            inputs.kv_cache_inputs,
-            rows,
-            None if indices is None else indices[0],
-            inputs.position_ids,
-        )
-
-    def prepare_next_token_inputs(
-        self, next_tokens: Buffer, prev_model_inputs: ModelInputs
-    ) -> Qwen2_5VLInputs:
-        """The decode step's inputs, lazily: next_tokens [B] becomes the tokens."""
-        if not isinstance(prev_model_inputs, Qwen2_5VLInputs):
-            raise TypeError(f"expected Qwen2_5VLInputs, got {type(prev_model_inputs).__name__}")
-        prev, count = prev_model_inputs, next_tokens.shape[0]
-        last = prev.position_ids
-        if last.shape[1] != count or prev.image_token_indices is not None:
-            ends = prev.input_row_offsets[0][1:] - 1
-            # a row that ends in a picture goes on behind its largest position
-            last = mx.max(mx.take(last, ends, axis=1), axis=0, keepdims=True)
-            last = mx.broadcast_to(last, (3, count))
-        return Qwen2_5VLInputs(
-            tokens=next_tokens,
-            input_row_offsets=[mx.arange(count + 1, dtype=mx.uint32)],
-            signal_buffers=prev.signal_buffers,
-            position_ids=last + 1,
-            return_n_logits=prev.return_n_logits,
-            kv_cache_inputs=prev.kv_cache_inputs,
-            lora_ids=prev.lora_ids,
-            lora_ranks=prev.lora_ranks,
-        )
-
-    def _vision_data(self, images: Sequence[ImageMetadata]) -> VisionData:
-        """The tables of these pictures and no others."""
-        assert self.model_config is not None
-        vision = self.model_config.vision_config
-        sizes = VisionSizes(vision.spatial_merge_size, vision.patch_size, vision.window_size)
-        return VisionData(tuple(_own_image(image) for image in images), sizes)
-
-
-# The vision model's arguments, in its order.
-VISION_FIELDS = (
-    "pixel_values", "vision_position_ids", "window_index", "cu_seqlens", "cu_window_seqlens",
-    "max_seqlen", "max_window_seqlen", "max_grid_size",
-)  # fmt: skip
-
-
-def _vision_fields(data: VisionData) -> dict[str, list[Buffer]]:
-    """The inputs' vision fields, by name, in the order of VISION_FIELDS."""
-    tables = (
-        data.vision_position_ids,
-        data.window_index,
-        data.cu_seqlens,
-        data.cu_window_seqlens_unique,
-        data.max_seqlen,
-        data.window_max_seqlen,
-        data.max_grid_size,
-    )
-    arrays = [pixel_array(data.concatenated_pixel_values), *(mx.array(table) for table in tables)]
-    return {name: [array] for name, array in zip(VISION_FIELDS, arrays, strict=True)}
-
-
-def _own_context(context: TextAndVisionContext) -> Qwen2_5VLTextAndVisionContext:
-    if not isinstance(context, Qwen2_5VLTextAndVisionContext):
-        raise TypeError(f"expected Qwen2_5VLTextAndVisionContext, got {type(context).__name__}")
-    return context
-
-
-def _own_image(image: ImageMetadata) -> Qwen2_5VLImage:
-    if not isinstance(image, Qwen2_5VLImage):
-        raise TypeError(f"expected Qwen2_5VLImage, got {type(image).__name__}")
-    return image
+        return LayerWork(times * frame, width, width, vision.intermediate_size, scores)

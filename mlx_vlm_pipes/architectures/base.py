@@ -1,0 +1,302 @@
+"""What the pipeline models of all rooms do alike: read a checkpoint, prepare and run a step."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Hashable, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, Generic, TypeVar
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_vlm_pipes.config import KVCacheConfig, KVCacheParams, PipelineConfig
+from mlx_vlm_pipes.contexts import ImageMetadata, TextAndVisionContext
+from mlx_vlm_pipes.dtypes import DeviceRef, DType
+from mlx_vlm_pipes.hf_config import AutoConfig
+from mlx_vlm_pipes.interfaces import (
+    Buffer,
+    ContextT,
+    InferenceSession,
+    LogProbabilitiesMixin,
+    Model,
+    ModelInputs,
+    ModelOutputs,
+    Phase,
+    PipelineModelWithKVCache,
+    RaggedInputs,
+    ReturnHiddenStates,
+    ReturnLogits,
+    VisionInputs,
+    one_device,
+    require_inputs,
+    require_kind,
+)
+from mlx_vlm_pipes.kv_cache import KVCacheInputs
+from mlx_vlm_pipes.nn.decoder import DecoderConfig
+from mlx_vlm_pipes.nn.language_model import LanguageModel
+from mlx_vlm_pipes.nn.loading import (
+    LANGUAGE,
+    StateDict,
+    canonical_state,
+    load_decoder,
+    load_module,
+    part,
+    tower_state,
+)
+from mlx_vlm_pipes.nn.ragged import (
+    active_images,
+    flat_tokens,
+    image_token_indices,
+    require_image_rows,
+    row_offsets,
+    single_replica,
+    step_phase,
+)
+from mlx_vlm_pipes.weights.layout import Layout, Transform
+
+RaggedT = TypeVar("RaggedT", bound=RaggedInputs[Any])
+VisionT = TypeVar("VisionT", bound=VisionInputs[Any])
+
+
+class CheckpointModel(LogProbabilitiesMixin, PipelineModelWithKVCache[ContextT]):
+    """A pipeline model that is loaded when it is made.
+
+    A room says which config class and tensor layouts are its own, which changes of values its
+    configuration implies (`transforms`) and which modules a checkpoint needs (`blueprint`).
+    """
+
+    config_class: ClassVar[Any]
+    layouts: ClassVar[Sequence[Layout]]
+    tower_prefix: ClassVar[str] = ""  # of the tower's parameters among the canonical names
+
+    @classmethod
+    def get_kv_params(
+        cls,
+        huggingface_config: AutoConfig,
+        pipeline_config: PipelineConfig,
+        devices: list[DeviceRef],
+        kv_cache_config: KVCacheConfig,
+        cache_dtype: DType,
+    ) -> KVCacheParams:
+        """What the room's config class makes of the same arguments."""
+        return cls.config_class.construct_kv_params(
+            huggingface_config, pipeline_config, devices, kv_cache_config, cache_dtype
+        )
+
+    @classmethod
+    def read_config(cls, pipeline_config: PipelineConfig) -> tuple[Any, tuple[Transform, ...]]:
+        """What config.json alone says, and the changes of values that it implies."""
+        config = cls.config_class.initialize(pipeline_config)
+        return config, cls.transforms(config)
+
+    @classmethod
+    def transforms(cls, config: Any) -> tuple[Transform, ...]:
+        """The changes of tensor values that a configuration implies."""
+        del config
+        return ()
+
+    @classmethod
+    @abstractmethod
+    def blueprint(
+        cls,
+        config: Any,
+        pipeline_config: PipelineConfig,
+        state: StateDict,
+        return_logits: ReturnLogits = ReturnLogits.LAST_TOKEN,
+        return_hidden_states: ReturnHiddenStates = ReturnHiddenStates.NONE,
+    ) -> tuple[nn.Module | None, DecoderConfig]:
+        """The tower, if any, and the decoder's sizes for a canonical state dict.
+
+        Nothing is read and no weights are in; `config` is finalised.
+        """
+
+    def load_parts(self, session: InferenceSession) -> list[Model]:
+        """Read the weights through the adapter; the tower, if any, and the language model.
+
+        Raises: WeightsError naming missing, unexpected and mis-shaped tensors.
+        """
+        config, changes = self.read_config(self.pipeline_config)
+        state = canonical_state(
+            self.weights, self.adapter, self.layouts, self.pipeline_config, changes
+        )
+        tower, decoder_config = self.blueprint(
+            config, self.pipeline_config, state, self.return_logits, self.return_hidden_states
+        )
+        parts = []
+        if tower is not None:
+            parts.append(load_module(session, tower, tower_state(state, self.tower_prefix)))
+        decoder, loaded = load_decoder(session, decoder_config, part(state, LANGUAGE))
+        self.model_config = config
+        self.language = LanguageModel(
+            decoder,
+            self.kv_params,
+            self.return_logits,
+            self.return_hidden_states,
+            compile=session.compile,
+        )
+        return [*parts, Model(self.language, loaded.weights)]
+
+
+def following(prev: RaggedT, next_tokens: Buffer, **changes: Any) -> RaggedT:
+    """The inputs of the decode step after `prev`: one token a row, not synchronised."""
+    offsets = mx.arange(next_tokens.shape[0] + 1, dtype=mx.uint32)
+    listed = [offsets] if isinstance(prev.input_row_offsets, list) else offsets
+    return replace(
+        prev, tokens=next_tokens, input_row_offsets=listed, phase=Phase.DECODE, **changes
+    )
+
+
+# The second base is in the first already; the documented hierarchy names it with its argument.
+class VisionLanguageModel(
+    CheckpointModel[TextAndVisionContext],
+    PipelineModelWithKVCache[TextAndVisionContext],
+    Generic[VisionT],
+):
+    """A tower and a decoder.
+
+    A room says how pictures are packed for its tower (`pack`), how many rows each makes
+    (`count_rows`), and which token a row replaces (`placeholder`); `batch_key`, `step_fields`,
+    `next_fields` and `positions` only where it differs from the others.
+    """
+
+    inputs_class: type[VisionT]
+    vision_model: Model
+    language_model: Model
+
+    def install(self, session: InferenceSession) -> None:
+        self.vision_model, self.language_model = self.load_model(session)
+
+    def load_model(self, session: InferenceSession) -> tuple[Model, Model]:
+        """Vision and language model, with their weights in.
+
+        Raises: WeightsError naming missing, unexpected and mis-shaped tensors.
+        """
+        vision, language = self.load_parts(session)
+        return vision, language
+
+    # ---- what a room says
+
+    @property
+    def placeholder(self) -> int | None:
+        """The token that receives a vision row; None for the first of each picture's range."""
+        return None
+
+    @abstractmethod
+    def count_rows(self, image: ImageMetadata) -> int:
+        """Vision rows that a picture makes."""
+
+    @abstractmethod
+    def pack(self, images: Sequence[ImageMetadata]) -> Sequence[Buffer]:
+        """The tower's arguments for these pictures, in the order of the inputs' vision_fields."""
+
+    def batch_key(self, image: ImageMetadata) -> Hashable:
+        """Pictures with equal keys can be packed together; by default all of them."""
+        del image
+        return None
+
+    def step_fields(
+        self, contexts: Sequence[TextAndVisionContext], *, has_pixels: bool
+    ) -> dict[str, Any]:
+        """Fields of the room's inputs that not all rooms have; has_pixels: pictures go in raw."""
+        del contexts, has_pixels
+        return {}
+
+    def next_fields(self, prev: VisionT, count: int) -> dict[str, Any]:
+        """What changes of them in the decode step of `count` rows after `prev`."""
+        del prev, count
+        return {}
+
+    def positions(self, inputs: VisionT) -> Buffer | None:
+        """Decoder positions [axes, T], where they are not just the tokens' places."""
+        del inputs
+        return None
+
+    # ---- what all rooms do
+
+    def encode_images(self, images: Sequence[ImageMetadata]) -> list[Buffer]:
+        """Vision rows [M_i, E] of each picture; those that can be packed share a batch. Lazy."""
+        groups: dict[Hashable, list[int]] = {}
+        for i, image in enumerate(images):
+            groups.setdefault(self.batch_key(image), []).append(i)
+        encoded: dict[int, Buffer] = {}
+        for members in groups.values():
+            own = [images[i] for i in members]
+            rows = self.vision_model(*self.pack(own))
+            ends = np.cumsum([self.count_rows(image) for image in own])
+            encoded.update(zip(members, mx.split(rows, ends[:-1].tolist()), strict=True))
+        return [encoded[i] for i in range(len(images))]
+
+    def prepare_initial_token_inputs(
+        self,
+        replica_batches: Sequence[Sequence[TextAndVisionContext]],
+        kv_cache_inputs: KVCacheInputs[Buffer, Buffer] | None = None,
+        return_n_logits: int = 1,
+        *,
+        image_embeddings: Buffer | None = None,
+    ) -> VisionT:
+        """Ragged inputs; pictures with tokens among the active ones are encoded in this step.
+
+        image_embeddings [M, E]: the vision rows of exactly these pictures, encoded before.
+        Raises: ConfigError for more than one replica, ImageTokenMismatch for a picture with more
+        or fewer placeholders than vision rows, and what the room's `pack` raises.
+        """
+        single_replica(replica_batches)
+        contexts = replica_batches[0]
+        images = active_images(contexts)
+        has_pixels = bool(images) and image_embeddings is None
+        fields = self.step_fields(contexts, has_pixels=has_pixels)
+        require_image_rows(contexts, self.placeholder, self.count_rows)
+        fields |= {
+            "tokens": flat_tokens(contexts),
+            "input_row_offsets": self._per_device(row_offsets(contexts)),
+            "return_n_logits": mx.array([return_n_logits], dtype=mx.int64),
+            "image_embeddings": image_embeddings,
+        }
+        if images or image_embeddings is not None:
+            indices = mx.array(image_token_indices(contexts))
+            fields["image_token_indices"] = self._per_device(indices)
+        if has_pixels:
+            packed = map(self._per_device, self.pack(images))
+            fields |= zip(self.inputs_class.vision_fields, packed, strict=True)
+        phase = step_phase(contexts)
+        return self.inputs_class(**fields, kv_cache_inputs=kv_cache_inputs, phase=phase)
+
+    def execute(self, model_inputs: ModelInputs) -> ModelOutputs:
+        """One step.
+
+        Raises: TypeError for other inputs, ConfigError without a cache, ImageTokenMismatch if
+        vision rows and image_token_indices differ in number.
+        """
+        inputs = require_inputs(model_inputs, self.inputs_class)
+        rows, indices = inputs.image_embeddings, inputs.image_token_indices
+        if rows is None and inputs.has_vision_inputs:
+            rows = self.vision_model(*inputs.vision_arguments())
+        return self.language_model(
+            inputs.tokens,
+            one_device(inputs.input_row_offsets),
+            inputs.return_n_logits,
+            inputs.kv_cache_inputs,
+            rows,
+            None if indices is None else one_device(indices),
+            self.positions(inputs),
+            inputs.phase,
+        )
+
+    def prepare_next_token_inputs(
+        self, next_tokens: Buffer, prev_model_inputs: ModelInputs
+    ) -> VisionT:
+        """The decode step's inputs, lazily: next_tokens [B] becomes the tokens, pictures are gone.
+
+        Raises: TypeError for other inputs.
+        """
+        prev = require_kind(prev_model_inputs, self.inputs_class)
+        gone = dict.fromkeys(prev.vision_fields)
+        own = self.next_fields(prev, next_tokens.shape[0])
+        return following(
+            prev, next_tokens, image_token_indices=None, image_embeddings=None, **gone, **own
+        )
+
+    def _per_device(self, array: Buffer) -> Buffer | list[Buffer]:
+        return [array] if self.inputs_class.per_device else array

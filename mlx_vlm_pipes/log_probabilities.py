@@ -1,0 +1,105 @@
+"""Log-probabilities of chosen tokens, and of the best ones beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_vlm_pipes.errors import InputError
+from mlx_vlm_pipes.session import InferenceSession
+
+
+@dataclass(frozen=True)
+class LogProbabilities:
+    """Natural-log probabilities of the scored tokens, and of the best tokens at each place."""
+
+    token_log_probabilities: list[float]
+    top_log_probabilities: list[dict[int, float]]
+
+
+def log_probabilities(logits: mx.array, tokens: list[int], top_n: int) -> LogProbabilities:
+    """Score `tokens` under logits [len(tokens), V]; each place lists its top_n and its token."""
+    scores = logits.astype(mx.float32)
+    scores = scores - mx.logsumexp(scores, axis=-1, keepdims=True)
+    best = mx.argpartition(-scores, min(top_n, scores.shape[-1]) - 1, axis=-1)[:, :top_n]
+    index = mx.concatenate([best, mx.array(tokens)[:, None].astype(best.dtype)], axis=-1)
+    values = np.array(mx.take_along_axis(scores, index, axis=-1))
+    own: list[float] = []
+    tops: list[dict[int, float]] = []
+    for ids, row in zip(np.array(index).tolist(), values.tolist(), strict=True):
+        own.append(row[-1])
+        ranked = sorted(zip(ids, row, strict=True), key=lambda pair: -pair[1])
+        tops.append(dict(ranked))
+    return LogProbabilities(own, tops)
+
+
+class StepInputs(Protocol):
+    """What scoring reads of a step's inputs (interfaces.ModelInputs)."""
+
+    def active_tokens(self) -> list[list[int]]: ...
+
+
+class StepOutputs(Protocol):
+    """What scoring reads of a step's outputs (interfaces.ModelOutputs)."""
+
+    @property
+    def logits(self) -> mx.array: ...
+
+    @property
+    def next_token_logits(self) -> mx.array | None: ...
+
+    @property
+    def logit_offsets(self) -> mx.array | None: ...
+
+
+class LogProbabilitiesMixin:
+    """Log-probabilities of sampled (and, with echo, prompt) tokens (spec, section 1.9)."""
+
+    def compute_log_probabilities(
+        self,
+        session: InferenceSession,
+        model_inputs: StepInputs,
+        model_outputs: StepOutputs,
+        next_tokens: mx.array,
+        batch_top_n: list[int],
+        batch_echo: list[bool],
+    ) -> list[LogProbabilities | None]:
+        """One entry per row, None where top_n is 0.
+
+        Raises: InputError for echo without logits of all active tokens (set enable_echo).
+        """
+        del session
+        active = model_inputs.active_tokens()
+        sampled: list[int] = np.array(next_tokens).reshape(-1).tolist()
+        results: list[LogProbabilities | None] = []
+        for i, (top_n, echo) in enumerate(zip(batch_top_n, batch_echo, strict=True)):
+            if not top_n:
+                results.append(None)
+                continue
+            if echo:
+                logits = _echo_logits(model_outputs, i, active[i])
+                scored = [*active[i][1:], sampled[i]]
+            else:
+                assert model_outputs.next_token_logits is not None
+                logits, scored = model_outputs.next_token_logits[i : i + 1], [sampled[i]]
+            results.append(log_probabilities(logits, scored, top_n))
+        return results
+
+
+def _echo_logits(outputs: StepOutputs, row: int, active: Sequence[int]) -> mx.array:
+    """The logits [len(active), V] of one row."""
+    if outputs.logit_offsets is None:
+        begin, have = row, 1
+    else:
+        bounds: list[int] = np.array(outputs.logit_offsets).tolist()
+        begin, have = bounds[row], bounds[row + 1] - bounds[row]
+    if have != len(active):
+        raise InputError(
+            f"echo needs logits of all {len(active)} tokens of row {row}, there are {have}; "
+            "load the model with enable_echo"
+        )
+    return outputs.logits[begin : begin + have]

@@ -1,0 +1,48 @@
+"""How networks are loaded: the documented session, and the callable model that it gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from mlx_vlm_pipes.dtypes import Device
+
+
+class Model:
+    """A loaded, callable network. Call it as the module it holds."""
+
+    def __init__(self, module: Callable[..., Any], weights: Mapping[str, mx.array]) -> None:
+        self.module = module
+        self.weights = weights
+
+    def __call__(self, *buffers: Any) -> Any:
+        return self.module(*buffers)
+
+    def execute(self, *buffers: Any) -> list[Any]:
+        """As calling it, with the results always in a list."""
+        result = self.module(*buffers)
+        return list(result) if isinstance(result, (list, tuple)) else [result]
+
+
+@dataclass
+class InferenceSession:
+    """The devices and the compile switch that models are loaded with."""
+
+    devices: Sequence[Device] = ()
+    compile: bool = True
+
+    def load(
+        self, module: nn.Module, weights_registry: Mapping[str, mx.array] | None = None
+    ) -> Model:
+        """Install weights (all of them, strictly), evaluate them, and wrap the module."""
+        if weights_registry is not None:
+            module.load_weights(list(weights_registry.items()), strict=True)
+        parameters = module.parameters()
+        mx.eval(parameters)
+        module.eval()
+        return Model(module, dict(tree_flatten(parameters)))
