@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from mlx_vlm_pipes.architectures.llama3.model_config import Llama3Config
-from mlx_vlm_pipes.architectures.part_fields import PartField
+from mlx_vlm_pipes.architectures.part_fields import PartField, WithPartFields
 from mlx_vlm_pipes.architectures.qwen2_5vl.sizes import VisionSizes, require_vision_config
 from mlx_vlm_pipes.config import KVCacheConfig, KVCacheParams, MAXModelConfig, PipelineConfig
 from mlx_vlm_pipes.dtypes import DeviceRef, DType
@@ -144,22 +144,22 @@ class VisionConfig:
 
 
 @dataclass(kw_only=True)
-class Qwen2_5VLConfig(ArchConfigWithKVCache):
+class Qwen2_5VLConfig(WithPartFields, ArchConfigWithKVCache):
     """Both halves of the model. tokens_per_second: time positions a second of a clip takes."""
 
     devices: list[DeviceRef]
-    vision_config: VisionConfig
-    llm_config: Llama3Config
     image_token_id: int
     video_token_id: int
     vision_start_token_id: int
-    tokens_per_second: int
     spatial_merge_size: PartField[int] = PartField(  # noqa: RUF009  # a descriptor
         "vision_config", "spatial_merge_size"
     )
+    tokens_per_second: int
     mrope_section: PartField[list[int]] = PartField(  # noqa: RUF009
         "llm_config", "mrope_section", list, tuple
     )
+    vision_config: VisionConfig
+    llm_config: Llama3Config
 
     @classmethod
     def initialize(
