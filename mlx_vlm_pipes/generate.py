@@ -58,8 +58,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="a clip: video file, animated GIF or WebP, or folder of frames; may be repeated",
     )
     prompt.add_argument("--fps", type=float, default=2.0, help="frames a second taken from a clip")
-    prompt.add_argument("--min-pixels", type=int, help="smallest size of a picture (Qwen2.5-VL)")
-    prompt.add_argument("--max-pixels", type=int, help="largest size of a picture (Qwen2.5-VL)")
+    for name, word in (("min", "smallest"), ("max", "largest")):
+        text = f"{word} size of a picture, for models that take any size"
+        prompt.add_argument(f"--{name}-pixels", type=int, help=text)
     prompt.add_argument(
         "--raw", action="store_true", help="take the prompt verbatim, without the chat template"
     )

@@ -32,7 +32,8 @@ class PromptOptions(TypedDict, total=False):
 
     raw: the text verbatim, no chat template. system: a system message before the prompt.
     fps: frames a second that a list of frames holds, or that are sampled from a video file.
-    min_pixels, max_pixels: limits of one picture (Qwen2.5-VL). num_frames: instead of fps.
+    min_pixels, max_pixels: limits of one picture, for models that take any size. num_frames:
+    instead of fps.
     """
 
     raw: bool

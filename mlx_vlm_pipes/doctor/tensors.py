@@ -38,7 +38,6 @@ from mlx_vlm_pipes.weights.safetensors import INDEX_NAME, clip, read_index
 
 _UNLOADABLE = (DType.float64, DType.float8_e5m2)
 _GROUP_INDEX = (".g_idx", ".weight_g_idx")  # the one tensor that repacking looks into
-_CONNECTORS = ("merger.", "connector.", "multi_modal_projector.")
 _CAUSE = "likely cause: "
 
 
@@ -154,7 +153,7 @@ def examine_tensors(
         ".scale" in name or "weight_scale" in name for name in infos
     ):
         checkup.warn("quantization", "config.json declares it, but no tensor is packed")
-    _sum_up(state, infos, layout, checkup)
+    _sum_up(state, infos, layout, room.facts().connectors, checkup)
     _look_at_head(state, config, checkup)
     _compare(room, pipeline, state, checkup)
     return Tensors(pipeline, state, sum(i.end - i.start for i in infos.values()))
@@ -210,28 +209,33 @@ def describe_quantization(declared: object, packed: QuantizationConfig | None) -
 
 
 def _sum_up(
-    state: StateDict, infos: dict[str, TensorInfo], layout: Layout, checkup: Checkup
+    state: StateDict,
+    infos: dict[str, TensorInfo],
+    layout: Layout,
+    connectors: tuple[str, ...],
+    checkup: Checkup,
 ) -> None:
     """Parameters and bytes of text, vision and connector."""
     elements: dict[str, int] = {}
     sizes: dict[str, int] = {}
     for name, weight in state.items():
-        elements[part_of(name)] = elements.get(part_of(name), 0) + _elements(name, weight, state)
+        where = part_of(name, connectors)
+        elements[where] = elements.get(where, 0) + _elements(name, weight, state)
     for name, info in infos.items():
         renamed = None if layout.ignores(name) else layout.rename(name)
         if renamed is not None:
-            where = part_of(renamed[0])
+            where = part_of(renamed[0], connectors)
             sizes[where] = sizes.get(where, 0) + info.end - info.start
     for where in ("text", "vision", "connector"):
         if where in elements:
             checkup.parts[where] = Part(elements[where], sizes.get(where, 0))
 
 
-def part_of(name: str) -> str:
-    """text, vision or connector, by canonical name."""
+def part_of(name: str, connectors: tuple[str, ...]) -> str:
+    """text, vision or connector, by canonical name; connectors: as in RoomFacts."""
     if name.startswith(LANGUAGE):
         return "text"
-    return "connector" if name.removeprefix(VISION).startswith(_CONNECTORS) else "vision"
+    return "connector" if name.removeprefix(VISION).startswith(connectors) else "vision"
 
 
 def _elements(name: str, weight: WeightData, state: StateDict) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from mlx_vlm_pipes.architectures.llama3.facts import FACTS
 from mlx_vlm_pipes.config import (
     KVCacheConfig,
     KVCacheParams,
@@ -18,6 +19,7 @@ from mlx_vlm_pipes.dtypes import DeviceRef, DType
 from mlx_vlm_pipes.errors import ConfigError
 from mlx_vlm_pipes.hf_config import (
     AutoConfig,
+    activation_name,
     head_dim,
     lookup,
     require,
@@ -28,7 +30,6 @@ from mlx_vlm_pipes.hf_config import (
     tie_flag,
 )
 from mlx_vlm_pipes.interfaces import ArchConfigWithKVCache, ReturnHiddenStates, ReturnLogits
-from mlx_vlm_pipes.nn.activations import activation
 from mlx_vlm_pipes.nn.decoder import DecoderConfig
 from mlx_vlm_pipes.nn.loading import expanded_scales
 from mlx_vlm_pipes.nn.rope import (
@@ -107,6 +108,7 @@ class Llama3Config(ArchConfigWithKVCache):
     ) -> Self:
         model_config = model_config or pipeline_config.model
         config = model_config.require_huggingface_config()
+        FACTS.check_overrides(model_config.vision_config_overrides)
         return cls.initialize_from_config(pipeline_config, config, model_config)
 
     @classmethod
@@ -126,7 +128,6 @@ class Llama3Config(ArchConfigWithKVCache):
         devices = model_config.devices
         llama3, longrope = _rope_scaling(cfg)
         window, window_layers = _sliding_window(cfg)
-        activation(lookup(cfg, "hidden_act", default="silu"))  # refuse unknown ones here
         return cls(
             hidden_size=require_int(cfg, "hidden_size"),
             num_attention_heads=require_int(cfg, "num_attention_heads"),
@@ -157,7 +158,7 @@ class Llama3Config(ArchConfigWithKVCache):
             partial_rotary_factor=_partial_rotary_factor(cfg),
             sliding_window=window,
             sliding_layers=window_layers,
-            hidden_act=lookup(cfg, "hidden_act", default="silu"),
+            hidden_act=activation_name(cfg, "hidden_act", default="silu"),
             mrope_section=_mrope_section(cfg),
         )
 
