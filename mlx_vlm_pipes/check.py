@@ -6,13 +6,12 @@ import argparse
 import json
 import sys
 
-from mlx_vlm_pipes import __version__
-from mlx_vlm_pipes.errors import PipesError
+from mlx_vlm_pipes.command import new_parser, run_command
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m mlx_vlm_pipes.check",
+    parser = new_parser(
+        "check",
         description="Examine a checkpoint: reads headers and JSON only, in seconds at any size.",
         epilog="exit status: 0 usable, 1 not usable, 2 there is no such model",
     )
@@ -22,21 +21,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--run", action="store_true", help="load the model too, and look at its logits"
     )
-    parser.add_argument("--version", action="version", version=f"mlx_vlm_pipes {__version__}")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 usable, 1 not usable, 2 with one line on standard error otherwise."""
-    args = build_parser().parse_args(argv)
-    try:
-        return _run(args)
-    except PipesError as error:
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
-        return 2
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
-        return 130
+    return run_command(build_parser(), _run, argv)
 
 
 def _run(args: argparse.Namespace) -> int:

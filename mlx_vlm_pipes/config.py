@@ -6,15 +6,19 @@ Plain dataclasses; construction does no I/O (spec, sections 1.3 to 1.5).
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from mlx_vlm_pipes.dtypes import DeviceRef, DeviceSpec, DType, scan_available_devices
 from mlx_vlm_pipes.errors import ConfigError
 from mlx_vlm_pipes.hf_config import HuggingFaceConfig, read_config
 from mlx_vlm_pipes.quantization import LoRAConfig, QuantizationConfig, QuantizationEncoding
+
+if TYPE_CHECKING:
+    from mlx_vlm_pipes.weights import Weights
 
 # encoding: (dtype of the documented config, dtype of the cache)
 _ENCODINGS: dict[str, tuple[DType, DType]] = {
@@ -28,7 +32,21 @@ _ENCODINGS: dict[str, tuple[DType, DType]] = {
     "float8_e4m3fn": (DType.float8_e4m3fn, DType.bfloat16),
     "float4_e2m1fnx2": (DType.uint8, DType.bfloat16),
 }
-_CACHE_FORMATS = ("float32", "float16", "bfloat16")
+COMPUTE_TYPES = ("float32", "float16", "bfloat16")
+_PACKED = ("mlx", "gptq")  # a type to compute in may follow: "mlx:float32"
+
+
+def split_encoding(encoding: str) -> tuple[str, DType | None]:
+    """An encoding's name, and the type that packed weights are to compute in, if one is said.
+
+    Raises: ConfigError for a name that is none.
+    """
+    kind, colon, compute = encoding.partition(":")
+    suffix_fits = kind in _PACKED and compute in COMPUTE_TYPES if colon else True
+    if (kind not in _ENCODINGS and kind not in _PACKED) or not suffix_fits:
+        known = ", ".join(dict.fromkeys((*_ENCODINGS, *_PACKED)))
+        raise ConfigError(f"quantization_encoding {encoding!r}; use None or one of {known}")
+    return kind, DType[compute] if compute else None
 
 
 @dataclass
@@ -51,9 +69,9 @@ class KVCacheConfig:
         """The element type asked for, else float32. Raises: ConfigError for other formats."""
         if self.kv_cache_format is None:
             return DType.float32
-        if self.kv_cache_format not in _CACHE_FORMATS:
+        if self.kv_cache_format not in COMPUTE_TYPES:
             raise ConfigError(
-                f"kv_cache_format {self.kv_cache_format!r}; use one of {', '.join(_CACHE_FORMATS)}"
+                f"kv_cache_format {self.kv_cache_format!r}; use one of {', '.join(COMPUTE_TYPES)}"
             )
         return DType[self.kv_cache_format]
 
@@ -83,6 +101,10 @@ class KVCacheConfig:
 @dataclass
 class KVCacheParams:
     """Shape and type of the cache. page_size in tokens; bits and group_size if it is quantised.
+
+    dtype is that of keys and values as they are made and read, and of the documented arrays. With
+    bits it is not what is stored: packed integers are, with a scale and a bias of this dtype for
+    each group. bytes_per_block is a block in dtype, bytes_per_token what is really stored.
 
     Raises: ConfigError if the heads do not divide among the devices, or if
     data_parallel_degree is neither 1 nor the number of devices.
@@ -191,10 +213,24 @@ class ModelConfig:
     vision_config_overrides: dict[str, Any] = field(default_factory=dict)
     huggingface_config: Any = _ReadAtFirstUse()  # None while config.json cannot be read
     _quant: QuantizationConfig | None = None
+    _scales_dtype: DType | None = None
 
     def __post_init__(self) -> None:
         if self.max_length is not None and self.max_length < 0:
             raise ConfigError(f"max_length is {self.max_length}, expected a number of tokens")
+
+    def resolve(self, weights: Weights | Mapping[str, Any] | None = None) -> ModelConfig:
+        """Settle the encoding and the packing by config.json and the weights' headers.
+
+        Model constructors do so with their weights; by hand it is needed for `initialize` alone.
+        weights: those to look at, by default weight_path, filled in from model_path. A float
+        encoding other than the stored one casts on load. Returns self; a second call changes
+        nothing. Raises: ConfigError for an encoding that nobody knows or the weights contradict.
+        """
+        from mlx_vlm_pipes.checkpoint.encoding import resolve  # it reads files, this module none
+
+        resolve(self, weights)
+        return self
 
     def require_huggingface_config(self) -> HuggingFaceConfig:
         """Raises: ConfigError naming the path when config.json cannot be read."""
@@ -208,32 +244,57 @@ class ModelConfig:
 
     @property
     def dtype(self) -> DType:
-        """The documented dtype of the encoding; for packed MLX weights that of their scales."""
-        if self.quantization_encoding is None:
-            raise ConfigError("quantization_encoding is not set; resolve it from the weights first")
-        kind, _, scales = self.quantization_encoding.partition(":")
-        if kind == "mlx":
-            return DType[scales or "float16"]
-        if kind not in _ENCODINGS:
-            raise ConfigError(f"unknown quantization_encoding {kind!r}")
-        return _ENCODINGS[kind][0]
+        """The documented dtype of the encoding; for packed MLX weights that of their scales.
+
+        Raises: ConfigError for an encoding that is not resolved, or that nobody knows.
+        """
+        kind, compute = self._encoding()
+        if compute is not None:
+            return compute
+        if kind != "mlx":
+            return _ENCODINGS[kind][0]
+        if self._scales_dtype is None:
+            raise ConfigError("the dtype of 'mlx' is that of the scales; call resolve() first")
+        return self._scales_dtype
 
     @property
     def cache_dtype(self) -> DType:
-        """kv_cache_format if given, else what the encoding implies."""
+        """kv_cache_format if given, else what the encoding implies.
+
+        Raises: ConfigError for an encoding or a format that nobody knows.
+        """
         if self.kv_cache.kv_cache_format is not None or self.quantization_encoding is None:
             return self.kv_cache.cache_dtype
-        if self.quantization_encoding.startswith("mlx"):
+        kind, compute = self._encoding()
+        if compute is not None or kind == "mlx":
             return self.dtype
-        return _ENCODINGS[self.quantization_encoding][1]
+        return _ENCODINGS[kind][1]
 
     @property
     def graph_quantization_encoding(self) -> QuantizationEncoding | None:
-        """The packed encoding, None for plain floats. Raises: ConfigError if none is set."""
-        if self.quantization_encoding is None:
-            raise ConfigError("quantization_encoding is not set; resolve it from the weights first")
-        name = self.quantization_encoding.partition(":")[0].upper()
+        """The packed encoding, None for plain floats. Raises: ConfigError as dtype."""
+        name = self._encoding()[0].upper()
         return QuantizationEncoding[name] if name in QuantizationEncoding.__members__ else None
+
+    @property
+    def compute_dtype(self) -> DType | None:
+        """The float type that weights are cast or expanded to, None to keep the stored ones.
+
+        Raises: ConfigError for an encoding that nobody knows.
+        """
+        if self.quantization_encoding is None:
+            return None
+        kind, compute = self._encoding()
+        if kind in COMPUTE_TYPES:
+            return DType[kind]
+        return DType.bfloat16 if kind.startswith(("float8", "float4")) else compute
+
+    def _encoding(self) -> tuple[str, DType | None]:
+        if self.quantization_encoding is None:
+            raise ConfigError(
+                "quantization_encoding is not set; call resolve() to read the weights"
+            )
+        return split_encoding(self.quantization_encoding)
 
 
 MAXModelConfig = ModelConfig

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from mlx_vlm_pipes.errors import ContextTooLong, InputError
+from mlx_vlm_pipes.options import default
 
 
 class TokenBuffer:
@@ -134,21 +135,25 @@ class EOSTracker:
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How the next token is chosen. temperature 0 is greedy; top_k -1 means no limit."""
+    """How the next token is chosen. temperature 0 is greedy; top_k -1 means no limit.
 
-    top_k: int = -1
-    top_p: float = 1.0
-    min_p: float = 0.0
+    The defaults are those of a request (options.py), but for two documented ones: temperature, and
+    max_new_tokens without a limit.
+    """
+
+    top_k: int = default("top_k")
+    top_p: float = default("top_p")
+    min_p: float = default("min_p")
     temperature: float = 1.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
+    repetition_penalty: float = default("repetition_penalty")
+    presence_penalty: float = default("presence_penalty")
+    frequency_penalty: float = default("frequency_penalty")
     max_new_tokens: int | None = None
-    min_new_tokens: int = 0
-    ignore_eos: bool = False
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    seed: int | None = None
+    min_new_tokens: int = default("min_tokens")
+    ignore_eos: bool = default("ignore_eos")
+    stop: tuple[str, ...] = default("stop")
+    stop_token_ids: tuple[int, ...] = default("stop_token_ids")
+    seed: int | None = default("seed")
     logit_bias: dict[int, float] = field(default_factory=dict)
 
 
@@ -299,38 +304,3 @@ class TextAndVisionContext(TextContext):
                     f"{sorted(ends)}, which are not among the vision tokens {self.vision_token_ids}"
                 )
             end = image.end_idx
-
-
-@dataclass(kw_only=True)
-class MRopeContext(TextAndVisionContext):
-    """A request whose tokens have positions on three axes: time, height and width (M-RoPE).
-
-    decoder_position_ids: int64 [3, prompt]. rope_delta: what to add to a token's index behind the
-    last picture to get its position.
-    """
-
-    rope_delta: int = 0
-    decoder_position_ids: np.ndarray = field(default_factory=lambda: np.zeros((3, 0), np.int64))
-
-    def refresh_positions(self) -> None:
-        """Recompute positions and rope_delta over all tokens, generated ones included."""
-        raise NotImplementedError(f"{type(self).__name__} does not compute positions")
-
-    def require_pixels(self) -> None:
-        """Raises: InputError if the pictures were given without what encoding them needs."""
-        raise NotImplementedError(f"{type(self).__name__} does not say what its pictures need")
-
-    def active_positions(self) -> np.ndarray:
-        """Positions of the active tokens, int64 [3, active tokens].
-
-        Tokens that have grown since the positions were made (a reset) get new ones.
-        """
-        tokens = self.tokens
-        if not self.needs_vision_encoding:
-            start = tokens.processed_length + self.rope_delta
-            text = np.arange(start, start + tokens.active_length)
-            return np.broadcast_to(text, (3, len(text)))
-        if self.decoder_position_ids.shape[1] != len(tokens):
-            self.require_pixels()
-            self.refresh_positions()
-        return self.decoder_position_ids[:, tokens.processed_length : tokens.current_position]

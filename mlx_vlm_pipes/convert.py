@@ -7,8 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from mlx_vlm_pipes import __version__
-from mlx_vlm_pipes.errors import PipesError
+from mlx_vlm_pipes.command import new_parser, run_command
 
 _EPILOG = """\
 examples:
@@ -23,12 +22,11 @@ the layers and of every third one between (as mlx-lm and mlx-vlm do).
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m mlx_vlm_pipes.convert",
+    parser = new_parser(
+        "convert",
         description="Write a checkpoint that this package, mlx-vlm and mlx-lm load: quantised, "
         "cast, dequantised, or with an adapter merged.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--model", required=True, help="folder or hub id")
     parser.add_argument("--out", required=True, type=Path, help="folder to make; must not exist")
@@ -55,21 +53,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--no-measure", action="store_true", help="do not compare the result with the source"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
-    parser.add_argument("--version", action="version", version=f"mlx_vlm_pipes {__version__}")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0, or 2 with one line on standard error for a user's mistake."""
-    args = build_parser().parse_args(argv)
-    try:
-        return _run(args)
-    except PipesError as error:
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
-        return 2
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
-        return 130
+    return run_command(build_parser(), _run, argv)
 
 
 def _run(args: argparse.Namespace) -> int:

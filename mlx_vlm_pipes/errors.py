@@ -68,3 +68,9 @@ class EngineClosed(PipesError, RuntimeError):
 
 class ImageTokenMismatch(PipesError, ValueError):
     """The number of vision rows differs from the number of placeholder tokens."""
+
+
+def clip(text: object, limit: int = 80) -> str:
+    """A printable, one-line form of an untrusted string, at most `limit` characters long."""
+    shown = repr(str(text)[: limit + 1])[1:-1]
+    return shown if len(shown) <= limit else shown[: limit - 3] + "..."

@@ -7,8 +7,15 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from mlx_vlm_pipes import __version__
-from mlx_vlm_pipes.errors import PipesError
+from mlx_vlm_pipes.command import new_parser, run_command, say
+from mlx_vlm_pipes.options import (
+    OPTIONS,
+    PROMPT_OPTIONS,
+    SAMPLING_OPTIONS,
+    Option,
+    Texts,
+    read_options,
+)
 
 if TYPE_CHECKING:
     from mlx_vlm_pipes.pipeline import Pipeline
@@ -19,30 +26,17 @@ examples:
   python -m mlx_vlm_pipes.generate --model HuggingFaceTB/SmolVLM-256M-Instruct \\
       --image a.png --image b.png --prompt "What differs?" --max-tokens 100
 """
-# command-line option -> option of Pipeline.generate
-_SAMPLING = {
-    "max_tokens": int,
-    "min_tokens": int,
-    "temperature": float,
-    "top_p": float,
-    "top_k": int,
-    "min_p": float,
-    "repetition_penalty": float,
-    "seed": int,
-}
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m mlx_vlm_pipes.generate",
+    parser = new_parser(
+        "generate",
         description="Answer a prompt about pictures and clips with a vision-language model.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_model_options(parser)
     prompt = parser.add_argument_group("prompt")
     prompt.add_argument("--prompt", default="Describe the picture.", help="what to ask")
-    prompt.add_argument("--system", help="a system message before the prompt")
     prompt.add_argument(
         "--image",
         action="append",
@@ -57,36 +51,32 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="a clip: video file, animated GIF or WebP, or folder of frames; may be repeated",
     )
-    prompt.add_argument("--fps", type=float, default=2.0, help="frames a second taken from a clip")
-    for name, word in (("min", "smallest"), ("max", "largest")):
-        text = f"{word} size of a picture, for models that take any size"
-        prompt.add_argument(f"--{name}-pixels", type=int, help=text)
-    prompt.add_argument(
-        "--raw", action="store_true", help="take the prompt verbatim, without the chat template"
-    )
     answer = parser.add_argument_group("answer")
-    for name, kind in _SAMPLING.items():
-        answer.add_argument(f"--{name.replace('_', '-')}", type=kind, help=_HELP[name])
-    answer.add_argument("--stop", action="append", help="text that ends the answer; repeatable")
-    answer.add_argument("--ignore-eos", action="store_true", help="go on after the end token")
+    for group, options in ((prompt, PROMPT_OPTIONS), (answer, SAMPLING_OPTIONS)):
+        for option in options.values():
+            if option.has_flag:
+                group.add_argument(_flag(option), **_keywords(option))
     output = parser.add_argument_group("output")
     output.add_argument("--plan", action="store_true", help="say what it needs; run nothing")
     output.add_argument("--json", action="store_true", help="print one JSON object at the end")
     output.add_argument("--quiet", action="store_true", help="the answer only, no figures")
-    output.add_argument("--version", action="version", version=f"mlx_vlm_pipes {__version__}")
     return parser
 
 
-_HELP = {
-    "max_tokens": "at most so many new tokens (default 256)",
-    "min_tokens": "no end before so many new tokens",
-    "temperature": "0 is greedy (default); higher is more varied",
-    "top_p": "sample from the likeliest tokens that make up this probability",
-    "top_k": "sample from the k likeliest tokens",
-    "min_p": "drop tokens less likely than this share of the likeliest",
-    "repetition_penalty": "above 1: avoid tokens that were used before",
-    "seed": "makes sampling repeatable",
-}
+def _flag(option: Option) -> str:
+    return f"--{option.name.replace('_', '-')}"
+
+
+def _keywords(option: Option) -> dict[str, Any]:
+    """The arguments of argparse for an option; one that is not given leaves no attribute."""
+    shared = {"default": argparse.SUPPRESS, "help": option.help}
+    if option.kind is bool:
+        return {**shared, "action": "store_true"}
+    if option.kind == Texts:
+        return {**shared, "action": "append", "help": f"{option.help}; may be repeated"}
+    if option.default is not None:
+        shared["help"] += f" (default {option.default})"
+    return {**shared, "type": option.kind}
 
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -107,22 +97,15 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0, or 2 with one line on standard error for a user's mistake."""
-    args = build_parser().parse_args(argv)
-    try:
-        return _run(args)
-    except PipesError as error:
-        _say(f"error: {error}")
-        return 2
-    except KeyboardInterrupt:
-        _say("interrupted")
-        return 130
+    return run_command(build_parser(), _run, argv)
 
 
 def _run(args: argparse.Namespace) -> int:
     from mlx_vlm_pipes.loading import load
 
+    options = given_options(args)  # before the model is loaded: a mistake is told at once
     if args.model is None and not args.quiet:
-        _say("using the bundled model (tiny-idefics3: coloured shapes only); --model takes others")
+        say("using the bundled model (tiny-idefics3: coloured shapes only); --model takes others")
     pipe = load(
         args.model,
         dtype=args.dtype,
@@ -134,7 +117,6 @@ def _run(args: argparse.Namespace) -> int:
     )
     try:
         images = [sys.stdin.buffer.read() if name == "-" else name for name in args.image]
-        options = _options(args)
         if args.plan:
             return _print_plan(pipe, args, images, options)
         return _print_answer(pipe, args, images, options)
@@ -142,14 +124,10 @@ def _run(args: argparse.Namespace) -> int:
         pipe.close()
 
 
-def _options(args: argparse.Namespace) -> Any:
-    """The options given on the command line, by their names in Pipeline.generate."""
-    options: dict[str, Any] = {"raw": args.raw, "fps": args.fps, "ignore_eos": args.ignore_eos}
-    for name in ("system", "stop", "min_pixels", "max_pixels", *_SAMPLING):
-        value = getattr(args, name)
-        if value is not None:
-            options[name] = value
-    return options
+def given_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options given on the command line. Raises: InputError, as `Option.read`."""
+    names = [name for name, option in OPTIONS.items() if option.has_flag]
+    return read_options({k: v for k, v in vars(args).items() if k in names}, OPTIONS)
 
 
 def _print_answer(pipe: Pipeline, args: argparse.Namespace, images: list[Any], options: Any) -> int:
@@ -187,7 +165,7 @@ def _print_answer(pipe: Pipeline, args: argparse.Namespace, images: list[Any], o
     sys.stdout.write("\n")
     sys.stdout.flush()
     if not args.quiet:
-        _say(
+        say(
             f"prompt: {figures['prompt_tokens']} tokens ({figures['image_tokens']} of them image"
             f" tokens), {figures['prompt_tokens_per_s']:.0f} tokens/s;"
             f" answer: {figures['completion_tokens']} tokens,"
@@ -208,10 +186,6 @@ def _print_plan(pipe: Pipeline, args: argparse.Namespace, images: list[Any], opt
 
 def _rate(count: int, seconds: float) -> float:
     return round(max(count, 0) / seconds, 1) if seconds > 0 else 0.0
-
-
-def _say(line: str) -> None:
-    sys.stderr.write(line + "\n")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ are read. Source: transformers 5.23 configuration files of each model type (spec
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from mlx_vlm_pipes.architectures.facts import NO_FACTS, Composite, RoomFacts
 from mlx_vlm_pipes.architectures.registry import find_facts
 from mlx_vlm_pipes.config_limits import check_limits
 from mlx_vlm_pipes.errors import ConfigError
+from mlx_vlm_pipes.json_files import require_json
 
 # What nn/activations.py has; the names stand here so that they can be checked without MLX.
 ACTIVATIONS = (
@@ -95,23 +95,9 @@ def _class_defaults(kind: Any, facts: RoomFacts) -> dict[str, Any]:
     return dict(facts.class_defaults.get(kind, {}))
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises: ConfigError for anything else."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path.parent} has no {path.name}; is it a model folder?") from None
-    except (OSError, ValueError, RecursionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"{path} is not readable JSON ({reason}); download it again") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path} holds a {type(value).__name__}, expected a JSON object")
-    return value
-
-
 def read_config(folder: Path) -> HuggingFaceConfig:
     """config.json of a model folder. Code named by `auto_map` or `model_file` is never run."""
-    return HuggingFaceConfig(read_json(folder / "config.json"))
+    return HuggingFaceConfig(require_json(folder / "config.json"))
 
 
 def lookup(config: Any, *names: str, default: Any = None) -> Any:
@@ -186,12 +172,26 @@ def rope_theta(config: Any, default: float = 10000.0) -> float:
     return float(value if value is not None else lookup(config, "rope_theta", default=default))
 
 
+def axial_theta(vision_config: Any) -> float:
+    """Base of a tower's row and column angles. Raises: ConfigError for another type of rope."""
+    kind = rope_dictionary(vision_config).get("rope_type", "axial")
+    if kind not in ("axial", "default"):
+        raise ConfigError(f"vision rope_type {kind!r} is not supported; supported: axial")
+    return rope_theta(vision_config)
+
+
 def head_dim(config: Any) -> int:
-    """`head_dim`, else hidden_size / num_attention_heads."""
+    """`head_dim`, else hidden_size / num_attention_heads. Raises: ConfigError if that is none."""
     explicit = lookup(config, "head_dim")
     if explicit is not None:
         return require_int(config, "head_dim")
-    return require_int(config, "hidden_size") // require_int(config, "num_attention_heads")
+    hidden, heads = require_int(config, "hidden_size"), require_int(config, "num_attention_heads")
+    if hidden < heads:
+        raise ConfigError(
+            f"config.json: hidden_size {hidden} for {heads} attention heads; expected at least one "
+            "number for each head"
+        )
+    return hidden // heads
 
 
 def tie_flag(outer: Any, text: Any) -> bool | None:

@@ -26,7 +26,7 @@ from mlx_vlm_pipes.contexts import (
     TokenBuffer,
 )
 from mlx_vlm_pipes.dtypes import Device, DeviceRef, DType
-from mlx_vlm_pipes.errors import ConfigError
+from mlx_vlm_pipes.errors import ConfigError, InputError
 from mlx_vlm_pipes.log_probabilities import LogProbabilities, LogProbabilitiesMixin
 from mlx_vlm_pipes.session import InferenceSession, Model
 
@@ -160,6 +160,15 @@ class ModelOutputs:
     logit_offsets: Buffer | None = None
     hidden_states: Buffer | None = None
 
+    def last_logits(self) -> Buffer:
+        """float32 [rows of the batch, V]: what each row's next token is chosen from.
+
+        Raises: InputError if the model gave none.
+        """
+        if self.next_token_logits is None:
+            raise InputError("a step without next_token_logits; a model's execute must give them")
+        return self.next_token_logits
+
 
 @dataclass(frozen=True)
 class LayerWork:
@@ -209,6 +218,7 @@ class PipelineModel(ABC, Generic[ContextT]):
     ) -> None:
         if len(devices) > 1:
             raise NotImplementedError(f"{len(devices)} devices; one unified-memory device is run")
+        pipeline_config.model.resolve(weights)
         self.pipeline_config = pipeline_config
         self.session = session
         self.devices = devices

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,18 +10,18 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_vlm_pipes.architectures.registry import Room, find_room
-from mlx_vlm_pipes.config import KVCacheConfig, ModelConfig, PipelineConfig
-from mlx_vlm_pipes.dtypes import Device, DeviceSpec
+from mlx_vlm_pipes.checkpoint.encoding import dominant_type
+from mlx_vlm_pipes.config import COMPUTE_TYPES, KVCacheConfig, ModelConfig, PipelineConfig
+from mlx_vlm_pipes.dtypes import Device, DeviceSpec, DType
 from mlx_vlm_pipes.engine.engine import Engine, default_engine_config, machine_memory
 from mlx_vlm_pipes.engine.state import EngineConfig
 from mlx_vlm_pipes.engine.worker import OwnerThread
 from mlx_vlm_pipes.errors import CheckpointNotFound, ConfigError
-from mlx_vlm_pipes.hf_config import HuggingFaceConfig, read_json, text_config
+from mlx_vlm_pipes.hf_config import HuggingFaceConfig, read_config, text_config
 from mlx_vlm_pipes.interfaces import InferenceSession, PipelineModelWithKVCache, ReturnLogits
 from mlx_vlm_pipes.pipeline import Pipeline
-from mlx_vlm_pipes.quantization import LoRAConfig, QuantizationConfig
+from mlx_vlm_pipes.quantization import LoRAConfig
 from mlx_vlm_pipes.weights import Weights, find_weight_files, load_weights
-from mlx_vlm_pipes.weights.quantized import parse_quantization
 
 BUNDLED = Path(__file__).parent / "assets" / "tiny-idefics3"
 # Never a pickle, never code: what is not listed is not downloaded.
@@ -30,7 +29,6 @@ _HUB_FILES = [
     "*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model",
     "merges.txt", "vocab.txt",
 ]  # fmt: skip
-_FLOATS = ("float32", "float16", "bfloat16")
 
 
 def load(  # noqa: PLR0913  # the options a user may say, all but one by keyword only
@@ -55,7 +53,7 @@ def load(  # noqa: PLR0913  # the options a user may say, all but one by keyword
     Raises: CheckpointError, one line saying what is wrong with the checkpoint.
     """
     folder = resolve_folder(path, revision)
-    config = HuggingFaceConfig(read_json(folder / "config.json"))
+    config = read_config(folder)
     room = find_room(config)
     overrides = dict(vision_config_overrides or {})
     processor = room.processor_class()(folder, config.to_dict(), overrides)
@@ -121,37 +119,24 @@ def model_config_for(
 
     Raises: ConfigError for a dtype that is not a float type we compute with.
     """
-    if options.dtype not in ("auto", *_FLOATS):
-        raise ConfigError(f"dtype {options.dtype!r}; use auto, {', '.join(_FLOATS)}")
-    quantization = parse_quantization(config.to_dict())
+    if options.dtype not in ("auto", *COMPUTE_TYPES):
+        raise ConfigError(f"dtype {options.dtype!r}; use auto, {', '.join(COMPUTE_TYPES)}")
     on_gpu = mx.default_device().type == mx.DeviceType.gpu
-    wanted = options.dtype if options.dtype != "auto" else None
-    if wanted is None:
-        wanted = dominant_float(weights) if on_gpu else "float32"
-    encoding = wanted
-    if isinstance(quantization, QuantizationConfig) and quantization.quant_method == "mlx":
-        encoding = f"mlx:{wanted}"
+    wanted = options.dtype
+    if wanted == "auto":
+        stored = (handle.data() for _, handle in weights.items())
+        floats = [DType[name] for name in COMPUTE_TYPES]
+        wanted = dominant_type(stored, floats).name if on_gpu else "float32"
     return ModelConfig(
         model_path=str(folder),
         weight_path=find_weight_files(folder),
-        quantization_encoding=encoding,
+        quantization_encoding=wanted,
         device_specs=[DeviceSpec(0, "gpu" if on_gpu else "cpu")],
         max_length=options.max_length,
         kv_cache=options.kv_cache,
         vision_config_overrides=options.vision_config_overrides,
         huggingface_config=config,
-        _quant=quantization if isinstance(quantization, QuantizationConfig) else None,
-    )
-
-
-def dominant_float(weights: Weights) -> str:
-    """The floating type that most of the checkpoint's elements have."""
-    counts = dict.fromkeys(_FLOATS, 0)
-    for _, handle in weights.items():
-        data = handle.data()
-        if data.dtype.name in counts:
-            counts[data.dtype.name] += math.prod(data.shape)
-    return max(counts, key=lambda name: counts[name]) if any(counts.values()) else "float32"
+    ).resolve(weights)
 
 
 def select_device(name: str | None) -> Device:

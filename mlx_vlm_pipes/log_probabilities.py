@@ -50,10 +50,9 @@ class StepOutputs(Protocol):
     def logits(self) -> mx.array: ...
 
     @property
-    def next_token_logits(self) -> mx.array | None: ...
-
-    @property
     def logit_offsets(self) -> mx.array | None: ...
+
+    def last_logits(self) -> mx.array: ...
 
 
 class LogProbabilitiesMixin:
@@ -84,8 +83,7 @@ class LogProbabilitiesMixin:
                 logits = _echo_logits(model_outputs, i, active[i])
                 scored = [*active[i][1:], sampled[i]]
             else:
-                assert model_outputs.next_token_logits is not None
-                logits, scored = model_outputs.next_token_logits[i : i + 1], [sampled[i]]
+                logits, scored = model_outputs.last_logits()[i : i + 1], [sampled[i]]
             results.append(log_probabilities(logits, scored, top_n))
         return results
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,61 +15,31 @@ from mlx_vlm_pipes.engine.plan import Plan
 from mlx_vlm_pipes.engine.requests import Chunk, Handle, Timings, Usage
 from mlx_vlm_pipes.errors import ContextTooLong, InputError
 from mlx_vlm_pipes.interfaces import LogProbabilities, PipelineModelWithKVCache
+from mlx_vlm_pipes.options import (
+    OPTIONS,
+    PROMPT_OPTIONS,
+    SAMPLING_OPTIONS,
+    GenerateOptions,
+    PromptOptions,
+    complete_options,
+    read_options,
+)
 from mlx_vlm_pipes.processing.types import ProcessedPrompt, PromptRequest
 
 if TYPE_CHECKING:
+    import os
+    from typing import BinaryIO, TypeAlias
+
+    from PIL.Image import Image
     from typing_extensions import Unpack
 
     from mlx_vlm_pipes.processing.base import TextProcessor
     from mlx_vlm_pipes.processing.tokenizer import Tokenizer
 
+    # A list of pictures or clips, one of them alone, or none.
+    Media: TypeAlias = Sequence[Any] | Image | np.ndarray | os.PathLike[str] | BinaryIO | None
+
 Prompt = str | Sequence[Mapping[str, Any]]
-DEFAULT_MAX_TOKENS = 256
-
-
-class PromptOptions(TypedDict, total=False):
-    """How a prompt is read.
-
-    raw: the text verbatim, no chat template. system: a system message before the prompt.
-    fps: frames a second that a list of frames holds, or that are sampled from a video file.
-    min_pixels, max_pixels: limits of one picture, for models that take any size. num_frames:
-    instead of fps.
-    """
-
-    raw: bool
-    system: str | None
-    fps: float
-    min_pixels: int | None
-    max_pixels: int | None
-    num_frames: int | None
-
-
-class GenerateOptions(PromptOptions, total=False):
-    """How an answer is made; the defaults are greedy, at most 256 tokens.
-
-    temperature 0 is greedy. stop: strings that end the answer and are not shown. logprobs: how
-    many of the best tokens to score at each place; prompt_logprobs: the prompt's tokens too.
-    logit_bias: token id -> added to its logit. adapter: the name of a loaded LoRA
-    adapter, or "base"; by default the only one that is loaded.
-    """
-
-    max_tokens: int | None
-    min_tokens: int
-    temperature: float
-    top_p: float
-    top_k: int
-    min_p: float
-    repetition_penalty: float
-    presence_penalty: float
-    frequency_penalty: float
-    logit_bias: dict[int, float]
-    seed: int | None
-    stop: str | Sequence[str]
-    stop_token_ids: Sequence[int]
-    ignore_eos: bool
-    logprobs: int
-    prompt_logprobs: bool
-    adapter: str | None
 
 
 class BatchRequest(GenerateOptions, total=False):
@@ -77,8 +47,8 @@ class BatchRequest(GenerateOptions, total=False):
 
     prompt: str
     messages: Sequence[Mapping[str, Any]]
-    images: Sequence[Any]
-    videos: Sequence[Any]
+    images: Media
+    videos: Media
 
 
 @dataclass(frozen=True)
@@ -92,10 +62,6 @@ class GenerationResult:
     timings: Timings
     logprobs: list[LogProbabilities] | None = None
     prompt_logprobs: LogProbabilities | None = None
-
-
-_PROMPT_KEYS = PromptOptions.__annotations__.keys()
-_OPTION_KEYS = GenerateOptions.__annotations__.keys() | _PROMPT_KEYS
 
 
 class Pipeline:
@@ -127,26 +93,27 @@ class Pipeline:
     def encode(
         self,
         prompt: Prompt,
-        images: Sequence[Any] = (),
-        videos: Sequence[Any] = (),
+        images: Media = (),
+        videos: Media = (),
         **options: Unpack[PromptOptions],
     ) -> ProcessedPrompt:
         """Token ids (.input_ids) and pixels (.pixel_values, .pixel_values_videos) of a prompt.
 
         prompt: text, wrapped as one user message, or chat messages. images: paths, URLs, PIL
-        images, numpy arrays or bytes. videos: paths or lists of frames.
+        images, numpy arrays or bytes, in a list or one alone. videos: a list of paths or lists of
+        frames, or one path or array alone.
         Raises: InputError for a prompt and media that do not fit each other.
         """
-        _check_keys(options, _PROMPT_KEYS)
+        reading = read_options(options, PROMPT_OPTIONS)
         return self.processor.process(
-            PromptRequest(prompt, tuple(_media(images)), tuple(_clips(videos)), **options)
+            PromptRequest(prompt, _listed(images), _listed(videos), **reading)
         )
 
     def logits(
         self,
         prompt: Prompt,
-        images: Sequence[Any] = (),
-        videos: Sequence[Any] = (),
+        images: Media = (),
+        videos: Media = (),
         *,
         adapter: str | None = None,
         **options: Unpack[PromptOptions],
@@ -165,8 +132,8 @@ class Pipeline:
     def generate(
         self,
         prompt: Prompt,
-        images: Sequence[Any] = (),
-        videos: Sequence[Any] = (),
+        images: Media = (),
+        videos: Media = (),
         **options: Unpack[GenerateOptions],
     ) -> GenerationResult:
         """Answer a prompt. Raises: InputError for anything wrong with the request."""
@@ -175,8 +142,8 @@ class Pipeline:
     def stream(
         self,
         prompt: Prompt,
-        images: Sequence[Any] = (),
-        videos: Sequence[Any] = (),
+        images: Media = (),
+        videos: Media = (),
         **options: Unpack[GenerateOptions],
     ) -> Iterator[Chunk]:
         """The answer as it is made; close the iterator to cancel."""
@@ -185,8 +152,8 @@ class Pipeline:
     def submit(
         self,
         prompt: Prompt,
-        images: Sequence[Any] = (),
-        videos: Sequence[Any] = (),
+        images: Media = (),
+        videos: Media = (),
         **options: Unpack[GenerateOptions],
     ) -> Handle:
         """Queue a request and return at once; iterate the handle with `for` or `async for`."""
@@ -196,8 +163,8 @@ class Pipeline:
         self,
         prompt: Prompt,
         n: int,
-        images: Sequence[Any] = (),
-        videos: Sequence[Any] = (),
+        images: Media = (),
+        videos: Media = (),
         **options: Unpack[GenerateOptions],
     ) -> list[GenerationResult]:
         """n answers to one prompt, which is read once; they decode together.
@@ -207,13 +174,13 @@ class Pipeline:
         """
         if not isinstance(n, int) or n < 1:
             raise InputError(f"n is {n!r}, expected a number of answers, at least 1")
-        processed = self._read(prompt, images, videos, options)
-        seed = options.get("seed")
+        given = read_options(options, OPTIONS)
+        processed = self._read(prompt, images, videos, given)
+        seeds = [given["seed"] + i if "seed" in given else None for i in range(n)]
         handles: list[Handle] = []
         try:
-            for i in range(n):
-                own: Any = {**options, "seed": None if seed is None else seed + i}
-                handles.append(self._start(processed, own))
+            for seed in seeds:
+                handles.append(self._start(processed, {**given, "seed": seed}))
             return [collect(handle) for handle in handles]
         finally:
             for handle in handles:
@@ -239,13 +206,14 @@ class Pipeline:
     def plan(
         self,
         prompt: Prompt,
-        images: Sequence[Any] = (),
-        videos: Sequence[Any] = (),
+        images: Media = (),
+        videos: Media = (),
         **options: Unpack[GenerateOptions],
     ) -> Plan:
         """What a request needs: exact token counts, cache bytes, predicted peak; runs nothing."""
-        processed = self._read(prompt, images, videos, options)
-        return self.engine.plan(self._context(processed, options))
+        given = read_options(options, OPTIONS)
+        processed = self._read(prompt, images, videos, given)
+        return self.engine.plan(self._context(processed, given))
 
     def peak_memory_bytes(self) -> int:
         """The most memory that MLX held at once since the model was loaded."""
@@ -261,39 +229,39 @@ class Pipeline:
         if (prompt is None) == (messages is None):
             raise InputError("a request needs either 'prompt' or 'messages'")
         images, videos = own.pop("images", ()), own.pop("videos", ())
-        merged: Any = {**shared, **own}
-        return self._submit(prompt if messages is None else messages, images, videos, merged)
+        asked = prompt if messages is None else messages
+        return self._submit(asked, images, videos, {**shared, **own})
 
     def _submit(
-        self, prompt: Prompt, images: Sequence[Any], videos: Sequence[Any], options: GenerateOptions
+        self, prompt: Prompt, images: Media, videos: Media, options: Mapping[str, object]
     ) -> Handle:
-        return self._start(self._read(prompt, images, videos, options), options)
+        given = read_options(options, OPTIONS)
+        return self._start(self._read(prompt, images, videos, given), given)
 
     def _read(
-        self, prompt: Prompt, images: Sequence[Any], videos: Sequence[Any], options: GenerateOptions
+        self, prompt: Prompt, images: Media, videos: Media, given: Mapping[str, Any]
     ) -> ProcessedPrompt:
         """Tokens and pixels of a request, with those of its options that concern them."""
-        _check_keys(options, _OPTION_KEYS)
-        reading: Any = {k: v for k, v in options.items() if k in _PROMPT_KEYS}
-        return self.encode(prompt, images or (), videos or (), **reading)
+        reading = {name: value for name, value in given.items() if name in PROMPT_OPTIONS}
+        return self.encode(prompt, images, videos, **reading)
 
-    def _start(self, processed: ProcessedPrompt, options: GenerateOptions) -> Handle:
+    def _start(self, processed: ProcessedPrompt, given: Mapping[str, Any]) -> Handle:
         """Hand a processed prompt to the engine."""
-        context = self._context(processed, options)
+        context = self._context(processed, given)
         return self.engine.submit(context, self.tokenizer.stream_decoder())
 
-    def _context(self, processed: ProcessedPrompt, options: GenerateOptions) -> TextContext:
+    def _context(self, processed: ProcessedPrompt, given: Mapping[str, Any]) -> TextContext:
         """The engine's context; refuses what is too long before anything is computed."""
-        asked = options.get("max_tokens")
-        self._check_length(processed, asked or 0)
+        self._check_length(processed, given.get("max_tokens", 0))
+        options = complete_options(given, OPTIONS)
         return self.processor.new_context(
             processed,
             max_length=self.max_seq_len,
             sampling_params=sampling_params(options),
             request_id=uuid.uuid4().hex,
-            log_probabilities=options.get("logprobs", 0),
-            log_probabilities_echo=options.get("prompt_logprobs", False),
-            model_name=self._adapter(options.get("adapter")),
+            log_probabilities=options["logprobs"],
+            log_probabilities_echo=options["prompt_logprobs"],
+            model_name=self._adapter(options["adapter"]),
         )
 
     def _adapter(self, name: str | None) -> str:
@@ -312,26 +280,14 @@ class Pipeline:
             )
 
 
-def sampling_params(options: GenerateOptions) -> SamplingParams:
-    """The options that decide the next token, in the documented record."""
-    stop = options.get("stop", ())
-    asked = options.get("max_tokens")
-    return SamplingParams(
-        top_k=options.get("top_k", -1),
-        top_p=options.get("top_p", 1.0),
-        min_p=options.get("min_p", 0.0),
-        temperature=options.get("temperature", 0.0),
-        repetition_penalty=options.get("repetition_penalty", 1.0),
-        presence_penalty=options.get("presence_penalty", 0.0),
-        frequency_penalty=options.get("frequency_penalty", 0.0),
-        max_new_tokens=DEFAULT_MAX_TOKENS if asked is None else asked,
-        min_new_tokens=options.get("min_tokens", 0),
-        ignore_eos=options.get("ignore_eos", False),
-        stop=(stop,) if isinstance(stop, str) else tuple(stop or ()),
-        stop_token_ids=tuple(options.get("stop_token_ids", ())),
-        seed=options.get("seed"),
-        logit_bias=dict(options.get("logit_bias", {})),
-    )
+def sampling_params(options: Mapping[str, object]) -> SamplingParams:
+    """The options that decide the next token, in the documented record; other options are left.
+
+    Raises: InputError, as `Option.read`.
+    """
+    given = {name: value for name, value in options.items() if name in SAMPLING_OPTIONS}
+    values = complete_options(given, SAMPLING_OPTIONS)
+    return SamplingParams(**{o.field: values[name] for name, o in SAMPLING_OPTIONS.items()})
 
 
 def collect(handle: Handle) -> GenerationResult:
@@ -358,16 +314,8 @@ def collect(handle: Handle) -> GenerationResult:
     )
 
 
-def _check_keys(options: Mapping[str, Any], known: Any) -> None:
-    unknown = sorted(options.keys() - known)
-    if unknown:
-        raise InputError(f"unknown option {unknown[0]!r}; options: {', '.join(sorted(known))}")
-
-
-def _media(images: Any) -> Sequence[Any]:
-    """A single picture counts as a list of one."""
-    return images if isinstance(images, (list, tuple)) else [images]
-
-
-def _clips(videos: Any) -> Sequence[Any]:
-    return videos if isinstance(videos, (list, tuple)) else [videos]
+def _listed(media: Media) -> tuple[Any, ...]:
+    """Pictures or clips: one given alone counts as a list of one, None as an empty one."""
+    if media is None:
+        return ()
+    return tuple(media) if isinstance(media, (list, tuple)) else (media,)

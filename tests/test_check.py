@@ -145,7 +145,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str, str]] = {
         "files", "git-lfs",
     ),
     "no config": (remove("config.json"), "config", "no config.json"),
-    "broken config": (write("config.json", "{"), "config", "not readable JSON"),
+    "broken config": (write("config.json", "{"), "config", "broken JSON"),
     "foreign architecture": (
         keys("config.json", architectures=["GPT2LMHeadModel"], model_type="gpt2"),
         "architecture", "GPT2LMHeadModel",

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mlx_vlm_pipes import __version__
-from mlx_vlm_pipes.generate import main
+from mlx_vlm_pipes.generate import build_parser, given_options, main
 
 ROOT = Path(__file__).parent.parent
 SHAPES = str(ROOT / "examples" / "images" / "shapes.png")
@@ -64,6 +64,22 @@ def test_a_mistake_is_one_line(
     assert err.startswith("error: ")
     assert words in err
     assert len(err.splitlines()) == 1
+
+
+def test_flags_become_options() -> None:
+    flags = (
+        "--system Hi --fps 4 --min-pixels 784 --max-pixels 7840 --num-frames 3 --raw "
+        "--max-tokens 5 --min-tokens 2 --temperature 0.7 --top-p 0.9 --top-k 4 --min-p 0.1 "
+        "--repetition-penalty 1.1 --presence-penalty -0.5 --frequency-penalty 0.25 --seed 3 "
+        "--stop A --stop B --ignore-eos"
+    )
+    assert given_options(build_parser().parse_args(flags.split())) == {
+        "system": "Hi", "fps": 4.0, "min_pixels": 784, "max_pixels": 7840, "num_frames": 3,
+        "raw": True, "max_tokens": 5, "min_tokens": 2, "temperature": 0.7, "top_p": 0.9,
+        "top_k": 4, "min_p": 0.1, "repetition_penalty": 1.1, "presence_penalty": -0.5,
+        "frequency_penalty": 0.25, "seed": 3, "stop": ("A", "B"), "ignore_eos": True,
+    }  # fmt: skip
+    assert given_options(build_parser().parse_args(["--adapter", "folder"])) == {}
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

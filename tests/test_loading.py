@@ -51,7 +51,7 @@ def lie_in_header(folder: Path) -> None:
 
 FAULTS = {
     "no config": (remove("config.json"), errors.ConfigError, "config.json"),
-    "broken JSON": (write("config.json", "{"), errors.ConfigError, "not readable JSON"),
+    "broken JSON": (write("config.json", "{"), errors.ConfigError, "broken JSON"),
     "a list": (write("config.json", "[]"), errors.ConfigError, "list"),
     "unknown architecture": (
         edit_config(architectures=["MambaForCausalLM"], model_type="mamba"),

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from mlx_vlm_pipes import Pipeline, load
 from mlx_vlm_pipes.errors import ContextTooLong, InputError
@@ -186,6 +188,12 @@ def test_whole_characters_only(pipe: Pipeline) -> None:
 def test_mistakes_are_one_line_errors(pipe: Pipeline) -> None:
     with pytest.raises(InputError, match="unknown option 'max_token'"):
         pipe.generate(PROMPT, max_token=3)  # pyright: ignore[reportCallIssue]  # the mistake under test
+    with pytest.raises(InputError, match="unknown option 'min_p'; options: fps, "):
+        pipe.encode(PROMPT, min_p=0.1)  # pyright: ignore[reportCallIssue]  # of an answer, not a prompt
+    with pytest.raises(InputError, match="temperature is -1, expected"):
+        pipe.plan(PROMPT, temperature=-1)
+    with pytest.raises(InputError, match="seed is 'x', expected"):
+        pipe.generate_n(PROMPT, 2, seed="x")
     with pytest.raises(InputError, match="either 'prompt' or 'messages'"):
         pipe.generate_batch([{"max_tokens": 3}])
     with pytest.raises(ContextTooLong, match="make"):
@@ -198,3 +206,50 @@ def test_one_bad_request_fails_the_batch_and_nothing_stays_behind(pipe: Pipeline
     with pytest.raises(InputError):
         pipe.generate_batch([PROMPT, {"prompt": "x", "temperature": -1.0}], max_tokens=50)
     assert len(pipe.generate(PROMPT, max_tokens=3, ignore_eos=True).tokens) == 3
+
+
+@pytest.fixture(scope="module")
+def qwen() -> Iterator[Pipeline]:
+    made = load(FIXTURES / "qwen25vl-v5", dtype="float32")
+    yield made
+    made.close()
+
+
+PICTURE = np.arange(56 * 56 * 3, dtype=np.uint8).reshape(56, 56, 3)
+
+
+def lone_media(tmp_path: Path) -> dict[str, tuple[str, Any]]:
+    image, file = Image.fromarray(PICTURE), tmp_path / "picture.png"
+    image.save(file)
+    return {
+        "array": ("images", PICTURE),
+        "PIL": ("images", image),
+        "path": ("images", file),
+        "text": ("images", str(file)),
+        "bytes": ("images", file.read_bytes()),
+        "clip": ("videos", np.stack([PICTURE, 255 - PICTURE])),
+    }
+
+
+@pytest.mark.parametrize("kind", ["array", "PIL", "path", "text", "bytes", "clip"])
+def test_one_picture_or_clip_given_alone_counts_as_a_list_of_one(
+    qwen: Pipeline, tmp_path: Path, kind: str
+) -> None:
+    name, medium = lone_media(tmp_path)[kind]
+    alone, listed = {name: medium}, {name: [medium]}
+    pixels = "pixel_values" if name == "images" else "pixel_values_videos"
+    expected = getattr(qwen.encode(PROMPT, **listed), pixels)
+    assert np.array_equal(getattr(qwen.encode(PROMPT, **alone), pixels), expected)
+    assert np.array_equal(qwen.logits(PROMPT, **alone), qwen.logits(PROMPT, **listed))
+    want = qwen.generate(PROMPT, max_tokens=4, **listed).tokens
+    assert qwen.generate(PROMPT, max_tokens=4, **alone).tokens == want
+    assert [c.token for c in qwen.stream(PROMPT, max_tokens=4, **alone)] == want
+    assert [c.token for c in qwen.submit(PROMPT, max_tokens=4, **alone)] == want
+    assert qwen.generate_n(PROMPT, 1, max_tokens=4, **alone)[0].tokens == want
+    assert qwen.generate_batch([{"prompt": PROMPT, **alone}], max_tokens=4)[0].tokens == want
+    assert qwen.plan(PROMPT, **alone).prompt_tokens == qwen.plan(PROMPT, **listed).prompt_tokens
+
+
+def test_none_means_no_pictures(qwen: Pipeline) -> None:
+    assert qwen.encode(PROMPT, None, None).input_ids == qwen.encode(PROMPT).input_ids
+    assert qwen.plan(PROMPT, None, None).prompt_tokens == qwen.plan(PROMPT).prompt_tokens

@@ -11,8 +11,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_vlm_pipes.checkpoint.canonical import canonical_state
+from mlx_vlm_pipes.checkpoint.modules import load_decoder, load_module
+from mlx_vlm_pipes.checkpoint.state import LANGUAGE, StateDict, part, tower_state
 from mlx_vlm_pipes.config import KVCacheConfig, KVCacheParams, PipelineConfig
-from mlx_vlm_pipes.contexts import ImageMetadata, TextAndVisionContext
+from mlx_vlm_pipes.contexts import ImageMetadata, TextAndVisionContext, TextContext
 from mlx_vlm_pipes.dtypes import DeviceRef, DType
 from mlx_vlm_pipes.hf_config import AutoConfig
 from mlx_vlm_pipes.interfaces import (
@@ -36,15 +39,6 @@ from mlx_vlm_pipes.interfaces import (
 from mlx_vlm_pipes.kv_cache import KVCacheInputs
 from mlx_vlm_pipes.nn.decoder import DecoderConfig
 from mlx_vlm_pipes.nn.language_model import LanguageModel
-from mlx_vlm_pipes.nn.loading import (
-    LANGUAGE,
-    StateDict,
-    canonical_state,
-    load_decoder,
-    load_module,
-    part,
-    tower_state,
-)
 from mlx_vlm_pipes.nn.ragged import (
     active_images,
     flat_tokens,
@@ -139,8 +133,19 @@ class CheckpointModel(LogProbabilitiesMixin, PipelineModelWithKVCache[ContextT])
         return [*parts, Model(self.language, loaded.weights)]
 
 
+def announce(kv_cache_inputs: KVCacheInputs | None, contexts: Sequence[TextContext]) -> None:
+    """Tell the cache inputs, if any, how many tokens of each row the coming step runs.
+
+    Raises: InputError for another number of rows.
+    """
+    if kv_cache_inputs is not None:
+        kv_cache_inputs.expect([context.tokens.active_length for context in contexts])
+
+
 def following(prev: RaggedT, next_tokens: Buffer, **changes: Any) -> RaggedT:
     """The inputs of the decode step after `prev`: one token a row, not synchronised."""
+    if prev.kv_cache_inputs is not None:
+        prev.kv_cache_inputs.expect([1] * next_tokens.shape[0])
     offsets = mx.arange(next_tokens.shape[0] + 1, dtype=mx.uint32)
     listed = [offsets] if isinstance(prev.input_row_offsets, list) else offsets
     return replace(
@@ -260,6 +265,7 @@ class VisionLanguageModel(
         if has_pixels:
             packed = map(self._per_device, self.pack(images))
             fields |= zip(self.inputs_class.vision_fields, packed, strict=True)
+        announce(kv_cache_inputs, contexts)
         phase = step_phase(contexts)
         return self.inputs_class(**fields, kv_cache_inputs=kv_cache_inputs, phase=phase)
 

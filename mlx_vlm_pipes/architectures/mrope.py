@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_vlm_pipes.architectures.base import VisionLanguageModel
-from mlx_vlm_pipes.contexts import MRopeContext, TextAndVisionContext
+from mlx_vlm_pipes.contexts import TextAndVisionContext
 from mlx_vlm_pipes.dtypes import Device
 from mlx_vlm_pipes.errors import ConfigError
 from mlx_vlm_pipes.interfaces import (
@@ -20,6 +20,7 @@ from mlx_vlm_pipes.interfaces import (
     require_kind,
 )
 from mlx_vlm_pipes.nn.ragged import active_images
+from mlx_vlm_pipes.processing.grids import GridContext
 
 
 class MRopeInputs(VisionInputs[list[Buffer]]):
@@ -43,11 +44,11 @@ MRopeT = TypeVar("MRopeT", bound=MRopeInputs)
 class MRopeModel(AlwaysSignalBuffersMixin, VisionLanguageModel[MRopeT]):
     """A vision-language model whose contexts carry their own decoder positions."""
 
-    context_class: ClassVar[type[MRopeContext]]
+    context_class: ClassVar[type[GridContext]]
 
     @staticmethod
     def prepare_decoder_position_ids(
-        context_batch: Sequence[MRopeContext], devices: list[Device]
+        context_batch: Sequence[GridContext], devices: list[Device]
     ) -> Buffer:
         """Positions of all active tokens, uint32 [3, T]: time, height and width.
 
@@ -65,7 +66,7 @@ class MRopeModel(AlwaysSignalBuffersMixin, VisionLanguageModel[MRopeT]):
         own = [require_kind(context, self.context_class) for context in contexts]
         for context in own if has_pixels else ():
             if active_images([context]):
-                context.require_pixels()
+                context.media_positions()
         position_ids = self.prepare_decoder_position_ids(own, self.devices)
         return {"signal_buffers": self.signal_buffers, "position_ids": position_ids}
 

@@ -18,6 +18,7 @@ _CLASSES = {
     "pixtral": ("PixtralModel", "PixtralProcessor"),
     "internvl": ("InternVLModel", "InternVLProcessor"),
     "qwen2_5vl": ("Qwen2_5VLModel", "Qwen2_5VLProcessor"),
+    "qwen3_vl": ("Qwen3VLModel", "Qwen3VLProcessor"),
 }
 # names whose model class is not the room's own
 _MODELS = {"OlmoForCausalLM": "OlmoModel", "olmo": "OlmoModel"}
@@ -46,6 +47,8 @@ _NAMES = {
     "internvl_chat": "internvl",
     "Qwen2_5_VLForConditionalGeneration": "qwen2_5vl",
     "qwen2_5_vl": "qwen2_5vl",
+    "Qwen3VLForConditionalGeneration": "qwen3_vl",
+    "qwen3_vl": "qwen3_vl",
 }
 # model_type of a part of other architectures' config.json: room
 _PARTS = {"qwen2": "llama3", "qwen3": "qwen3"}

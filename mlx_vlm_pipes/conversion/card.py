@@ -11,7 +11,7 @@ from typing import Any
 
 from mlx_vlm_pipes import __version__
 from mlx_vlm_pipes.conversion.measure import Difference
-from mlx_vlm_pipes.conversion.recipe import ConvertOptions, Settings
+from mlx_vlm_pipes.conversion.recipe import ConvertOptions, Packing
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Report:
     nbytes: int
     source_bytes: int
     kept: int
-    packed: Mapping[str, Settings]
+    packed: Mapping[str, Packing]
     difference: Difference | None
 
     @property
@@ -45,7 +45,7 @@ class Report:
         return lines
 
 
-def describe(settings: Settings) -> str:
+def describe(settings: Packing) -> str:
     group_size, bits, mode = settings
     return f"{bits} bits ({mode}, groups of {group_size})"
 

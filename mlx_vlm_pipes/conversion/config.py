@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from mlx_vlm_pipes.conversion.recipe import Settings
+from mlx_vlm_pipes.conversion.recipe import Packing
 from mlx_vlm_pipes.conversion.source import Source
 from mlx_vlm_pipes.conversion.writer import without_code_keys
 
@@ -15,7 +15,7 @@ _TEXT_KEYS = ("text_config", "llm_config")
 
 
 def written_config(
-    source: Source, packed: Mapping[str, Settings], dtype: str | None
+    source: Source, packed: Mapping[str, Packing], dtype: str | None
 ) -> dict[str, Any]:
     """The configuration as plain data.
 
@@ -54,14 +54,14 @@ def _rename_types(values: dict[str, Any], names: Mapping[str, str]) -> None:
             del section["model_type"]
 
 
-def quantization_entry(packed: Mapping[str, Settings]) -> dict[str, Any]:
+def quantization_entry(packed: Mapping[str, Packing]) -> dict[str, Any]:
     """`{"group_size": 64, "bits": 4, "mode": "affine", "<module>": {...}, ...}`."""
     (common, _), *_ = Counter(packed.values()).most_common(1)
     others = {path: _entry(settings) for path, settings in packed.items() if settings != common}
     return {**_entry(common), **others}
 
 
-def _entry(settings: Settings) -> dict[str, Any]:
+def _entry(settings: Packing) -> dict[str, Any]:
     return dict(zip(("group_size", "bits", "mode"), settings, strict=True))
 
 

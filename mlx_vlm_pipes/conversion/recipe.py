@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlx_vlm_pipes.checkpoint.state import LANGUAGE
 from mlx_vlm_pipes.errors import InputError
-from mlx_vlm_pipes.nn.loading import LANGUAGE
 from mlx_vlm_pipes.weights.quantized import MLX_MODES
 
-Settings = tuple[int, int, str]  # group size, bits, mode
+Packing = tuple[int, int, str]  # group size, bits, mode
 
 # recipe: (bits of most of the decoder, bits of what hurts most)
 RECIPES = {
@@ -50,7 +50,7 @@ class ConvertOptions:
         asked = (self.bits, self.group_size, self.mixed)
         return any(value is not None for value in asked) or self.mode != "affine"
 
-    def settings(self) -> Settings | None:
+    def settings(self) -> Packing | None:
         """(group size, bits, mode) of most modules, None where nothing is to be quantised.
 
         Raises: InputError for options that contradict each other, or that MLX does not have.
@@ -88,12 +88,12 @@ class ConvertOptions:
 class Recipe:
     """How each module is quantised: `base` or None for not at all, `mixed` a key of RECIPES."""
 
-    base: Settings | None
+    base: Packing | None
     mixed: str | None = None
     num_layers: int = 0
     quantize_vision: bool = False
 
-    def settings_for(self, path: str, shape: tuple[int, ...]) -> Settings | None:
+    def settings_for(self, path: str, shape: tuple[int, ...]) -> Packing | None:
         """The settings of a canonical module path with a plain weight of this shape.
 
         None: kept as floats. So is what no group divides, and what mlx-vlm skips (fewer than 64

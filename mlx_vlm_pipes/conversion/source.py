@@ -7,35 +7,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-
 from mlx_vlm_pipes.architectures.registry import Room, find_room
+from mlx_vlm_pipes.checkpoint.canonical import canonical, unpack
+from mlx_vlm_pipes.checkpoint.modules import require_fit
+from mlx_vlm_pipes.checkpoint.state import LANGUAGE
+from mlx_vlm_pipes.checkpoint.tie import EMBEDDING, HEAD, settle_head, tied_by_names
 from mlx_vlm_pipes.config import PipelineConfig
 from mlx_vlm_pipes.errors import WeightsError
-from mlx_vlm_pipes.hf_config import HuggingFaceConfig, read_json, text_config, tie_flag
+from mlx_vlm_pipes.hf_config import read_config, text_config
 from mlx_vlm_pipes.loading import LoadOptions, model_config_for
-from mlx_vlm_pipes.nn.expected import require_fit
-from mlx_vlm_pipes.nn.loading import LANGUAGE, StateDict
 from mlx_vlm_pipes.quantization import QuantizationConfig
 from mlx_vlm_pipes.weights import (
     ConvToChannelsLast,
     ConvToMatrix,
     Layout,
     WeightData,
-    adapt,
-    canonical_overrides,
-    detect_layout,
+    drop_dummy_biases,
     find_weight_files,
-    load_state_dict,
     load_weights,
-    parse_quantization,
-    unpack_checkpoint,
 )
 from mlx_vlm_pipes.weights.layout import MLXForm, Reshape, Transform
 from mlx_vlm_pipes.weights.lora import LoRAAdapter, check_against_base, read_adapter
 from mlx_vlm_pipes.weights.quantized import settings_for
 
-EMBEDDING, HEAD = LANGUAGE + "embed_tokens", LANGUAGE + "lm_head"
+EMBEDDING_PATH, HEAD_PATH = LANGUAGE + EMBEDDING, LANGUAGE + HEAD
 
 
 @dataclass
@@ -72,7 +67,7 @@ class Source:
 
     def read_adapter(self, folder: Path) -> LoRAAdapter:
         """Raises: WeightsError for an adapter of another model."""
-        adapter = read_adapter(folder, folder.name, self.layouts, self.changes)
+        adapter = read_adapter(folder, folder.name, self.layouts)
         check_against_base(adapter, self.linear_shapes())
         return adapter
 
@@ -100,26 +95,24 @@ def open_source(folder: Path) -> Source:
 
     Raises: CheckpointError as `load` does. A head that repeats the embedding is dropped.
     """
-    values = read_json(folder / "config.json")
-    config = HuggingFaceConfig(values)
+    config = read_config(folder)
     room = find_room(config)
     weights = load_weights(find_weight_files(folder))
     pipeline = PipelineConfig(model=model_config_for(folder, config, weights, LoadOptions()))
     _, changes = room.model_class().read_config(pipeline)
     adapters = room.weight_adapters()
-    raw, packed = unpack_checkpoint(load_state_dict(weights), parse_quantization(values))
-    layout = detect_layout(raw, adapters.LAYOUTS)
-    said = weights.metadata.get("format")
-    if packed is not None:
-        packed = canonical_overrides(packed, layout, changes)
-    full = StateDict(adapt(raw, layout, changes, file_format=said), packed)
-    require_fit(room.model_class(), pipeline, full)
-    state = adapt(raw, layout, [_kept(change) for change in changes], file_format=said)
-    tied = _resolve_tie(state, declared=tie_flag(config, text_config(config)))
-    form = adapters.MLX_FORM
+    unpacked = unpack(weights, config)
+    as_loaded = canonical(unpacked, adapters.LAYOUTS, changes)
+    expected = require_fit(room.model_class(), pipeline, as_loaded)
+    state = canonical(unpacked, adapters.LAYOUTS, [_kept(change) for change in changes])
+    state.keep(drop_dummy_biases(state, expected))
+    declared = tied_by_names(config, text_config(config), state, f"{HEAD_PATH}.weight")
+    tied = settle_head(state, tied=declared, prefix=LANGUAGE)
+    form, layout = adapters.MLX_FORM, state.layout
+    assert layout is not None
     return Source(
-        folder, room, values, by_module(state), packed, form.layout_like(layout, adapters.LAYOUTS),
-        form, adapters.LAYOUTS, changes, tied,
+        folder, room, config.to_dict(), by_module(state), as_loaded.quantization,
+        form.layout_like(layout, adapters.LAYOUTS), form, adapters.LAYOUTS, changes, tied,
     )  # fmt: skip
 
 
@@ -146,17 +139,3 @@ def by_module(state: Mapping[str, WeightData]) -> dict[str, dict[str, WeightData
         path, key = (module, part) if is_part else (name, "")
         modules.setdefault(path, {})[key] = weight
     return modules
-
-
-def _resolve_tie(state: dict[str, WeightData], *, declared: bool | None) -> bool:
-    """Whether the head is the embedding; a copy of it is dropped. Reads both where needed."""
-    head, embedding = state.get(HEAD + ".weight"), state.get(EMBEDDING + ".weight")
-    if head is None or embedding is None:
-        return head is None
-    if not declared or head.shape != embedding.shape:
-        return False
-    if not bool(mx.array_equal(head.data, embedding.data)):
-        return False
-    for name in [name for name in state if name.startswith(HEAD + ".")]:
-        del state[name]
-    return True

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 
-from mlx_vlm_pipes.conversion.recipe import ConvertOptions, Recipe, Settings
-from mlx_vlm_pipes.conversion.source import EMBEDDING, HEAD, Source, packing_of
+from mlx_vlm_pipes.conversion.recipe import ConvertOptions, Packing, Recipe
+from mlx_vlm_pipes.conversion.source import EMBEDDING_PATH, HEAD_PATH, Source, packing_of
 from mlx_vlm_pipes.dtypes import DType
 from mlx_vlm_pipes.weights import WeightData
 from mlx_vlm_pipes.weights.lora import LoRAAdapter, merge_into
@@ -24,7 +24,7 @@ class Tally:
     elements: int = 0
     nbytes: int = 0
     kept: int = 0  # matrices that stay floats
-    packed: dict[str, Settings] = field(default_factory=dict)  # written module path -> settings
+    packed: dict[str, Packing] = field(default_factory=dict)  # written module path -> settings
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,11 @@ class Transfer:
 
     def _targets(self, path: str) -> tuple[str, ...]:
         """Where a module goes: the embedding is the head too, where a reader needs one."""
-        if path == EMBEDDING and self.source.tied and self.source.form.head:
-            return path, HEAD
+        if path == EMBEDDING_PATH and self.source.tied and self.source.form.head:
+            return path, HEAD_PATH
         return (path,)
 
-    def _count(self, written: str, arrays: Parts, packed: Settings | None) -> None:
+    def _count(self, written: str, arrays: Parts, packed: Packing | None) -> None:
         self.tally.nbytes += sum(array.nbytes for array in arrays.values())
         for part, array in arrays.items():
             if packed is not None and part in ("scales", "biases"):
@@ -76,8 +76,8 @@ class Transfer:
             self.tally.kept += 1
 
     def convert(
-        self, path: str, parts: Mapping[str, WeightData], source: Settings | None
-    ) -> tuple[Parts, Settings | None]:
+        self, path: str, parts: Mapping[str, WeightData], source: Packing | None
+    ) -> tuple[Parts, Packing | None]:
         """A module's arrays as they are to be written, lazily, and how the weight is packed.
 
         Args: source, how it is packed now. A packed module that an adapter touches is packed
@@ -109,7 +109,7 @@ class Transfer:
         }
 
 
-def unpack(arrays: Parts, settings: Settings) -> Parts:
+def unpack(arrays: Parts, settings: Packing) -> Parts:
     """A packed module as floats: those of its scales, bfloat16 where these are no floats."""
     group_size, bits, mode = settings
     scales = arrays["scales"]
@@ -122,7 +122,7 @@ def unpack(arrays: Parts, settings: Settings) -> Parts:
     return {**kept, "weight": weight}
 
 
-def pack(arrays: Parts, settings: Settings) -> Parts:
+def pack(arrays: Parts, settings: Packing) -> Parts:
     """A module of floats, packed."""
     group_size, bits, mode = settings
     made = mx.quantize(arrays["weight"], group_size, bits, mode)

@@ -12,8 +12,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_vlm_pipes.errors import InputError
-from mlx_vlm_pipes.weights.safetensors import INDEX_NAME
+from mlx_vlm_pipes.errors import ConfigError, InputError
+from mlx_vlm_pipes.json_files import read_json
+from mlx_vlm_pipes.weights.safetensors import INDEX_NAME, write_file
 
 # What a processor reads; never code, never pickles, never weights.
 COPIED = (
@@ -72,10 +73,7 @@ class ShardWriter:
 
     def _flush(self) -> None:
         path = self.folder / f"part-{len(self._shards) + 1:05d}.safetensors"
-        try:
-            mx.save_safetensors(str(path), self._pending, metadata={"format": "mlx"})
-        except RuntimeError as error:
-            raise InputError(f"{path}: cannot be written ({error})") from None
+        write_file(path, self._pending)
         self._shards.append(list(self._pending))
         self._pending, self._pending_bytes = {}, 0
         mx.clear_cache()
@@ -118,10 +116,10 @@ def _with_code_keys(path: Path) -> dict[str, Any] | None:
     if path.suffix != ".json" or path.name in ("tokenizer.json", "vocab.json"):
         return None
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
+        values = read_json(path, ConfigError) or {}
+    except ConfigError:
         return None  # copied as it is: what reads it says what is wrong
-    return values if isinstance(values, dict) and any(k in values for k in CODE_KEYS) else None
+    return values if any(key in values for key in CODE_KEYS) else None
 
 
 def without_code_keys(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +11,15 @@ from mlx_vlm_pipes.doctor.memory import estimate_memory
 from mlx_vlm_pipes.doctor.processor import examine_processor
 from mlx_vlm_pipes.doctor.report import Checkup
 from mlx_vlm_pipes.doctor.tensors import Tensors, examine_tensors, read_headers
-from mlx_vlm_pipes.errors import CheckpointNotFound
-from mlx_vlm_pipes.hf_config import HuggingFaceConfig, read_json
+from mlx_vlm_pipes.errors import CheckpointNotFound, ConfigError
+from mlx_vlm_pipes.hf_config import HuggingFaceConfig
+from mlx_vlm_pipes.json_files import read_json, require_json
 
 CODE_SUFFIXES = (
     ".py", ".pyc", ".so", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack",
     ".gguf", ".npy", ".joblib",
 )  # fmt: skip
 CODE_KEYS = ("auto_map", "model_file", "custom_pipelines")
-MAX_JSON_BYTES = 64 * 2**20
 
 
 def examine(folder: str | Path) -> Checkup:
@@ -36,7 +36,7 @@ def examine(folder: str | Path) -> Checkup:
     headers = read_headers(folder, checkup)
     values: dict[str, Any] = {}
     with checkup.collecting("config"):
-        values = read_json(folder / "config.json")
+        values = require_json(folder / "config.json")
     if not values:
         if not checkup.errors:
             checkup.error("config", "config.json is empty")
@@ -66,13 +66,8 @@ def ignored_code(folder: Path) -> list[str]:
     """Files that hold code or pickles, and keys that name code: present, never run or read."""
     found = sorted(p.name for p in folder.iterdir() if p.suffix.lower() in CODE_SUFFIXES)
     for path in sorted(folder.glob("*config.json")):
-        try:
-            if path.stat().st_size > MAX_JSON_BYTES:
-                continue
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
-            continue  # what reads the file reports it
-        if isinstance(values, dict):
+        with suppress(ConfigError):  # what reads the file reports it
+            values = read_json(path, ConfigError) or {}
             found += [f"{key} in {path.name}" for key in CODE_KEYS if key in values]
     return found
 

@@ -1,18 +1,15 @@
-"""How much memory a model takes, from shapes alone."""
+"""How much memory a model takes, from shapes alone, by the arithmetic of `Pipeline.plan`."""
 
 from __future__ import annotations
 
-import math
-
 from mlx_vlm_pipes.architectures.registry import Room
+from mlx_vlm_pipes.checkpoint.modules import blueprint
 from mlx_vlm_pipes.doctor.report import GB, Checkup
 from mlx_vlm_pipes.doctor.tensors import Tensors
-from mlx_vlm_pipes.engine.engine import machine_memory
-from mlx_vlm_pipes.hf_config import optional_int, text_config
+from mlx_vlm_pipes.engine.engine import default_engine_config, machine_memory
+from mlx_vlm_pipes.engine.plan import cache_bytes, peak_bytes, prefill_bytes
 
 TOKENS = 4096
-CHUNK = 2048  # tokens of one prefill step, at most
-WIDE = 8  # hidden states that a layer holds at once
 
 
 def estimate_memory(room: Room, tensors: Tensors, checkup: Checkup) -> None:
@@ -23,21 +20,15 @@ def estimate_memory(room: Room, tensors: Tensors, checkup: Checkup) -> None:
     model = tensors.pipeline.model
     config = model.require_huggingface_config()
     room_class = room.model_class()
-    size = model.dtype.size_in_bytes
-    load = sum(
-        math.prod(w.shape) * (size if w.dtype.is_float() else w.dtype.size_in_bytes)
-        for w in tensors.state.values()
-    )
+    load = sum(weight.data.nbytes for weight in tensors.state.values())
     params = room_class.get_kv_params(
         config, tensors.pipeline, model.devices, model.kv_cache, model.cache_dtype
     )
-    text = text_config(config)
-    hidden = optional_int(text, "hidden_size", default=4096)
-    inner = optional_int(text, "intermediate_size", default=4 * hidden)
-    vocab = optional_int(text, "vocab_size", default=32000)
-    step = CHUNK * (WIDE * hidden + 3 * inner) * size + 2 * vocab * 4
+    limits = default_engine_config(machine_memory())
+    _, decoder = blueprint(room_class, tensors.pipeline, tensors.state)
+    step = prefill_bytes(decoder, params.dtype.size_in_bytes, TOKENS, limits)
     checkup.load_bytes = load
-    checkup.run_bytes = needed = load + params.bytes_per_token * TOKENS + step
+    checkup.run_bytes = needed = peak_bytes(load, cache_bytes(params, TOKENS), step, limits)
     checkup.max_tokens = room_class.calculate_max_seq_len(tensors.pipeline, config)
     if needed > machine_memory():
         checkup.warn(

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from mlx_vlm_pipes.architectures.registry import Room
+from mlx_vlm_pipes.checkpoint.state import LANGUAGE
 from mlx_vlm_pipes.doctor.report import Checkup
 from mlx_vlm_pipes.doctor.tensors import Tensors
 from mlx_vlm_pipes.errors import InputError, PipesError
-from mlx_vlm_pipes.nn.loading import LANGUAGE
 from mlx_vlm_pipes.processing.base import TextProcessor
 from mlx_vlm_pipes.processing.chat_template import find_template
 from mlx_vlm_pipes.processing.tokenizer import Tokenizer

@@ -97,8 +97,7 @@ class Decode:
         outputs = self._state.model.execute(inputs)
         increment_cache_lengths(kv, [1] * len(jobs))
         self._state.note_bucket()
-        logits = outputs.next_token_logits
-        assert logits is not None
+        logits = outputs.last_logits()
         tokens = self._results.sample(logits, jobs)
         states = [a for job in jobs for a in job.sampler.state()]
         mx.async_eval(tokens, *states)

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 
+from mlx_vlm_pipes.config import KVCacheParams
 from mlx_vlm_pipes.contexts import ImageMetadata, TextContext
 from mlx_vlm_pipes.engine.state import EngineConfig, EngineState
 from mlx_vlm_pipes.interfaces import LayerWork, PipelineModelWithKVCache
@@ -62,12 +63,11 @@ def make_plan(
     """The plan of one processed request on an otherwise idle engine."""
     tokens, limit = context.tokens, context.sampling_params.max_new_tokens
     new = min(limit or context.max_length, context.max_length - len(tokens))
-    kv = capacity_bucket(len(tokens) + new) * state.model.kv_params.bytes_per_token
+    kv = cache_bytes(state.model.kv_params, len(tokens) + new)
     vision = _vision_bytes(state.model, context.images, state.config)
-    prefill = _prefill_bytes(state.model, len(tokens), state.config)
-    # A finished row is copied into the prefix cache while its own arrays are still there.
-    copied = kv if state.config.enable_prefix_caching else 0
-    peak = resident_bytes + kv + max(vision, prefill, copied)
+    decoder, itemsize = state.model.language.decoder.config, state.model.kv_params.dtype
+    prefill = prefill_bytes(decoder, itemsize.size_in_bytes, len(tokens), state.config)
+    peak = peak_bytes(resident_bytes, kv, max(vision, prefill), state.config)
     fits = peak <= memory_bytes and kv <= state.config.kv_bytes
     return Plan(
         len(tokens),
@@ -83,7 +83,36 @@ def make_plan(
     )
 
 
-def _transient(work: LayerWork, itemsize: int, *, fused: bool) -> float:
+def cache_bytes(params: KVCacheParams, tokens: int) -> int:
+    """Keys and values of one row, in the bucket that its tokens take."""
+    return capacity_bucket(tokens) * params.bytes_per_token
+
+
+def peak_bytes(resident: int, kv: int, transient: int, config: EngineConfig) -> int:
+    """Weights and what is resident with them, one row's cache, and the widest moment beside them.
+
+    A finished row is copied into the prefix cache while its own arrays are still there.
+    """
+    return resident + kv + max(transient, kv if config.enable_prefix_caching else 0)
+
+
+class DecoderSizes(Protocol):
+    """The widths of a decoder that a plan reads (nn.decoder.DecoderConfig)."""
+
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def num_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def intermediate_size(self) -> int: ...
+    @property
+    def vocab_size(self) -> int: ...
+
+
+def _transient(work: LayerWork, itemsize: int) -> float:
+    fused = mx.default_device().type == mx.DeviceType.gpu  # attention, without its scores in memory
     widths = HIDDEN_STATES * work.width + HEAD_WIDTHS * work.heads + MLP_WIDTHS * work.inner
     scores = 0 if fused else SCORES * work.scores
     return FIXED_BYTES + MARGIN * itemsize * (work.tokens * widths + scores)
@@ -93,8 +122,8 @@ def _vision_bytes(
     model: PipelineModelWithKVCache, images: Sequence[ImageMetadata], config: EngineConfig
 ) -> int:
     """The largest micro-batch of images, and the rows that all of them leave behind."""
-    itemsize, fused = _compute(model)
-    sizes = [_transient(model.vision_work(image), itemsize, fused=fused) for image in images]
+    itemsize = model.kv_params.dtype.size_in_bytes
+    sizes = [_transient(model.vision_work(image), itemsize) for image in images]
     sizes = [size + image.pixel_values.nbytes for size, image in zip(sizes, images, strict=True)]
     batches = [
         sum(sizes[i : i + config.image_batch]) for i in range(0, len(sizes), config.image_batch)
@@ -102,9 +131,11 @@ def _vision_bytes(
     return int(max(batches, default=0))
 
 
-def _prefill_bytes(model: PipelineModelWithKVCache, tokens: int, config: EngineConfig) -> int:
-    itemsize, fused = _compute(model)
-    decoder = model.language.decoder.config
+def prefill_bytes(decoder: DecoderSizes, itemsize: int, tokens: int, config: EngineConfig) -> int:
+    """What prefilling `tokens` tokens holds beside weights and cache, at its widest slice.
+
+    itemsize: bytes of an element while computing.
+    """
     chunk = min(tokens, config.prefill_chunk)
     work = LayerWork(
         tokens=chunk,
@@ -113,10 +144,4 @@ def _prefill_bytes(model: PipelineModelWithKVCache, tokens: int, config: EngineC
         inner=decoder.intermediate_size,
         scores=decoder.num_heads * chunk * tokens,
     )
-    return int(_transient(work, itemsize, fused=fused)) + 4 * 3 * decoder.vocab_size
-
-
-def _compute(model: PipelineModelWithKVCache) -> tuple[int, bool]:
-    """Bytes of an element while computing, and whether attention is fused."""
-    on_gpu = mx.default_device().type == mx.DeviceType.gpu
-    return model.kv_params.dtype.size_in_bytes, on_gpu
+    return int(_transient(work, itemsize)) + 4 * 3 * decoder.vocab_size

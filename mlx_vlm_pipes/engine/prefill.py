@@ -134,8 +134,7 @@ class Prefill:
         rows = [SliceRow(job.context, job.row, job.features) for job in jobs]
         count = group[0][1] if echo else 1
         outputs = run_slice(self._state.model, self._state.cache, rows, count)
-        logits = outputs.next_token_logits
-        assert logits is not None
+        logits = outputs.last_logits()
         mx.eval(logits, *(a for job in jobs for a in job.row.arrays()))
         if echo:
             _note_echo(jobs[0], outputs.logits)

@@ -10,42 +10,23 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_vlm_pipes.contexts import SamplingParams
 from mlx_vlm_pipes.errors import InputError
+from mlx_vlm_pipes.options import SAMPLING_OPTIONS
 
 NEGATIVE = -1e30  # stands for minus infinity: survives a later subtraction
 
 
-def check_sampling(params: SamplingParams) -> None:
-    """Raises: InputError naming the first value out of its range."""
-    bounds = {
-        "temperature": (0.0, float("inf")),
-        "top_p": (0.0, 1.0),
-        "min_p": (0.0, 1.0),
-        "repetition_penalty": (1e-6, float("inf")),
-        "presence_penalty": (-2.0, 2.0),
-        "frequency_penalty": (-2.0, 2.0),
-    }
-    for name, (low, high) in bounds.items():
-        value = getattr(params, name)
-        if not isinstance(value, (int, float)):
-            raise InputError(f"{name} is {value!r}, expected a number")
-        if not low <= value <= high:
-            raise InputError(f"{name} is {value}, expected {low:g} to {high:g}")
-    if params.top_p == 0:
-        raise InputError("top_p is 0, expected more than 0; for greedy set temperature to 0")
-    if params.top_k != -1 and params.top_k < 1:
-        raise InputError(f"top_k is {params.top_k}, expected at least 1, or -1 for no limit")
-    if params.max_new_tokens is not None and params.max_new_tokens < 1:
-        raise InputError(f"max_tokens is {params.max_new_tokens}, expected at least 1")
-    if params.min_new_tokens < 0:
-        raise InputError(f"min_tokens is {params.min_new_tokens}, expected at least 0")
-    if params.seed is not None and not isinstance(params.seed, int):
-        raise InputError(f"seed is {params.seed!r}, expected a whole number")
+def read_sampling(params: SamplingParams) -> SamplingParams:
+    """The same in plain Python types. Raises: InputError naming the first wrong value."""
+    given = vars(params)
+    read = {o.field: o.read(given[o.field]) for o in SAMPLING_OPTIONS.values()}
+    return replace(params, **read)
 
 
 def top_k_filter(logits: mx.array, k: int) -> mx.array:
@@ -79,8 +60,7 @@ class RowSampler:
     def __init__(
         self, params: SamplingParams, prompt: np.ndarray, vocab_size: int, end_ids: Sequence[int]
     ) -> None:
-        check_sampling(params)
-        self.params = params
+        self.params = params = read_sampling(params)
         self.steps = 0
         self._end_ids = [t for t in end_ids if t < vocab_size]
         seed = secrets.randbits(63) if params.seed is None else params.seed
@@ -162,7 +142,7 @@ def _dense_bias(bias: dict[int, float], vocab_size: int) -> mx.array | None:
         return None
     dense = np.zeros(vocab_size, np.float32)
     for token, value in bias.items():
-        if not isinstance(token, int) or not 0 <= token < vocab_size:
-            raise InputError(f"logit_bias for token {token!r}; the vocabulary has {vocab_size}")
+        if not 0 <= token < vocab_size:
+            raise InputError(f"logit_bias for token {token}; the vocabulary has {vocab_size}")
         dense[token] = value
     return mx.array(dense)

@@ -1,16 +1,21 @@
-"""Key and value storage: rows, slots, growth, quantised formats."""
+"""Key and value storage: rows, slots, growth, quantised formats, the documented arrays."""
 
 from mlx_vlm_pipes.kv_cache.cache import (
     CacheRow,
     KVCache,
-    KVCacheInputs,
-    KVCacheInputsPerDevice,
-    RowCacheInputs,
-    cache_inputs,
     capacity_bucket,
-    increment_cache_lengths,
     row_bucket,
 )
+from mlx_vlm_pipes.kv_cache.inputs import (
+    KVCacheInputs,
+    KVCacheInputsPerDevice,
+    Pages,
+    RowCacheInputs,
+    cache_inputs,
+    increment_cache_lengths,
+    rows_of,
+)
+from mlx_vlm_pipes.kv_cache.pages import from_pages, pages_for, write_pages
 from mlx_vlm_pipes.kv_cache.storage import (
     CacheFormat,
     Layer,
@@ -22,6 +27,7 @@ from mlx_vlm_pipes.kv_cache.storage import (
 
 __all__ = [
     "CacheFormat", "CacheRow", "KVCache", "KVCacheInputs", "KVCacheInputsPerDevice", "Layer",
-    "PlainFormat", "QuantizedFormat", "RowCacheInputs", "cache_format", "cache_inputs",
-    "capacity_bucket", "increment_cache_lengths", "row_bucket", "write_decode",
+    "Pages", "PlainFormat", "QuantizedFormat", "RowCacheInputs", "cache_format", "cache_inputs",
+    "capacity_bucket", "from_pages", "increment_cache_lengths", "pages_for", "row_bucket",
+    "rows_of", "write_decode", "write_pages",
 ]  # fmt: skip

@@ -7,9 +7,7 @@ buckets so that the compiled step sees few shapes. A single row is placed withou
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from collections.abc import Sequence
 
 import mlx.core as mx
 
@@ -22,8 +20,6 @@ from mlx_vlm_pipes.kv_cache.storage import (
     write_prefill,
 )
 
-A = TypeVar("A")
-B = TypeVar("B")
 _ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 
 
@@ -43,7 +39,10 @@ class CacheRow:
 
     def __init__(self, format: CacheFormat, params: KVCacheParams) -> None:
         self.length = 0
+        self.uncounted = 0  # tokens that a step has written behind `length`, not counted yet
         self.planned_length = 0  # tokens that prefill will reach in all, where it is chunked
+        # positions whose tokens see each other both ways: all of a span in one step
+        self.whole_spans: Sequence[tuple[int, int]] = ()
         self.adapter = 0  # LoRA adapter that makes these keys and values; 0 is the base model
         self.slot: int | None = None  # index in the batch arrays; None while staged
         self.format = format
@@ -54,6 +53,11 @@ class CacheRow:
     def nbytes(self) -> int:
         """Bytes of the staged arrays; a placed row owns none."""
         return sum(a.nbytes for layer in self._layers for a in layer)
+
+    @property
+    def filled(self) -> int:
+        """Tokens that lie in the arrays, counted or not."""
+        return self.length + self.uncounted
 
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` in all. The row must be staged."""
@@ -72,6 +76,12 @@ class CacheRow:
         self._layers[layer] = write_prefill(self._layers[layer], new, start)
         return self._layers[layer]
 
+    def write(self, tokens: mx.array, start: int) -> None:
+        """Write tokens [2, layers, K, T, D] from `start` on. The row must be staged."""
+        self.reserve(start + tokens.shape[3] + 1)
+        for i in range(self._params.num_layers):
+            self.append(i, tokens[0, i : i + 1], tokens[1, i : i + 1], start)
+
     def take(self) -> list[Layer]:
         """Hand the staged arrays over; the row keeps no reference."""
         layers, self._layers = self._layers, []
@@ -89,6 +99,11 @@ class CacheRow:
             for layer in self._layers
         ]
         return twin
+
+    @property
+    def layers(self) -> Sequence[Layer]:
+        """The staged arrays by layer; none before the first token and in a placed row."""
+        return self._layers
 
     def arrays(self) -> list[mx.array]:
         """The staged arrays, to be evaluated together with a step."""
@@ -130,7 +145,13 @@ class KVCache:
         return all(id(row) in wanted for row in self.placed)
 
     def place(self, rows: Sequence[CacheRow], extra: int = 1) -> None:
-        """Put these rows, in this order, into slots 0..n-1, with room for `extra` more tokens."""
+        """Put these rows, in this order, into slots 0..n-1, with room for `extra` more tokens.
+
+        Other rows that are placed now are staged again.
+        """
+        wanted = {id(row) for row in rows}
+        for row in [row for row in self.placed if id(row) not in wanted]:
+            self.release(row, keep=True)
         need = max(row.length for row in rows) + extra
         in_order = all(row.slot in (None, i) for i, row in enumerate(rows))
         new = [row for row in rows if row.slot is None]
@@ -158,7 +179,7 @@ class KVCache:
             return
         slot, last = row.slot, len(self.placed) - 1
         if keep:
-            row.stage(self._cut(slot, row.length))
+            row.stage(self._cut(slot, row.filled))
         row.slot = None
         moved = self.placed.pop()
         if slot != last:
@@ -179,6 +200,20 @@ class KVCache:
         twin.stage(self._cut(row.slot, length))
         return twin
 
+    def read(self, row: CacheRow, start: int, stop: int) -> mx.array:
+        """A row's tokens start..stop-1, wherever the row lies; the row holds that many. Lazy.
+
+        [2, layers, KV heads, stop - start, head_dim] in the cache dtype: keys, then values.
+        """
+        params = self.params
+        if start == stop:  # a row without tokens has no arrays yet
+            shape = (2, params.num_layers, params.n_kv_heads, 0, params.head_dim)
+            return mx.zeros(shape, self.format.dtype)
+        layers, slot = (row.layers, 0) if row.slot is None else (self._layers, row.slot)
+        own = [tuple(a[slot : slot + 1] for a in layer) for layer in layers]
+        parts = [self.format.decode(layer, start, stop) for layer in own]
+        return mx.stack([mx.concatenate([part[i] for part in parts]) for i in (0, 1)])
+
     def lengths(self) -> mx.array:
         """int32 [slots]: cached tokens of each slot, 0 for idle ones."""
         known = [row.length for row in self.placed]
@@ -198,7 +233,7 @@ class KVCache:
     def _shrink(self) -> None:
         """Give up idle rows, and capacity where less than half of it is needed."""
         rows = row_bucket(len(self.placed))
-        capacity = capacity_bucket(max(row.length for row in self.placed) + 1)
+        capacity = capacity_bucket(max(row.filled for row in self.placed) + 1)
         if 2 * capacity > self.capacity:
             capacity = self.capacity
         if rows < self.slots or capacity < self.capacity:
@@ -241,11 +276,7 @@ class KVCache:
         ]
 
     def _rebuild(self, rows: Sequence[CacheRow], tokens: int) -> None:
-        """New batch arrays with these rows in this order; others are staged again."""
-        wanted = {id(row) for row in rows}
-        for row in self.placed:
-            if id(row) not in wanted:
-                row.stage(self._cut(row.slot or 0, row.length))
+        """New batch arrays with these rows in this order."""
         capacity, idle = capacity_bucket(tokens), row_bucket(len(rows)) - len(rows)
         parts = [
             self._cut(row.slot, row.length) if row.slot is not None else row.take() for row in rows
@@ -259,81 +290,3 @@ class KVCache:
                 *[[resize(layer, capacity) for layer in row] for row in parts], strict=True
             )
         ]
-
-
-@dataclass
-class KVCacheInputsPerDevice(Generic[A, B]):
-    """The documented view of a cache for one step.
-
-    kv_blocks: the cache arrays; cache_lengths uint32 [B]; lookup_table uint32 [B, 1], the slot of
-    each row; max_lengths uint32 [steps, 2], longest active and longest cached length.
-    """
-
-    kv_blocks: A
-    cache_lengths: A
-    lookup_table: A
-    max_lengths: B
-    kv_scales: A | None = None
-
-    def flatten(self) -> list[A | B]:
-        """The fields in order, None left out."""
-        fields = [self.kv_blocks, self.cache_lengths, self.lookup_table, self.max_lengths]
-        return [f for f in (*fields, self.kv_scales) if f is not None]
-
-
-class RowCacheInputs(KVCacheInputsPerDevice[mx.array, mx.array]):
-    """Rows of a `KVCache` that one step reads and extends (spec 15.7: no paging).
-
-    The documented arrays are views made when somebody reads them; the step itself goes by rows.
-    """
-
-    def __init__(self, cache: KVCache, rows: Sequence[CacheRow]) -> None:
-        self.cache = cache
-        self.rows = list(rows)
-        self.kv_scales = None
-        self.active_lengths = [0] * len(self.rows)
-
-    @property
-    def kv_blocks(self) -> mx.array:  # pyright: ignore[reportIncompatibleVariableOverride]  # a view
-        shape = (0, *self.cache.params.shape_per_block)
-        return mx.zeros(shape, self.cache.params.dtype.to_mx())
-
-    @property
-    def cache_lengths(self) -> mx.array:  # pyright: ignore[reportIncompatibleVariableOverride]  # a view
-        return mx.array([row.length for row in self.rows], dtype=mx.uint32)
-
-    @property
-    def lookup_table(self) -> mx.array:  # pyright: ignore[reportIncompatibleVariableOverride]  # a view
-        return mx.array([[i] for i in range(len(self.rows))], dtype=mx.uint32)
-
-    @property
-    def max_lengths(self) -> mx.array:  # pyright: ignore[reportIncompatibleVariableOverride]  # a view
-        longest = max((row.length for row in self.rows), default=0)
-        return mx.array([[max(self.active_lengths, default=0), longest]], dtype=mx.uint32)
-
-
-@dataclass
-class KVCacheInputs(Generic[A, B]):
-    """One entry per device; here always exactly one."""
-
-    inputs: Sequence[KVCacheInputsPerDevice[A, B]] = field(default_factory=list)
-
-    def flatten(self) -> list[A | B]:
-        return [array for device in self.inputs for array in device.flatten()]
-
-    def __iter__(self) -> Iterator[KVCacheInputsPerDevice[A, B]]:
-        return iter(self.inputs)
-
-
-def cache_inputs(cache: KVCache, rows: Sequence[CacheRow]) -> KVCacheInputs[mx.array, mx.array]:
-    """The documented KVCacheInputs for these rows of a cache."""
-    return KVCacheInputs([RowCacheInputs(cache, rows)])
-
-
-def increment_cache_lengths(inputs: KVCacheInputs, active_lengths: Sequence[int]) -> None:
-    """Count a step's tokens as cached: row i grows by active_lengths[i]. Call it once a step."""
-    for device in inputs:
-        assert isinstance(device, RowCacheInputs)
-        for row, count in zip(device.rows, active_lengths, strict=True):
-            row.length += count
-        device.active_lengths = list(active_lengths)

@@ -24,6 +24,11 @@ class PlainFormat:
     def encode(self, keys: mx.array, values: mx.array) -> Layer:
         return keys.astype(self.dtype), values.astype(self.dtype)
 
+    def decode(self, layer: Layer, start: int, stop: int) -> tuple[mx.array, mx.array]:
+        """Keys and values of tokens start..stop-1, each [rows, K, stop - start, D]."""
+        keys, values = layer
+        return keys[:, :, start:stop], values[:, :, start:stop]
+
     def empty(self, params: KVCacheParams, rows: int, capacity: int) -> Layer:
         shape = (rows, params.n_kv_heads, capacity, params.head_dim)
         return mx.zeros(shape, self.dtype), mx.zeros(shape, self.dtype)

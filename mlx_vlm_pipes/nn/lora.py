@@ -61,18 +61,18 @@ class LoRATable(nn.Module):
         return (y - bias + delta) * self.gain[slots] + bias
 
 
-def attach_adapters(
-    decoder: nn.Module, adapters: Sequence[LoRAAdapter], prefix: str, dtype: mx.Dtype
+def attach_loras(
+    decoder: nn.Module, loras: Sequence[LoRAAdapter], prefix: str, dtype: mx.Dtype
 ) -> None:
     """Give every adapted linear of `decoder` its table, before projections are fused.
 
     prefix: what canonical paths begin with (`language_model.`).
     """
     modules = dict(decoder.named_modules())
-    paths = dict.fromkeys(path for adapter in adapters for path in adapter.layers)
+    paths = dict.fromkeys(path for lora in loras for path in lora.layers)
     for path in paths:
         own = path.removeprefix(prefix)
-        pairs = [adapter.layers.get(path) for adapter in adapters]
+        pairs = [lora.layers.get(path) for lora in loras]
         parent, _, name = own.rpartition(".")
         module = modules[own]
         tables = modules[parent].setdefault("adapters", {})

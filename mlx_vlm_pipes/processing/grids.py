@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Generic, TypeVar
 
 import numpy as np
 
-from mlx_vlm_pipes.contexts import ImageMetadata, MRopeContext
+from mlx_vlm_pipes.contexts import ImageMetadata, TextAndVisionContext
 from mlx_vlm_pipes.errors import InputError
 
 Grid = tuple[int, int, int]
@@ -166,12 +166,21 @@ class GridData(ABC, Generic[ImageT]):
 
 
 @dataclass(kw_only=True)
-class GridContext(MRopeContext, ABC):
-    """A request whose positions follow from the grids of its pictures and clips."""
+class GridContext(TextAndVisionContext, ABC):
+    """A request with its three-axis positions. decoder_position_ids: int64 [3, prompt].
+
+    rope_delta: what to add to a token's index behind the last picture to get its position.
+    """
+
+    rope_delta: int = 0
+    decoder_position_ids: np.ndarray = field(default_factory=lambda: np.zeros((3, 0), np.int64))
 
     @abstractmethod
     def media_positions(self) -> Mapping[int, Sequence[np.ndarray]]:
-        """What `rope_index` takes: by placeholder id, the positions of each run."""
+        """What `rope_index` takes: by placeholder id, the positions of each run.
+
+        Raises: InputError for pictures without what their positions depend on.
+        """
 
     def refresh_positions(self) -> None:
         """Recompute positions and rope_delta over all tokens, generated ones included.
@@ -180,6 +189,20 @@ class GridContext(MRopeContext, ABC):
         """
         made = rope_index(self.tokens.all, self.media_positions())
         self.decoder_position_ids, self.rope_delta = made
+
+    def active_positions(self) -> np.ndarray:
+        """int64 [3, active tokens]; made anew if tokens have come since (a reset).
+
+        Raises: as refresh_positions.
+        """
+        tokens = self.tokens
+        if not self.needs_vision_encoding:
+            start = tokens.processed_length + self.rope_delta
+            text = np.arange(start, start + tokens.active_length)
+            return np.broadcast_to(text, (3, len(text)))
+        if self.decoder_position_ids.shape[1] != len(tokens):
+            self.refresh_positions()
+        return self.decoder_position_ids[:, tokens.processed_length : tokens.current_position]
 
 
 def grid_array(grids: Sequence[Grid]) -> np.ndarray:

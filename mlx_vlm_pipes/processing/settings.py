@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mlx_vlm_pipes import json_files
 from mlx_vlm_pipes.errors import ProcessorError
 
-MAX_JSON_BYTES = 64 * 2**20
 MAX_SIDE_PX = 2**16
 MAX_COUNT = 2**40
 
@@ -25,22 +24,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
     Raises: ProcessorError if it is unreadable, larger than 64 MiB or not an object.
     """
-    try:
-        if not path.is_file():
-            return None
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise ProcessorError(f"{path}: {path.stat().st_size} bytes; expected at most 64 MiB")
-        text = path.read_text(encoding="utf-8")
-        value = json.loads(text)
-        if "\\ud" in text or "\\uD" in text:  # half of a surrogate pair is JSON, but no text
-            json.dumps(value, ensure_ascii=False).encode()
-    except (OSError, ValueError, RecursionError) as error:
-        if isinstance(error, ProcessorError):
-            raise
-        raise ProcessorError(f"{path}: not readable as JSON ({_one_line(error)})") from error
-    if not isinstance(value, dict):
-        raise ProcessorError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
+    return json_files.read_json(path, ProcessorError)
 
 
 @dataclass(frozen=True)
@@ -212,10 +196,6 @@ class ProcessorFiles:
 def _file(path: Path) -> Settings | None:
     values = read_json(path)
     return None if values is None else Settings(str(path), values)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _short(value: Any) -> str:

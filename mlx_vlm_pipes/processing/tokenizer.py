@@ -48,10 +48,6 @@ class Tokenizer:
         return self.named_tokens.get("eos_token")
 
     @property
-    def pad_token(self) -> str | None:
-        return self.named_tokens.get("pad_token")
-
-    @property
     def eos_token_id(self) -> int | None:
         return None if self.eos_token is None else self.token_id(self.eos_token)
 

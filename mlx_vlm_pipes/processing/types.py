@@ -11,6 +11,7 @@ import numpy as np
 
 from mlx_vlm_pipes.contexts import ImageMetadata
 from mlx_vlm_pipes.errors import InputError
+from mlx_vlm_pipes.options import PROMPT_OPTIONS, default
 
 
 @dataclass(frozen=True)
@@ -25,18 +26,18 @@ class PromptRequest:
     num_frames: how many frames to take from a video file, instead of `fps`. local_files: whether
     text may name files.
     template_variables: further names that the chat template reads (`tools`, `enable_thinking`).
-    Raises: InputError if images or videos is not a list or tuple.
+    Raises: InputError if images or videos is not a list or tuple, or an option is out of bounds.
     """
 
     prompt: str | Sequence[Mapping[str, Any]]
     images: Sequence[Any] = ()
     videos: Sequence[Any] = ()
-    raw: bool = False
-    system: str | None = None
-    fps: float = 2.0
-    min_pixels: int | None = None
-    max_pixels: int | None = None
-    num_frames: int | None = None
+    raw: bool = default("raw")
+    system: str | None = default("system")
+    fps: float = default("fps")
+    min_pixels: int | None = default("min_pixels")
+    max_pixels: int | None = default("max_pixels")
+    num_frames: int | None = default("num_frames")
     local_files: bool = True
     template_variables: Mapping[str, Any] | None = None
 
@@ -44,6 +45,8 @@ class PromptRequest:
         for name, value in (("images", self.images), ("videos", self.videos)):
             if not isinstance(value, (list, tuple)):
                 raise InputError(f"{name} is a {type(value).__name__}; expected a list")
+        for name, option in PROMPT_OPTIONS.items():
+            option.read(vars(self)[name])
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from mlx_vlm_pipes.weights.checkpoint import (
     SafetensorWeights,
+    TensorHandle,
     WeightData,
     Weights,
     WeightsAdapter,
@@ -9,7 +10,6 @@ from mlx_vlm_pipes.weights.checkpoint import (
     load_state_dict,
     load_weights,
 )
-from mlx_vlm_pipes.weights.fuse import fuse_linears, linear_part
 from mlx_vlm_pipes.weights.install import install_weights, parameter_shapes
 from mlx_vlm_pipes.weights.layout import (
     ConvToChannelsLast,
@@ -17,7 +17,6 @@ from mlx_vlm_pipes.weights.layout import (
     Layout,
     Prefix,
     Reshape,
-    SplitRows,
     adapt,
     decoder,
     detect_layout,
@@ -54,10 +53,10 @@ __all__ = [
     "Reshape",
     "SafetensorWeights",
     "ScaledFormat",
-    "SplitRows",
     "TensorInfo",
     "WeightData",
     "Weights",
+    "TensorHandle",
     "WeightsAdapter",
     "adapt",
     "canonical_overrides",
@@ -68,9 +67,7 @@ __all__ = [
     "dora_factor",
     "drop_dummy_biases",
     "find_weight_files",
-    "fuse_linears",
     "install_weights",
-    "linear_part",
     "linear_shapes",
     "load_state_dict",
     "load_weights",

@@ -61,6 +61,20 @@ class WeightData:
         return self.data
 
 
+Tensors = Mapping[str, WeightData]
+"""Tensors by name, whatever the names are."""
+
+
+@dataclass(frozen=True)
+class TensorHandle:
+    """What an adapter is given of a tensor that was repacked or expanded after reading."""
+
+    weight: WeightData
+
+    def data(self) -> WeightData:
+        return self.weight
+
+
 WeightsAdapter = Callable[..., dict[str, WeightData]]
 """`(state_dict, *, huggingface_config=..., pipeline_config=..., **unused) -> {name: WeightData}`.
 
@@ -110,7 +124,7 @@ class Weights(ABC):
 
 
 class _Files:
-    """Headers of a checkpoint's files, and the arrays MLX made of those already opened."""
+    """Headers of a checkpoint's files, and the unread arrays of those already opened."""
 
     def __init__(self, paths: Sequence[str | Path]) -> None:
         headers = [read_header(path) for path in paths]
@@ -119,14 +133,17 @@ class _Files:
         self._arrays: dict[Path, dict[str, mx.array]] = {}
 
     def array(self, info: TensorInfo) -> mx.array:
-        """The tensor, unread: MLX opens the file and reads when the array is evaluated."""
-        if info.path not in self._arrays:
+        """The tensor, unread: MLX opens the file and reads when the array is evaluated.
+
+        It is handed over, not kept: an open checkpoint must not hold what was read of it.
+        """
+        if info.name not in self._arrays.get(info.path, {}):
             try:
                 loaded = mx.load(str(info.path), format="safetensors")
             except (RuntimeError, ValueError) as error:
                 raise WeightsError(f"{info.path}: MLX cannot open it ({clip(error)})") from None
             self._arrays[info.path] = cast("dict[str, mx.array]", loaded)
-        return self._arrays[info.path][info.name]
+        return self._arrays[info.path].pop(info.name)
 
 
 class SafetensorPart(Weights):

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -189,11 +189,23 @@ def detect_layout(names: Iterable[str], layouts: Sequence[Layout]) -> Layout:
     return best
 
 
-def map_names(names: Iterable[str], layout: Layout) -> dict[str, str]:
+Report = Callable[[str, WeightsError], None]
+"""Takes what a checkpoint gets wrong: where it is (in a word or two), and what. Raises or keeps."""
+
+
+def raise_at_once(where: str, error: WeightsError) -> None:
+    """The Report of everybody who needs a whole checkpoint."""
+    del where
+    raise error
+
+
+def map_names(
+    names: Iterable[str], layout: Layout, report: Report = raise_at_once
+) -> dict[str, str]:
     """Checkpoint name -> canonical name; ignored names are left out.
 
-    Raises: WeightsError listing at most ten groups of names that the layout does not know, or
-    two tensors that would get the same name.
+    Reports, and leaves out: names that the layout does not know (at most ten groups are listed),
+    and the second of two tensors that would get the same name.
     """
     mapped: dict[str, str] = {}
     unknown: list[str] = []
@@ -206,17 +218,17 @@ def map_names(names: Iterable[str], layout: Layout) -> dict[str, str]:
         else:
             mapped[name] = renamed[0]
     if unknown:
-        raise WeightsError(
-            f"{len(unknown)} tensors unknown in the {layout.name} layout: {group_names(unknown)}"
-        )
+        text = f"{len(unknown)} tensors unknown in the {layout.name} layout: {group_names(unknown)}"
+        report("unexpected", WeightsError(text))
     owners: dict[str, str] = {}
     for source, target in mapped.items():
         if owners.setdefault(target, source) != source:
-            raise WeightsError(
+            text = (
                 f"tensors '{clip(owners[target])}' and '{clip(source)}' are both"
                 f" '{clip(target)}'; the checkpoint mixes two layouts"
             )
-    return mapped
+            report("weights", WeightsError(text))
+    return {source: target for target, source in owners.items()}
 
 
 def group_names(names: Iterable[str], limit: int = MAX_NAMED) -> str:
@@ -292,43 +304,6 @@ class ConvToMatrix:
 
 
 @dataclass(frozen=True)
-class SplitRows:
-    """A fused projection cut into parts by rows: `attn.qkv` -> `attn.q_proj`, … .
-
-    `module` is the fused module's canonical path, `parts` the paths of its parts, both with `*`
-    for layer numbers; `rows` their heights, equal shares if None. Weights, scales, biases and
-    bias are cut alike: packing runs along the other axis.
-    """
-
-    module: str
-    parts: tuple[str, ...]
-    rows: tuple[int, ...] | None = None
-
-    def targets(self, name: str) -> list[str] | None:
-        """The parts' names of a tensor of the fused module; None for any other tensor."""
-        named = [Prefix(self.module + ".", part + ".").apply(name) for part in self.parts]
-        return [name for name in named if name is not None] or None
-
-    def apply(self, weight: WeightData, file_format: str | None) -> list[WeightData] | None:
-        targets = self.targets(weight.name)
-        if targets is None:
-            return None
-        height = weight.shape[0] if weight.shape else 0
-        rows = self.rows or (height // len(self.parts),) * len(self.parts)
-        if sum(rows) != height:
-            raise WeightsError(
-                f"'{clip(weight.name)}' is {list(weight.shape)}; expected {sum(rows)} rows for"
-                f" {len(self.parts)} parts"
-            )
-        ends = [sum(rows[: i + 1]) for i in range(len(rows))]
-        pieces = mx.split(weight.data, ends[:-1], axis=0)
-        return [
-            _with_data(replace(weight, name=target), piece)
-            for target, piece in zip(targets, pieces, strict=True)
-        ]
-
-
-@dataclass(frozen=True)
 class Reshape:
     """The same numbers in another shape: a class token [1, 1, E] -> [E]."""
 
@@ -355,37 +330,41 @@ def adapt(
     transforms: Sequence[Transform] = (),
     *,
     file_format: str | None = None,
+    report: Report = raise_at_once,
 ) -> dict[str, WeightData]:
     """Rename a checkpoint's tensors and transform their values, all of it lazily.
 
     Args: state_dict, name -> WeightData or handle; file_format, the files' metadata `format`
     ("pt" or "mlx"), by default what the handles say.
     Returns: canonical name -> WeightData. Running it on its own result changes nothing.
-    Raises: WeightsError for unknown or doubled names, and shapes that a transform cannot take.
+    Reports (by default raises) unknown and doubled names, and shapes that no transform takes.
     """
     adapted: dict[str, WeightData] = {}
-    for source, target in map_names(state_dict, layout).items():
+    for source, target in map_names(state_dict, layout, report).items():
         handle = state_dict[source]
         said = file_format
         if isinstance(handle, Weights):
             said = file_format or handle.metadata.get("format")
         if not isinstance(handle, WeightData):
             handle = handle.data()
-        for weight in _transformed(replace(handle, name=target), transforms, said):
+        for weight in _transformed(replace(handle, name=target), transforms, said, report):
             if weight.name in adapted:
-                raise WeightsError(
-                    f"'{clip(weight.name)}' comes from two tensors of the checkpoint"
-                )
+                text = f"'{clip(weight.name)}' comes from two tensors of the checkpoint"
+                report("weights", WeightsError(text))
             adapted[weight.name] = weight
     return adapted
 
 
 def _transformed(
-    weight: WeightData, transforms: Sequence[Transform], file_format: str | None
+    weight: WeightData, transforms: Sequence[Transform], file_format: str | None, report: Report
 ) -> list[WeightData]:
     """Each transform in turn, over all that the ones before it made."""
     weights = [weight]
     for transform in transforms:
-        results = [(old, transform.apply(old, file_format)) for old in weights]
+        try:
+            results = [(old, transform.apply(old, file_format)) for old in weights]
+        except WeightsError as error:
+            report("mis-shaped", error)
+            continue
         weights = [new for old, made in results for new in ([old] if made is None else made)]
     return weights

@@ -15,10 +15,8 @@ import mlx.core as mx
 from mlx_vlm_pipes.dtypes import DType
 from mlx_vlm_pipes.errors import WeightsError
 from mlx_vlm_pipes.quantization import QuantizationConfig
-from mlx_vlm_pipes.weights.checkpoint import WeightData
+from mlx_vlm_pipes.weights.checkpoint import Tensors, WeightData
 from mlx_vlm_pipes.weights.safetensors import clip
-
-StateDict = Mapping[str, WeightData]
 
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # the nibble that holds column 0, 1, … of each eight
 _FLOAT = ("float", "bfloat")  # DType names
@@ -83,7 +81,7 @@ def unpack_words(words: mx.array, bits: int) -> mx.array:
 
 
 def repack(
-    state: StateDict, quantization: QuantizationConfig, dtype: DType | None = None
+    state: Tensors, quantization: QuantizationConfig, dtype: DType | None = None
 ) -> tuple[dict[str, WeightData], QuantizationConfig | None]:
     """GPTQ, AWQ or compressed-tensors integers -> MLX affine, under the same module names.
 
@@ -93,7 +91,7 @@ def repack(
     Raises: WeightsError naming a module with a tensor missing or of the wrong shape.
     Source: AutoGPTQ/GPTQModel qlinear, AutoAWQ packing_utils, compressed_tensors pack_quantized.
     """
-    readers: dict[str, tuple[str, Callable[[StateDict, str, QuantizationConfig], PackedLinear]]] = {
+    readers: dict[str, tuple[str, Callable[[Tensors, str, QuantizationConfig], PackedLinear]]] = {
         "gptq": (".qweight", _read_gptq),
         "awq": (".qweight", _read_awq),
         "compressed-tensors": (".weight_packed", _read_pack_quantized),
@@ -135,7 +133,7 @@ def _cast(linear: PackedLinear, dtype: DType) -> PackedLinear:
 
 
 def _part(
-    state: StateDict, name: str, shape: tuple[int | None, ...], kinds: tuple[str, ...]
+    state: Tensors, name: str, shape: tuple[int | None, ...], kinds: tuple[str, ...]
 ) -> mx.array:
     """A module's tensor, with its shape (None: any) and kind of dtype checked."""
     weight = state.get(name)
@@ -164,7 +162,7 @@ def _check_columns(module: str, columns: int, rows: int) -> None:
         raise WeightsError(f"'{clip(module)}' has {columns} inputs; packed layers need 32, 64, …")
 
 
-def _read_gptq(state: StateDict, module: str, quantization: QuantizationConfig) -> PackedLinear:
+def _read_gptq(state: Tensors, module: str, quantization: QuantizationConfig) -> PackedLinear:
     """qweight int32 [in*bits/32, out], packed along inputs; qzeros [G, out*bits/32] along outputs.
 
     Its bit stream down a column is MLX's along a row, so the codes are only transposed. In the
@@ -190,7 +188,7 @@ def _read_gptq(state: StateDict, module: str, quantization: QuantizationConfig) 
     return PackedLinear(codes, scales.T, zeros.T.astype(mx.float32), bits, size, groups)
 
 
-def _group_index(state: StateDict, name: str, columns: int, size: int) -> mx.array | None:
+def _group_index(state: Tensors, name: str, columns: int, size: int) -> mx.array | None:
     """Each input's group, None if there is no such tensor or it is in plain order. Reads it."""
     if name not in state:
         return None
@@ -202,7 +200,7 @@ def _group_index(state: StateDict, name: str, columns: int, size: int) -> mx.arr
     return groups
 
 
-def _read_awq(state: StateDict, module: str, quantization: QuantizationConfig) -> PackedLinear:
+def _read_awq(state: Tensors, module: str, quantization: QuantizationConfig) -> PackedLinear:
     """qweight int32 [in, out/8] and qzeros [G, out/8], eight outputs a word, interleaved."""
     packed = _part(state, f"{module}.qweight", (None, None), _WORDS)
     columns, rows = packed.shape[0], packed.shape[1] * 8
@@ -226,7 +224,7 @@ def _awq_nibbles(words: mx.array) -> mx.array:
 
 
 def _read_pack_quantized(
-    state: StateDict, module: str, quantization: QuantizationConfig
+    state: Tensors, module: str, quantization: QuantizationConfig
 ) -> PackedLinear:
     """weight_packed int32 [out, in*bits/32], as MLX packs; codes are offset by 2^(bits-1).
 
@@ -248,13 +246,15 @@ def _read_pack_quantized(
     return PackedLinear(packed.view(mx.uint32), scales, zeros, bits, size, groups)
 
 
-def drop_dummy_biases(state: StateDict, expected: Mapping[str, object]) -> dict[str, WeightData]:
-    """Drop all-zero `.bias` tensors the model has no place for: GPTQ tools write them.
+def drop_dummy_biases(state: Tensors, expected: Mapping[str, object]) -> dict[str, WeightData]:
+    """Drop all-zero biases of matrices that the model gives none: AutoGPTQ writes them everywhere.
 
-    Args: state and expected by canonical name. Reads only the biases in question.
+    Args: state and expected by the same names. Reads only the biases in question.
     """
-    return {
-        name: weight
-        for name, weight in state.items()
-        if name in expected or not name.endswith(".bias") or mx.any(weight.data).item()
-    }
+
+    def is_dummy(name: str, weight: WeightData) -> bool:
+        matrix = state.get(f"{name.removesuffix('bias')}weight")
+        at_matrix = name.endswith(".bias") and matrix is not None and len(matrix.shape) == 2
+        return at_matrix and name not in expected and not mx.any(weight.data).item()
+
+    return {name: weight for name, weight in state.items() if not is_dummy(name, weight)}

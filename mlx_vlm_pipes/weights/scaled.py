@@ -15,12 +15,10 @@ import mlx.core as mx
 from mlx_vlm_pipes.dtypes import DType
 from mlx_vlm_pipes.errors import WeightsError
 from mlx_vlm_pipes.quantization import QuantConfig, QuantizationConfig, ScaleSpec
-from mlx_vlm_pipes.weights.checkpoint import WeightData
+from mlx_vlm_pipes.weights.checkpoint import Tensors, WeightData
 from mlx_vlm_pipes.weights.quantized import ScaledFormat
 from mlx_vlm_pipes.weights.repack import repack
 from mlx_vlm_pipes.weights.safetensors import clip
-
-StateDict = Mapping[str, WeightData]
 
 _NARROW = (DType.float8_e4m3fn, DType.int8)
 _SCALES = ("weight_scale", "weight_scale_inv")  # both are multiplied, whatever the name says
@@ -32,7 +30,7 @@ _UNUSED = (
 
 
 def unpack_checkpoint(
-    state: StateDict,
+    state: Tensors,
     quantization: QuantizationConfig | ScaledFormat | None,
     dtype: DType | None = None,
 ) -> tuple[dict[str, WeightData], QuantizationConfig | None]:
@@ -53,7 +51,7 @@ def unpack_checkpoint(
 
 
 def expand_scaled(
-    state: StateDict, quantization: ScaledFormat | None, dtype: DType
+    state: Tensors, quantization: ScaledFormat | None, dtype: DType
 ) -> dict[str, WeightData]:
     """Multiply out every scaled weight; float8 tensors without a scale are just decoded.
 
@@ -95,7 +93,7 @@ def _decode(weight: WeightData) -> mx.array:
 
 
 def _expand_rows(
-    state: StateDict, name: str, weight: WeightData, quantization: ScaledFormat | None
+    state: Tensors, name: str, weight: WeightData, quantization: ScaledFormat | None
 ) -> tuple[mx.array, list[str]]:
     """float8 or int8 values times their scale; float32, and the names used up."""
     values = _decode(weight)
@@ -158,7 +156,7 @@ def granularity(
     return "colwise" if scale == (1, columns) else None
 
 
-def _expand_nvfp4(state: StateDict, module: str, weight: WeightData) -> tuple[mx.array, list[str]]:
+def _expand_nvfp4(state: Tensors, module: str, weight: WeightData) -> tuple[mx.array, list[str]]:
     """4-bit floats, scaled by fp8 per 16 inputs and one float: float32, and the names used up.
 
     compressed-tensors divides by weight_global_scale, ModelOpt multiplies by weight_scale_2.
@@ -189,7 +187,7 @@ def _scalar(weight: WeightData) -> mx.array:
     return weight.data.astype(mx.float32).reshape(())
 
 
-def _rename_mxfp4(state: StateDict) -> dict[str, WeightData]:
+def _rename_mxfp4(state: Tensors) -> dict[str, WeightData]:
     """compressed-tensors mxfp4 is MLX's, byte for byte: uint8 [out, in/2] viewed as words."""
     renamed: dict[str, WeightData] = {}
     for name, weight in state.items():
@@ -207,10 +205,10 @@ def _rename_mxfp4(state: StateDict) -> dict[str, WeightData]:
     return renamed
 
 
-def record_scales(state: StateDict, quantization: ScaledFormat) -> QuantConfig | None:
+def record_scales(state: Tensors, quantization: ScaledFormat) -> QuantConfig | None:
     """The documented record of a scaled checkpoint; looks at names, dtypes and shapes only.
 
-    A layer counts as quantised when all linears of its MLP (or attention) have a scale.
+    A layer counts as quantised when all matrices of its MLP (or attention) have a scale.
     """
     scales = {
         name.rpartition(".")[0]: weight
@@ -227,17 +225,18 @@ def record_scales(state: StateDict, quantization: ScaledFormat) -> QuantConfig |
         input_scale=ScaleSpec("tensor", inputs[0].dtype) if inputs else None,
         weight_scale=ScaleSpec(covers or "block", scale.dtype, quantization.block_size),
         mlp_quantized_layers=_whole_layers(state, scales, "mlp"),
-        attn_quantized_layers=_whole_layers(state, scales, "self_attn"),
+        attn_quantized_layers=_whole_layers(state, scales, "(?:self_)?attn"),
         format=quantization.format,
     )
 
 
-def _whole_layers(state: StateDict, scaled: Mapping[str, object], part: str) -> set[int]:
-    """Layers whose part has a scale for each of its projections."""
-    pattern = re.compile(rf"(?:.*\.)?layers\.(\d{{1,6}})\.{part}\.\w+_proj")
+def _whole_layers(state: Tensors, scaled: Mapping[str, object], part: str) -> set[int]:
+    """Layers whose part (a pattern) has a scale for each of its matrices."""
+    pattern = re.compile(rf"(?:.*\.)?(?:layers|blocks)\.(\d{{1,6}})\.{part}\.\w+")
     found: dict[int, list[bool]] = {}
-    for module in {name.rpartition(".")[0] for name in state}:
+    for name, weight in state.items():
+        module, _, kind = name.rpartition(".")
         match = pattern.fullmatch(module)
-        if match:
+        if match and kind in ("weight", "weight_packed") and len(weight.shape) == 2:
             found.setdefault(int(match[1]), []).append(module in scaled)
     return {layer for layer, flags in found.items() if all(flags)}

@@ -11,8 +11,10 @@ from PIL import Image
 
 from mlx_vlm_pipes import load
 from mlx_vlm_pipes.config import KVCacheConfig
+from mlx_vlm_pipes.contexts import TextContext, TokenBuffer
 from mlx_vlm_pipes.engine.requests import Chunk
 from mlx_vlm_pipes.engine.state import EngineConfig
+from mlx_vlm_pipes.kv_cache import KVCache, cache_inputs
 from tests.engine.models import finish, new_scheduler, open_model, prompt_ids, submit, write_llama
 from tests.fixtures_helper import FIXTURES
 
@@ -79,6 +81,24 @@ def test_a_quantised_cache_makes_the_peak_at_8k_lower(tmp_path: Path) -> None:
         (ours,), (theirs,) = first.top_log_probabilities, wanted.top_log_probabilities
         gap = max(abs(ours[token] - theirs[token]) for token in theirs)
         assert gap < bar, (bits, gap)
+
+
+def test_prefill_over_a_quantised_cache_is_lazy_and_holds_few_tiles(tmp_path: Path) -> None:
+    folder = write_llama(tmp_path / "llama", layers=2, heads=1, kv_heads=1)
+    model = open_model(folder, kv_cache=KVCacheConfig(bits=8))
+    cache, length = KVCache(model.kv_params), 4096
+    row = cache.new_row()
+    context = TextContext(tokens=TokenBuffer(np.array(prompt_ids(length))), max_length=16384)
+    kv = cache_inputs(cache, [row])
+    inputs = model.prepare_initial_token_inputs([[context]], kv)
+    mx.synchronize()
+    before = mx.get_active_memory()
+    logits = model.execute(inputs).logits
+    assert mx.get_active_memory() - before < 50_000 < cache.params.bytes_per_token * length
+    mx.reset_peak_memory()
+    mx.eval(logits, *row.arrays())
+    # 136 tiles a layer, each 0.5 MB with its scores and dequantised keys: 42 MB if left to itself
+    assert mx.get_peak_memory() - before < 25e6
 
 
 def test_a_quantised_batch_gives_what_each_row_gives_alone(tmp_path: Path) -> None:

@@ -12,6 +12,11 @@ from mlx_vlm_pipes.architectures.idefics3.model_config import Idefics3Config
 from mlx_vlm_pipes.architectures.idefics3.vision_model import Idefics3Vision
 from mlx_vlm_pipes.architectures.idefics3.weight_adapters import LAYOUTS, transforms
 from mlx_vlm_pipes.architectures.llama3.model_config import bounded_max_seq_len
+from mlx_vlm_pipes.checkpoint.state import (
+    LANGUAGE,
+    StateDict,
+    part,
+)
 from mlx_vlm_pipes.config import PipelineConfig
 from mlx_vlm_pipes.contexts import ImageMetadata
 from mlx_vlm_pipes.errors import MediaError
@@ -26,7 +31,6 @@ from mlx_vlm_pipes.interfaces import (
     VisionInputs,
 )
 from mlx_vlm_pipes.nn.decoder import DecoderConfig
-from mlx_vlm_pipes.nn.loading import LANGUAGE, StateDict, part
 from mlx_vlm_pipes.nn.vision import pixel_array
 from mlx_vlm_pipes.weights.layout import Transform
 

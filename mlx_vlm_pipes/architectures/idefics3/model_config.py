@@ -10,6 +10,8 @@ from mlx_vlm_pipes.architectures.idefics3.sizes import FrameSizes
 from mlx_vlm_pipes.architectures.llama3.model_config import Llama3Config, NormMethod
 from mlx_vlm_pipes.architectures.part_fields import PartField, WithPartFields
 from mlx_vlm_pipes.architectures.vision_language_config import TwoPartConfig
+from mlx_vlm_pipes.checkpoint.state import expanded_scales
+from mlx_vlm_pipes.checkpoint.tie import declared_tied
 from mlx_vlm_pipes.config import MAXModelConfig, PipelineConfig
 from mlx_vlm_pipes.dtypes import DeviceRef, DType
 from mlx_vlm_pipes.errors import ConfigError, UnsupportedModel
@@ -20,7 +22,6 @@ from mlx_vlm_pipes.hf_config import (
     optional_int,
     require_int,
     text_config,
-    tie_flag,
 )
 from mlx_vlm_pipes.interfaces import ReturnHiddenStates, ReturnLogits
 from mlx_vlm_pipes.weights import WeightData
@@ -159,7 +160,8 @@ class Idefics3Config(WithPartFields, TwoPartConfig):
             norm_method,
             attention_bias=False,
         )
-        if tie_flag(huggingface_config, text):  # the outer configuration may be the one to say it
+        self.text_config.quant_config = expanded_scales(huggingface_config, llm_state_dict)
+        if declared_tied(huggingface_config, text):  # either part may say it
             self.text_config.tie_word_embeddings = True
 
 

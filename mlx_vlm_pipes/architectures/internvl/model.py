@@ -13,6 +13,7 @@ from mlx_vlm_pipes.architectures.internvl.model_config import InternVLConfig
 from mlx_vlm_pipes.architectures.internvl.sizes import TileSizes
 from mlx_vlm_pipes.architectures.internvl.vision_model import VisionModel, as_patches
 from mlx_vlm_pipes.architectures.internvl.weight_adapters import LAYOUTS, transforms
+from mlx_vlm_pipes.checkpoint.state import LANGUAGE, StateDict, part
 from mlx_vlm_pipes.config import PipelineConfig, upper_bounded_default, weights_format
 from mlx_vlm_pipes.contexts import ImageMetadata, TextAndVisionContext
 from mlx_vlm_pipes.errors import InputError, WeightsError
@@ -28,7 +29,6 @@ from mlx_vlm_pipes.interfaces import (
     VisionInputs,
 )
 from mlx_vlm_pipes.nn.decoder import DecoderConfig
-from mlx_vlm_pipes.nn.loading import LANGUAGE, StateDict, part
 from mlx_vlm_pipes.nn.vision import pixel_array
 from mlx_vlm_pipes.weights.layout import Transform
 

@@ -16,6 +16,7 @@ from mlx_vlm_pipes.architectures.internvl.sizes import (
 from mlx_vlm_pipes.architectures.llama3 import Llama3Config
 from mlx_vlm_pipes.architectures.qwen3 import Qwen3Config
 from mlx_vlm_pipes.architectures.vision_language_config import TwoPartConfig
+from mlx_vlm_pipes.checkpoint.state import expanded_scales
 from mlx_vlm_pipes.config import MAXModelConfig, PipelineConfig
 from mlx_vlm_pipes.dtypes import DeviceRef, DType
 from mlx_vlm_pipes.errors import ConfigError, UnsupportedModel
@@ -201,6 +202,7 @@ class InternVLConfig(TwoPartConfig):
             norm_method,
             attention_bias=_text_type(text) == "qwen2",
         )
+        self.llm_config.quant_config = expanded_scales(huggingface_config, llm_state_dict)
 
 
 def llm_config_class(text: AutoConfig) -> type[Llama3Config]:

@@ -150,7 +150,7 @@ class MLP(nn.Module):
         return self.fc2(self.act(self.fc1(x)))
 
 
-class Layer(nn.Module):
+class EncoderLayer(nn.Module):
     """Attention and MLP, each behind a norm, scaled per feature, around a residual.
 
     [N * T, E] -> [N * T, E].
@@ -176,7 +176,7 @@ class Encoder(nn.Module):
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        self.layers = [Layer(config) for _ in range(config.num_hidden_layers)]
+        self.layers = [EncoderLayer(config) for _ in range(config.num_hidden_layers)]
 
 
 class Tower(nn.Module):

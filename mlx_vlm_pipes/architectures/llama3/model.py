@@ -8,9 +8,10 @@ from typing import Any, Literal
 
 import mlx.core as mx
 
-from mlx_vlm_pipes.architectures.base import CheckpointModel, following
+from mlx_vlm_pipes.architectures.base import CheckpointModel, announce, following
 from mlx_vlm_pipes.architectures.llama3.model_config import Llama3Config, bounded_max_seq_len
 from mlx_vlm_pipes.architectures.llama3.weight_adapters import LAYOUTS
+from mlx_vlm_pipes.checkpoint.state import LANGUAGE, StateDict, part
 from mlx_vlm_pipes.config import PipelineConfig
 from mlx_vlm_pipes.contexts import TextContext
 from mlx_vlm_pipes.errors import InputError
@@ -29,8 +30,8 @@ from mlx_vlm_pipes.interfaces import (
     require_kind,
 )
 from mlx_vlm_pipes.kv_cache import KVCacheInputs
+from mlx_vlm_pipes.nn.buffer_step import BufferStep
 from mlx_vlm_pipes.nn.decoder import DecoderConfig
-from mlx_vlm_pipes.nn.loading import LANGUAGE, StateDict, part
 from mlx_vlm_pipes.nn.ragged import flat_tokens, row_offsets, single_replica, step_phase
 
 
@@ -114,7 +115,7 @@ class LlamaModelBase(CheckpointModel[TextContext], PipelineModelWithKVCache[Text
         """Read the weights through the adapter, build the decoder, install and evaluate."""
         (model,) = self.load_parts(session)
         self.state_dict = dict(model.weights)
-        return model
+        return Model(BufferStep(model.module, self.kv_params), model.weights)
 
     def prepare_initial_token_inputs(
         self,
@@ -129,6 +130,7 @@ class LlamaModelBase(CheckpointModel[TextContext], PipelineModelWithKVCache[Text
             raise InputError("image_embeddings for a text model; leave them out")
         single_replica(replica_batches, self.pipeline_config.model.data_parallel_degree)
         contexts = [context for batch in replica_batches for context in batch]
+        announce(kv_cache_inputs, contexts)
         return Llama3Inputs(
             tokens=flat_tokens(contexts),
             input_row_offsets=row_offsets(contexts),

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from mlx_vlm_pipes.architectures.llama3.facts import FACTS
+from mlx_vlm_pipes.checkpoint.state import expanded_scales
+from mlx_vlm_pipes.checkpoint.tie import tied_by_names
 from mlx_vlm_pipes.config import (
     KVCacheConfig,
     KVCacheParams,
@@ -27,11 +29,9 @@ from mlx_vlm_pipes.hf_config import (
     rope_dictionary,
     rope_theta,
     text_config,
-    tie_flag,
 )
 from mlx_vlm_pipes.interfaces import ArchConfigWithKVCache, ReturnHiddenStates, ReturnLogits
 from mlx_vlm_pipes.nn.decoder import DecoderConfig
-from mlx_vlm_pipes.nn.loading import expanded_scales
 from mlx_vlm_pipes.nn.rope import (
     Llama3RopeScalingParams,
     LongRoPEScalingParams,
@@ -124,6 +124,7 @@ class Llama3Config(ArchConfigWithKVCache):
         an encoding that is not resolved yet.
         """
         model_config = model_config or pipeline_config.model
+        pipeline_config = replace(pipeline_config, model=model_config)
         cfg = huggingface_config
         devices = model_config.devices
         llama3, longrope = _rope_scaling(cfg)
@@ -191,13 +192,13 @@ class Llama3Config(ArchConfigWithKVCache):
         said = lookup(huggingface_config, "attention_bias", default=False)
         self.attention_bias = bool(attention_bias or said or biases & names.keys())
         self.output_bias = f"{attention}o_proj.bias" in names
-        self.mlp_bias = "layers.0.mlp.down_proj.bias" in names
+        said = lookup(huggingface_config, "mlp_bias", default=False)
+        self.mlp_bias = bool(said or "layers.0.mlp.down_proj.bias" in names)
         self.qk_norm = f"{attention}q_norm.weight" in names
         self.stacked_qkv = f"{attention}qkv_proj.weight" in names
         self.stacked_mlp = "layers.0.mlp.gate_up_proj.weight" in names
-        tied = tie_flag(huggingface_config, text_config(huggingface_config))
-        has_head = "lm_head.weight" in names
-        self.tie_word_embeddings = bool(tied) or not has_head
+        text = text_config(huggingface_config)
+        self.tie_word_embeddings = tied_by_names(huggingface_config, text, names)
         self.quant_config = expanded_scales(huggingface_config, state_dict)
 
     @staticmethod

@@ -17,6 +17,9 @@ from mlx_vlm_pipes.architectures.pixtral.vision_model import (
     to_patches,
 )
 from mlx_vlm_pipes.architectures.pixtral.weight_adapters import LAYOUTS, transforms
+from mlx_vlm_pipes.checkpoint.state import (
+    StateDict,
+)
 from mlx_vlm_pipes.config import PipelineConfig
 from mlx_vlm_pipes.contexts import ImageMetadata
 from mlx_vlm_pipes.hf_config import AutoConfig
@@ -28,7 +31,6 @@ from mlx_vlm_pipes.interfaces import (
     VisionInputs,
 )
 from mlx_vlm_pipes.nn.decoder import DecoderConfig
-from mlx_vlm_pipes.nn.loading import StateDict
 from mlx_vlm_pipes.nn.vision import pixel_array
 from mlx_vlm_pipes.weights.layout import Transform
 

@@ -9,6 +9,7 @@ from mlx_vlm_pipes.architectures.llama3.model_config import Llama3Config, bounde
 from mlx_vlm_pipes.architectures.pixtral.facts import FACTS
 from mlx_vlm_pipes.architectures.pixtral.sizes import PatchSizes
 from mlx_vlm_pipes.architectures.vision_language_config import VisionLanguageConfig
+from mlx_vlm_pipes.checkpoint.tie import declared_tied
 from mlx_vlm_pipes.config import KVCacheParams, MAXModelConfig, PipelineConfig
 from mlx_vlm_pipes.dtypes import DeviceRef, DType
 from mlx_vlm_pipes.errors import ConfigError, UnsupportedModel
@@ -22,7 +23,6 @@ from mlx_vlm_pipes.hf_config import (
     rope_dictionary,
     rope_theta,
     text_config,
-    tie_flag,
 )
 from mlx_vlm_pipes.interfaces import ReturnLogits
 from mlx_vlm_pipes.nn.decoder import DecoderConfig
@@ -129,7 +129,7 @@ class PixtralConfig(VisionLanguageConfig):
             sliding_layers=text.sliding_layers,
             attention_bias=bool(lookup(text_cfg, "attention_bias", default=False)),
             mlp_bias=bool(lookup(text_cfg, "mlp_bias", default=False)),
-            tie_word_embeddings=bool(tie_flag(cfg, text_cfg)),
+            tie_word_embeddings=declared_tied(cfg, text_cfg),
             **_vision_fields(cfg),
             **_projector_fields(cfg),
         )

@@ -134,15 +134,16 @@ class Qwen2_5VLTextAndVisionContext(GridContext):
         return self.rope.tokens_per_second
 
     def media_positions(self) -> Mapping[int, Sequence[np.ndarray]]:
-        images = () if self.vision_data is None else self.vision_data.images
+        images = self.require_vision_data().images if self.images else ()
         return {
             self.rope.image_token_id: [self.rope.positions(i) for i in images if not i.is_video],
             self.rope.video_token_id: [self.rope.positions(i) for i in images if i.is_video],
         }
 
-    def require_pixels(self) -> None:
-        """Raises: InputError for a request whose pictures came without their tables."""
+    def require_vision_data(self) -> VisionData:
+        """Raises: InputError if there is none."""
         if self.vision_data is None:
             raise InputError(
                 f"request {self.request_id!r} has pictures to encode but no vision_data"
             )
+        return self.vision_data

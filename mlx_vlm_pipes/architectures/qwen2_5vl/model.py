@@ -12,11 +12,17 @@ from mlx_vlm_pipes.architectures.qwen2_5vl.context import (
     Qwen2_5VLImage,
     Qwen2_5VLTextAndVisionContext,
     VisionData,
-    VisionSizes,
 )
 from mlx_vlm_pipes.architectures.qwen2_5vl.model_config import Qwen2_5VLConfig
+from mlx_vlm_pipes.architectures.qwen2_5vl.sizes import VisionSizes
 from mlx_vlm_pipes.architectures.qwen2_5vl.vision_model import VisionModel
 from mlx_vlm_pipes.architectures.qwen2_5vl.weight_adapters import LAYOUTS, transforms
+from mlx_vlm_pipes.checkpoint.state import (
+    LANGUAGE,
+    VISION,
+    StateDict,
+    part,
+)
 from mlx_vlm_pipes.config import PipelineConfig, weights_format
 from mlx_vlm_pipes.contexts import ImageMetadata
 from mlx_vlm_pipes.errors import ConfigError
@@ -32,7 +38,6 @@ from mlx_vlm_pipes.interfaces import (
 )
 from mlx_vlm_pipes.kv_cache import KVCacheInputs
 from mlx_vlm_pipes.nn.decoder import DecoderConfig
-from mlx_vlm_pipes.nn.loading import LANGUAGE, VISION, StateDict, part
 from mlx_vlm_pipes.nn.vision import pixel_array
 from mlx_vlm_pipes.weights.layout import Transform
 

@@ -6,7 +6,6 @@ in `text_config`. Source: transformers configuration_qwen2_5_vl.py (spec, sectio
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -15,25 +14,26 @@ from mlx_vlm_pipes.architectures.part_fields import PartField, WithPartFields
 from mlx_vlm_pipes.architectures.qwen2_5vl.facts import FACTS
 from mlx_vlm_pipes.architectures.qwen2_5vl.sizes import VisionSizes
 from mlx_vlm_pipes.architectures.vision_language_config import TwoPartConfig
+from mlx_vlm_pipes.checkpoint.state import expanded_scales, stored_dtype
+from mlx_vlm_pipes.checkpoint.tie import declared_tied
 from mlx_vlm_pipes.config import MAXModelConfig, PipelineConfig
 from mlx_vlm_pipes.dtypes import DeviceRef, DType
 from mlx_vlm_pipes.errors import ConfigError
 from mlx_vlm_pipes.hf_config import (
     AutoConfig,
     activation_name,
+    axial_theta,
     head_dim,
     lookup,
     optional_int,
     require_int,
     require_vision_config,
     rope_dictionary,
-    rope_theta,
     text_config,
-    tie_flag,
 )
 from mlx_vlm_pipes.interfaces import ReturnLogits
 from mlx_vlm_pipes.quantization import QuantConfig
-from mlx_vlm_pipes.weights import ScaledFormat, WeightData, parse_quantization, record_scales
+from mlx_vlm_pipes.weights import WeightData
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -98,7 +98,7 @@ class VisionConfig:
             window_size=sizes.window_size,
             spatial_merge_size=sizes.spatial_merge_size,
             hidden_act=activation_name(cfg, "hidden_act", default="silu"),
-            rope_theta=_axial_theta(cfg),
+            rope_theta=axial_theta(cfg),
         )
         config._check()
         return config
@@ -112,10 +112,7 @@ class VisionConfig:
     ) -> None:
         """Take the two dtypes, and a record of scaled (FP8, FP4) weights of the vision tower."""
         self.dtype, self.llm_dtype = vision_dtype, llm_dtype
-        names = ("quantization_config", "quantization")
-        declared = parse_quantization({name: lookup(huggingface_config, name) for name in names})
-        if isinstance(declared, ScaledFormat):
-            self.quant_config = record_scales(vision_state_dict, declared)
+        self.quant_config = expanded_scales(huggingface_config, vision_state_dict)
 
     @property
     def head_dim(self) -> int:
@@ -179,8 +176,8 @@ class Qwen2_5VLConfig(WithPartFields, TwoPartConfig):
         Raises: ConfigError without a vision_config, for missing or contradicting keys, and for
         values that we do not run.
         """
-        if model_config is not None:
-            pipeline_config = replace(pipeline_config, model=model_config)
+        model_config = model_config or pipeline_config.model
+        pipeline_config = replace(pipeline_config, model=model_config)
         cfg, vision_cfg = huggingface_config, require_vision_config(huggingface_config)
         text_cfg = text_config(cfg)
         vision = VisionConfig.initialize_from_config(pipeline_config, vision_cfg)
@@ -234,27 +231,9 @@ class Qwen2_5VLConfig(WithPartFields, TwoPartConfig):
             norm_method=norm_method,
             attention_bias=True,
         )
-        if tie_flag(huggingface_config, text_cfg):
+        self.llm_config.quant_config = expanded_scales(huggingface_config, llm_state_dict)
+        if declared_tied(huggingface_config, text_cfg):
             self.llm_config.tie_word_embeddings = True
-
-
-def stored_dtype(state_dict: Mapping[str, WeightData], module: str) -> DType:
-    """The dtype of a module's weight, of its scales where the weight is packed.
-
-    module: path below any prefix. Raises: ConfigError when no tensor has that name.
-    """
-    for name in (f"{module}.scales", f"{module}.weight"):
-        for key, weight in state_dict.items():
-            if key == name or key.endswith("." + name):
-                return weight.dtype
-    raise ConfigError(f"the weights have no {module}.weight; its dtype decides the model's")
-
-
-def _axial_theta(cfg: AutoConfig) -> float:
-    kind = rope_dictionary(cfg).get("rope_type", "axial")
-    if kind not in ("axial", "default"):
-        raise ConfigError(f"vision rope_type {kind!r} is not supported; supported: axial")
-    return rope_theta(cfg)
 
 
 def _mrope_section(text_cfg: AutoConfig) -> list[int]:

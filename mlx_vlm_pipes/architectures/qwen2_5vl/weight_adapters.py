@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mlx_vlm_pipes.architectures.qwen2_5vl.model_config import VisionConfig
-from mlx_vlm_pipes.nn.loading import VISION
+from mlx_vlm_pipes.checkpoint.state import VISION
 from mlx_vlm_pipes.weights import ConvToMatrix, Layout, Prefix
 from mlx_vlm_pipes.weights.layout import (
     DECODER_CANONICAL,

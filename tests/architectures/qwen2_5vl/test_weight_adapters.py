@@ -5,7 +5,7 @@ import pytest
 
 from mlx_vlm_pipes.architectures.qwen2_5vl.vision_model import VisionModel
 from mlx_vlm_pipes.architectures.qwen2_5vl.weight_adapters import LAYOUTS, transforms
-from mlx_vlm_pipes.nn.loading import part
+from mlx_vlm_pipes.checkpoint.state import part
 from mlx_vlm_pipes.weights import WeightData, adapt, detect_layout, parameter_shapes
 from tests.architectures.qwen2_5vl.test_vision_model import tiny_config
 

@@ -1,0 +1,128 @@
+"""Which encoding a checkpoint's weights have, and whether the one asked for fits them.
+
+Order: a packed format that config.json declares and the tensors show; else the floating type that
+most elements have. A float label casts on load (packed weights stay packed and compute in it).
+Names, dtypes and shapes only: no tensor is read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mlx_vlm_pipes.checkpoint.state import config_dict
+from mlx_vlm_pipes.config import COMPUTE_TYPES, ModelConfig, split_encoding
+from mlx_vlm_pipes.dtypes import DType
+from mlx_vlm_pipes.errors import ConfigError
+from mlx_vlm_pipes.quantization import QuantizationConfig
+from mlx_vlm_pipes.weights import (
+    ScaledFormat,
+    WeightData,
+    Weights,
+    find_weight_files,
+    load_state_dict,
+    load_weights,
+    parse_quantization,
+)
+
+_PACKED = {
+    "mlx": (".scales",),
+    "gptq": (".qweight",),
+    "awq": (".qweight",),
+    "compressed-tensors": (".weight_packed",),
+    "float4_e2m1fnx2": (".weight_packed", ".weight_scale_2"),
+}
+_FLOATS = tuple(DType[name] for name in COMPUTE_TYPES)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What the files hold. kind: a key of _PACKED, or "float"; own: the encoding without a label.
+
+    has_float8: float8 weights, not just the float8 scales of another format.
+    scales_dtype: what packed MLX weights compute in; packing: the declared record, where it is so.
+    """
+
+    kind: str
+    own: str
+    has_float8: bool
+    scales_dtype: DType
+    packing: QuantizationConfig | None
+
+
+def resolve(model: ModelConfig, weights: Weights | Mapping[str, Any] | None = None) -> None:
+    """Settle encoding and packing of `model`; a second time changes nothing.
+
+    weights: those to look at, by default the files of weight_path, which is then filled in from
+    the folder model_path where it is empty.
+    Raises: ConfigError for an encoding that nobody knows or that the weights contradict,
+    CheckpointError for files that cannot be read.
+    """
+    if model.quantization_encoding is not None:
+        split_encoding(model.quantization_encoding)  # refuse nonsense before files are opened
+    if weights is None:
+        model.weight_path = model.weight_path or find_weight_files(model.model_path)
+        weights = load_weights(model.weight_path)
+    config = config_dict(model.require_huggingface_config())
+    found = stored_encoding(load_state_dict(weights), parse_quantization(config))
+    model.quantization_encoding = _fitting(model.quantization_encoding, found)
+    model._quant = found.packing
+    model._scales_dtype = found.scales_dtype
+
+
+def stored_encoding(
+    tensors: Mapping[str, WeightData], declared: QuantizationConfig | ScaledFormat | None
+) -> Stored:
+    """What a checkpoint's tensors are, by name and dtype, given what config.json declares."""
+    kind = "float"
+    if isinstance(declared, QuantizationConfig):
+        kind = declared.quant_method
+    elif declared is not None and declared.format in ("nvfp4", "mxfp4"):
+        kind = "float4_e2m1fnx2"
+    if kind != "float" and not any(name.endswith(_PACKED[kind]) for name in tensors):
+        kind = "float"  # declared, but nothing is packed
+    narrow = DType.float8_e4m3fn
+    plain = dominant_type(tensors.values(), _FLOATS)
+    own = plain.name
+    if kind in ("mlx", "gptq", "float4_e2m1fnx2"):
+        own = kind
+    elif kind == "float":
+        own = dominant_type(tensors.values(), (*_FLOATS, narrow)).name
+    scales = [weight for name, weight in tensors.items() if name.endswith(".scales")]
+    return Stored(
+        kind=kind,
+        own=own,
+        has_float8=kind == "float" and any(w.dtype is narrow for w in tensors.values()),
+        scales_dtype=dominant_type(scales, _FLOATS, default=plain),
+        packing=declared if isinstance(declared, QuantizationConfig) and kind != "float" else None,
+    )
+
+
+def dominant_type(
+    tensors: Iterable[WeightData], types: Iterable[DType], default: DType = DType.float32
+) -> DType:
+    """The one of `types` that most elements have; `default` where none has any."""
+    counts = dict.fromkeys(types, 0)
+    for weight in tensors:
+        if weight.dtype in counts:
+            counts[weight.dtype] += math.prod(weight.shape)
+    return max(counts, key=lambda kind: counts[kind]) if any(counts.values()) else default
+
+
+def _fitting(label: str | None, found: Stored) -> str:
+    """The encoding that a label means for these weights. Raises: ConfigError if it fits none."""
+    if label is None:
+        return found.own
+    kind, _ = split_encoding(label)
+    if kind in COMPUTE_TYPES:
+        return f"{found.kind}:{label}" if found.kind in ("mlx", "gptq") else label
+    fits = found.has_float8 if kind == "float8_e4m3fn" else kind == found.kind
+    if not fits:
+        stored = found.own if found.kind == "float" else found.kind
+        raise ConfigError(
+            f"quantization_encoding {label!r}, but the weights are {stored}; leave it None, or"
+            f" name a type to compute in ({', '.join(COMPUTE_TYPES)})"
+        )
+    return label

@@ -1,0 +1,151 @@
+"""Modules for a canonical state dict: what they want of it, and loading it into them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from mlx_vlm_pipes.checkpoint.state import LANGUAGE, StateDict, part, tower_state
+from mlx_vlm_pipes.checkpoint.tie import HEAD, settle_head
+from mlx_vlm_pipes.config import PipelineConfig
+from mlx_vlm_pipes.interfaces import InferenceSession, Model
+from mlx_vlm_pipes.nn.decoder import DecoderConfig, DenseDecoder, Projections
+from mlx_vlm_pipes.nn.lora import LoRATable, attach_loras
+from mlx_vlm_pipes.weights import (
+    WeightData,
+    check_against_base,
+    drop_dummy_biases,
+    install_weights,
+    linear_shapes,
+    parameter_shapes,
+    quantize_modules,
+)
+from mlx_vlm_pipes.weights.install import check_names_and_shapes
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def expected_shapes(model_class: Any, pipeline_config: PipelineConfig, state: StateDict) -> Shapes:
+    """Canonical name -> shape of every tensor that a model wants, packed where `state` is.
+
+    From its own modules; nothing is evaluated. Where the head is declared tied, a head in `state`
+    counts as wanted: loading drops it.
+    Raises: CheckpointError as loading does, for what keeps the modules from being built.
+    """
+    tower, decoder_config = blueprint(model_class, pipeline_config, state)
+    text = part(state, LANGUAGE)
+    if f"{HEAD}.weight" in text:
+        decoder_config = replace(decoder_config, tie_word_embeddings=False)
+    decoder = DenseDecoder(decoder_config)
+    quantize_like(decoder, text)
+    shapes = {LANGUAGE + name: shape for name, shape in parameter_shapes(decoder).items()}
+    if tower is not None:
+        prefix = model_class.tower_prefix
+        quantize_like(tower, tower_state(state, prefix))
+        shapes |= {prefix + name: shape for name, shape in parameter_shapes(tower).items()}
+    return shapes
+
+
+def blueprint(
+    model_class: Any, pipeline_config: PipelineConfig, state: StateDict
+) -> tuple[nn.Module | None, DecoderConfig]:
+    """The tower, if any, and the decoder's sizes that a model class makes of a state dict."""
+    config, _ = model_class.read_config(pipeline_config)
+    return model_class.blueprint(config, pipeline_config, state)
+
+
+def require_fit(model_class: Any, pipeline_config: PipelineConfig, state: StateDict) -> Shapes:
+    """The expected shapes, which `state` has, but for GPTQ's dummy biases.
+
+    Raises: WeightsError naming missing, unexpected and mis-shaped tensors.
+    """
+    expected = expected_shapes(model_class, pipeline_config, state)
+    fitting = drop_dummy_biases(state, expected)
+    check_names_and_shapes(expected, {name: weight.shape for name, weight in fitting.items()})
+    return expected
+
+
+def load_module(
+    session: InferenceSession, module: nn.Module, state: Mapping[str, WeightData]
+) -> Model:
+    """Install all tensors strictly and evaluate them.
+
+    Raises: WeightsError naming missing, unexpected and mis-shaped tensors.
+    """
+    fill(module, state)
+    return session.load(module)
+
+
+def fill(module: nn.Module, state: Mapping[str, WeightData]) -> None:
+    """Pack the module as `state` is and install its tensors, but for GPTQ's dummy biases.
+
+    Raises: WeightsError naming missing, unexpected and mis-shaped tensors.
+    """
+    quantize_like(module, state)
+    install_weights(module, drop_dummy_biases(state, parameter_shapes(module)))
+
+
+def quantize_like(module: nn.Module, state: Mapping[str, WeightData]) -> None:
+    """Make packed modules of those that are packed in `state`."""
+    if isinstance(state, StateDict) and state.quantization is not None:
+        shapes = {name: weight.shape for name, weight in state.items()}
+        quantize_modules(module, shapes, state.quantization, prefix=state.prefix)
+
+
+def load_decoder(
+    session: InferenceSession, config: DecoderConfig, state: StateDict
+) -> tuple[DenseDecoder, Model]:
+    """The decoder with its weights in, adapters attached, projections fused, the head decided.
+
+    state: names relative to `language_model.`. Raises: WeightsError as load_module, and for
+    adapters that do not fit.
+    """
+    tied = settle_head(state, tied=config.tie_word_embeddings)
+    decoder = DenseDecoder(replace(config, tie_word_embeddings=tied))
+    fill(decoder, state)
+    if state.loras:
+        shapes = linear_shapes(decoder)
+        for lora in state.loras:
+            check_against_base(lora, {LANGUAGE + path: size for path, size in shapes.items()})
+        attach_loras(decoder, state.loras, LANGUAGE, compute_dtype(decoder))
+        decoder.adapter_names = tuple(lora.name for lora in state.loras)
+    decoder.fuse()
+    session.load(decoder)
+    return decoder, Model(decoder, canonical_arrays(decoder))
+
+
+def canonical_arrays(decoder: DenseDecoder) -> dict[str, mx.array]:
+    """A loaded decoder's weights under the checkpoint's names, LoRA tables left out.
+
+    Of fused projections the rows of each part: views into the same memory, nothing is copied.
+    """
+    modules = dict(decoder.named_modules())
+    arrays: dict[str, mx.array] = {}
+    for name, array in cast("list[tuple[str, mx.array]]", tree_flatten(decoder.parameters())):
+        path, _, kind = name.rpartition(".")
+        parent, _, leaf = path.rpartition(".")
+        if isinstance(modules[path], LoRATable):
+            continue
+        owner = modules.get(parent)
+        joined = owner.joined if isinstance(owner, Projections) else None
+        if not isinstance(owner, Projections) or joined is None or leaf != joined.name:
+            arrays[name] = array
+            continue
+        begin = 0
+        for part_name, rows in zip(joined.parts, owner.sizes(joined.parts), strict=True):
+            if kind != "bias" or part_name in joined.biased:
+                arrays[f"{parent}.{part_name}.{kind}"] = array[begin : begin + rows]
+            begin += rows
+    mx.eval(arrays)  # of slices this makes views, that any thread may read
+    return arrays
+
+
+def compute_dtype(decoder: DenseDecoder) -> mx.Dtype:
+    """The type that hidden states have: the embedding's, or that of its scales."""
+    embedding = decoder.embed_tokens
+    return embedding["scales" if "scales" in embedding else "weight"].dtype

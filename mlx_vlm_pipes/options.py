@@ -1,0 +1,274 @@
+"""Every option of a request, once: its name, type, default, bounds, help and use.
+
+The three TypedDicts are the table. Type checkers read the names and types of `**options` from
+them; checks, error lines, defaults and the flags of the generate command come from `OPTIONS`,
+which is made of them. The class in which an option stands says where it is used.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+from numbers import Integral, Real
+from operator import or_
+from types import NoneType
+from typing import Annotated, Any, TypedDict, get_args, get_type_hints
+
+from mlx_vlm_pipes.errors import InputError
+
+Texts = str | Sequence[str]
+MAX_SHOWN = 60  # characters of a wrong value in an error line
+
+
+class _Unfit(Exception):
+    """A value is not one that its option takes."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """What is known of an option beside its type.
+
+    help: one line for the command's --help. default: what holds where it is not given, or given as
+    None and its type has None. low, high: the smallest and the largest value (of each number, in a
+    list). above: less than any value. unlimited: the value that means "no limit". remedy: what to
+    do about a wrong value, where that is not plain. field: its name in SamplingParams, if that is
+    another one. has_flag: whether the generate command takes it.
+
+    name, kind (its type without None) and takes_none are filled in from the table.
+    """
+
+    help: str
+    default: Any = None
+    low: float = -math.inf
+    high: float = math.inf
+    above: float = -math.inf
+    unlimited: int | None = None
+    remedy: str = ""
+    field: str = ""
+    has_flag: bool = True
+    name: str = ""
+    kind: Any = None
+    takes_none: bool = False
+
+    def read(self, value: object) -> Any:
+        """The value in plain Python types: lists as tuples, numpy's numbers as Python's.
+
+        Raises: InputError in one line for a wrong type, a value out of its bounds, NaN.
+        """
+        if value is None and self.takes_none:
+            return None
+        _, reader = _KINDS[self.kind]
+        try:
+            return reader(self, value)
+        except _Unfit:
+            shown = " ".join(repr(value).split())
+            shown = shown if len(shown) <= MAX_SHOWN else f"{shown[:MAX_SHOWN]}..."
+            remedy = f"; {self.remedy}" if self.remedy else ""
+            raise InputError(f"{self.name} is {shown}, expected {self.expected}{remedy}") from None
+
+    @property
+    def expected(self) -> str:
+        """The values that are taken, in words."""
+        words, _ = _KINDS[self.kind]
+        if self.low > -math.inf and self.high < math.inf:
+            words += f" from {self.low:g} to {self.high:g}"
+        elif self.low > -math.inf:
+            words += f" of at least {self.low:g}"
+        elif self.high < math.inf:
+            words += f" above {self.above:g} and at most {self.high:g}"
+        elif self.above > -math.inf:
+            words += f" above {self.above:g}"
+        return words if self.unlimited is None else f"{words}, or {self.unlimited} for no limit"
+
+    def holds(self, number: float) -> bool:
+        """Whether a number lies within the bounds; NaN lies nowhere."""
+        is_between = self.low <= number <= self.high and number > self.above
+        return is_between or number == self.unlimited
+
+
+class PromptOptions(TypedDict, total=False):
+    """How a prompt is read."""
+
+    raw: Annotated[bool, Option("take the prompt verbatim, no chat template", default=False)]
+    system: Annotated[str | None, Option("a system message before the prompt")]
+    fps: Annotated[
+        float, Option("frames a second of a list of frames, or to take from a file", 2.0, above=0)
+    ]
+    min_pixels: Annotated[int | None, Option("smallest size of a picture, where any goes", low=1)]
+    max_pixels: Annotated[int | None, Option("largest size of a picture, where any goes", low=1)]
+    num_frames: Annotated[int | None, Option("frames to take from a file, instead of fps", low=1)]
+
+
+class SamplingOptions(TypedDict, total=False):
+    """How the next token is chosen, and where the answer ends: all of SamplingParams."""
+
+    max_tokens: Annotated[
+        int | None, Option("at most so many new tokens", 256, low=1, field="max_new_tokens")
+    ]
+    min_tokens: Annotated[
+        int, Option("no end before so many new tokens", 0, low=0, field="min_new_tokens")
+    ]
+    # Greedy, so that a request has one answer; SamplingParams by itself keeps its documented 1.0.
+    temperature: Annotated[float, Option("0 is greedy, higher is more varied", 0.0, low=0)]
+    top_p: Annotated[
+        float,
+        Option(
+            "sample from the likeliest tokens that make up this probability", 1.0, above=0, high=1,
+            remedy="for greedy set temperature to 0",
+        ),
+    ]  # fmt: skip
+    top_k: Annotated[
+        int, Option("sample from the k likeliest tokens; -1: from all", -1, low=1, unlimited=-1)
+    ]
+    min_p: Annotated[
+        float,
+        Option("drop tokens less likely than this share of the likeliest", 0.0, low=0, high=1),
+    ]
+    repetition_penalty: Annotated[
+        float, Option("above 1: avoid tokens that were used before", 1.0, low=1e-6)
+    ]
+    presence_penalty: Annotated[
+        float, Option("above 0: avoid tokens that the answer has used", 0.0, low=-2, high=2)
+    ]
+    frequency_penalty: Annotated[
+        float, Option("the same, once for each time it has used them", 0.0, low=-2, high=2)
+    ]
+    logit_bias: Annotated[
+        dict[int, float], Option("token id -> what is added to its logit", {}, has_flag=False)
+    ]
+    seed: Annotated[int | None, Option("makes sampling repeatable")]
+    stop: Annotated[Texts | None, Option("text that ends the answer and is not shown", ())]
+    stop_token_ids: Annotated[
+        Sequence[int], Option("tokens that end the answer too", (), low=0, has_flag=False)
+    ]
+    ignore_eos: Annotated[bool, Option("go on after the end token", default=False)]
+
+
+class GenerateOptions(PromptOptions, SamplingOptions, total=False):
+    """How a prompt is read, how it is answered, and what is told of the answer.
+
+    adapter: by default the only one that is loaded.
+    """
+
+    logprobs: Annotated[
+        int | None, Option("how many of the best tokens to score", 0, low=0, has_flag=False)
+    ]
+    prompt_logprobs: Annotated[
+        bool, Option("score the prompt's tokens too", default=False, has_flag=False)
+    ]
+    # The command's --adapter is the folder of the one that it loads.
+    adapter: Annotated[str | None, Option('a loaded adapter\'s name, or "base"', has_flag=False)]
+
+
+def read_options(given: Mapping[str, object], table: Mapping[str, Option]) -> dict[str, Any]:
+    """The options that are given, in plain Python types, without those that are None.
+
+    Raises: InputError for a name that is not in the table, and as `Option.read`.
+    """
+    unknown = sorted(given.keys() - table.keys())
+    if unknown:
+        raise InputError(f"unknown option {unknown[0]!r}; options: {', '.join(sorted(table))}")
+    read = {name: table[name].read(value) for name, value in given.items()}
+    return {name: value for name, value in read.items() if value is not None}
+
+
+def complete_options(given: Mapping[str, object], table: Mapping[str, Option]) -> dict[str, Any]:
+    """Every option of the table: as `read_options` gives it, or its default."""
+    defaults = {name: option.read(option.default) for name, option in table.items()}
+    return defaults | read_options(given, table)
+
+
+def default(name: str) -> Any:
+    """The default of an option."""
+    return OPTIONS[name].default
+
+
+def _switch(option: Option, value: object) -> bool:
+    del option
+    if not isinstance(value, bool):
+        raise _Unfit
+    return value
+
+
+def _whole(option: Option, value: object) -> int:
+    if not isinstance(value, Integral) or isinstance(value, bool) or not option.holds(int(value)):
+        raise _Unfit
+    return int(value)
+
+
+def _number(option: Option, value: object) -> float:
+    number = _real(value)
+    if not math.isfinite(number) or not option.holds(number):
+        raise _Unfit
+    return number
+
+
+def _real(value: object) -> float:
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise _Unfit
+    try:
+        return float(value)
+    except OverflowError:
+        raise _Unfit from None
+
+
+def _text(option: Option, value: object) -> str:
+    del option
+    if not isinstance(value, str):
+        raise _Unfit
+    return value
+
+
+def _texts(option: Option, value: object) -> tuple[str, ...]:
+    listed = (value,) if isinstance(value, str) else _items(value)
+    return tuple(_text(option, text) for text in listed)
+
+
+def _token_ids(option: Option, value: object) -> tuple[int, ...]:
+    return tuple(_whole(option, token) for token in _items(value))
+
+
+def _bias(option: Option, value: object) -> dict[int, float]:
+    if not isinstance(value, Mapping):
+        raise _Unfit
+    biases = {_whole(option, token): _real(bias) for token, bias in value.items()}
+    if not all(bias < math.inf for bias in biases.values()):  # minus infinity bans a token
+        raise _Unfit
+    return biases
+
+
+def _items(value: object) -> Iterable[object]:
+    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
+        raise _Unfit
+    return value
+
+
+# type without None: (the values that are taken, in words; the value in plain Python types)
+_KINDS: dict[Any, tuple[str, Callable[[Option, object], Any]]] = {
+    bool: ("True or False", _switch),
+    int: ("a whole number", _whole),
+    float: ("a finite number", _number),
+    str: ("a text", _text),
+    Texts: ("a text or a list of texts", _texts),
+    Sequence[int]: ("a list of token ids", _token_ids),
+    dict[int, float]: ("token ids with a number for each", _bias),
+}
+
+
+def _table(options: type) -> dict[str, Option]:
+    hints = get_type_hints(options, include_extras=True)
+    return {name: _row(name, *get_args(hint)) for name, hint in hints.items()}
+
+
+def _row(name: str, hint: Any, option: Option) -> Option:
+    """A line of the table as an option: with its name, its type, and its name in SamplingParams."""
+    parts = get_args(hint)
+    takes_none = NoneType in parts
+    kind = reduce(or_, [part for part in parts if part is not NoneType]) if takes_none else hint
+    field = option.field or name
+    return replace(option, name=name, kind=kind, takes_none=takes_none, field=field)
+
+
+PROMPT_OPTIONS = _table(PromptOptions)
+SAMPLING_OPTIONS = _table(SamplingOptions)
+OPTIONS = _table(GenerateOptions)
