@@ -6,7 +6,7 @@ are read. Source: transformers 5.23 configuration files of each model type (spec
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,20 @@ from mlx_vlm_pipes.json_files import require_json
 ACTIVATIONS = (
     "silu", "swish", "gelu", "gelu_pytorch_tanh", "gelu_new", "quick_gelu", "relu",
 )  # fmt: skip
+
+_EVERY_ROPE_KEYS = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
+_LONGROPE_KEYS = (
+    "short_factor", "long_factor", "factor", "attention_factor", "original_max_position_embeddings",
+)  # fmt: skip
+# by type of rope: what its dictionary may say
+_ROPE_KEYS: dict[str, tuple[str, ...]] = {
+    "default": (), "axial": (), "mrope": (),
+    "dynamic": ("factor", "original_max_position_embeddings"),
+    "llama3": (
+        "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
+    ),
+    "longrope": _LONGROPE_KEYS, "su": _LONGROPE_KEYS,
+}  # fmt: skip
 
 
 class HuggingFaceConfig:
@@ -166,6 +180,26 @@ def rope_dictionary(config: Any) -> dict[str, Any]:
     return {}
 
 
+def check_rope_keys(config: Any, also: Collection[str] = ()) -> None:
+    """Raises: ConfigError for a key of the rope dictionary that nobody reads.
+
+    also: keys that the architecture reads, besides those of the dictionary's type. A type that we
+    do not have is not looked into.
+    Source: transformers 5.23 modeling_rope_utils.py, _validate_..._rope_parameters.
+    """
+    rope = rope_dictionary(config)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in _ROPE_KEYS:
+        return
+    known = {*_EVERY_ROPE_KEYS, *_ROPE_KEYS[kind], *also}
+    unread = [key for key, value in rope.items() if value is not None and key not in known]
+    if unread:
+        names = ", ".join(map(repr, sorted(unread)))
+        raise ConfigError(
+            f"rope_scaling of type {kind!r} says {names}, which this architecture does not have"
+        )
+
+
 def rope_theta(config: Any, default: float = 10000.0) -> float:
     """Base of the rotary frequencies, from either spelling."""
     value = rope_dictionary(config).get("rope_theta")
@@ -174,6 +208,7 @@ def rope_theta(config: Any, default: float = 10000.0) -> float:
 
 def axial_theta(vision_config: Any) -> float:
     """Base of a tower's row and column angles. Raises: ConfigError for another type of rope."""
+    check_rope_keys(vision_config)
     kind = rope_dictionary(vision_config).get("rope_type", "axial")
     if kind not in ("axial", "default"):
         raise ConfigError(f"vision rope_type {kind!r} is not supported; supported: axial")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -22,6 +22,7 @@ from mlx_vlm_pipes.errors import ConfigError
 from mlx_vlm_pipes.hf_config import (
     AutoConfig,
     activation_name,
+    check_rope_keys,
     head_dim,
     lookup,
     require,
@@ -101,6 +102,7 @@ class Llama3Config(ArchConfigWithKVCache):
     hidden_act: str = "silu"
     qk_norm: bool = False
     mrope_section: tuple[int, ...] | None = None
+    mrope_interleaved: bool = False  # the axes take turns among the rotary pairs
 
     @classmethod
     def initialize(
@@ -117,9 +119,12 @@ class Llama3Config(ArchConfigWithKVCache):
         pipeline_config: PipelineConfig,
         huggingface_config: AutoConfig,
         model_config: MAXModelConfig | None = None,
+        *,
+        rope_keys: Collection[str] = (),
     ) -> Self:
         """From a text configuration.
 
+        rope_keys: of the rope dictionary, that the architecture has besides those of its type.
         Raises: ConfigError for missing keys, a rope type or activation that we do not have, or
         an encoding that is not resolved yet.
         """
@@ -127,6 +132,7 @@ class Llama3Config(ArchConfigWithKVCache):
         pipeline_config = replace(pipeline_config, model=model_config)
         cfg = huggingface_config
         devices = model_config.devices
+        check_rope_keys(cfg, rope_keys)
         llama3, longrope = _rope_scaling(cfg)
         window, window_layers = _sliding_window(cfg)
         return cls(
@@ -161,6 +167,7 @@ class Llama3Config(ArchConfigWithKVCache):
             sliding_layers=window_layers,
             hidden_act=activation_name(cfg, "hidden_act", default="silu"),
             mrope_section=_mrope_section(cfg),
+            mrope_interleaved=bool(rope_dictionary(cfg).get("mrope_interleaved")),
         )
 
     def finalize(
@@ -268,6 +275,7 @@ class Llama3Config(ArchConfigWithKVCache):
                 llama3=self.rope_scaling_params,
                 longrope=self.longrope_scaling_params,
                 mrope_section=self.mrope_section,
+                mrope_interleaved=self.mrope_interleaved,
             ),
             attention_scale=self.attention_multiplier,
             norm_eps=self.rms_norm_eps,

@@ -16,12 +16,11 @@ from mlx_vlm_pipes.errors import ConfigError, UnsupportedModel
 from mlx_vlm_pipes.hf_config import (
     AutoConfig,
     activation_name,
+    axial_theta,
     lookup,
     optional_int,
     require,
     require_int,
-    rope_dictionary,
-    rope_theta,
     text_config,
 )
 from mlx_vlm_pipes.interfaces import ReturnLogits
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 _TEXT_TYPES = ("mistral", "llama")
-_VISION_ROPE_TYPES = ("axial", "default")  # one and the same; transformers 4 names none
 
 
 @dataclass(kw_only=True)
@@ -186,9 +184,6 @@ def _vision_fields(cfg: AutoConfig) -> dict[str, Any]:
     kind = lookup(vision, "model_type", default="pixtral")
     if kind != "pixtral":
         raise UnsupportedModel(f"vision_config of model_type {kind!r}; supported: 'pixtral'")
-    rope_type = rope_dictionary(vision).get("rope_type", "axial")
-    if rope_type not in _VISION_ROPE_TYPES:
-        raise ConfigError(f"vision rope_type {rope_type!r}; supported: 'axial'")
     hidden = optional_int(vision, "hidden_size", default=1024)
     heads = optional_int(vision, "num_attention_heads", default=16)
     head_dim = optional_int(vision, "head_dim", default=hidden // heads)
@@ -201,7 +196,7 @@ def _vision_fields(cfg: AutoConfig) -> dict[str, Any]:
         "num_channels": optional_int(vision, "num_channels", default=3),
         "vision_hidden_size": hidden,
         "vision_num_attention_heads": heads,
-        "vision_rope_theta": rope_theta(vision),
+        "vision_rope_theta": axial_theta(vision),
         "vision_num_hidden_layers": layers,
         "vision_intermediate_size": optional_int(vision, "intermediate_size", default=4096),
         "vision_head_dim": head_dim,

@@ -181,7 +181,9 @@ class Qwen2_5VLConfig(WithPartFields, TwoPartConfig):
         cfg, vision_cfg = huggingface_config, require_vision_config(huggingface_config)
         text_cfg = text_config(cfg)
         vision = VisionConfig.initialize_from_config(pipeline_config, vision_cfg)
-        llm = Llama3Config.initialize_from_config(pipeline_config, text_cfg)
+        llm = Llama3Config.initialize_from_config(
+            pipeline_config, text_cfg, rope_keys=("mrope_section",)
+        )
         if vision.out_hidden_size != llm.hidden_size:
             raise ConfigError(
                 f"vision out_hidden_size {vision.out_hidden_size}, expected the text hidden_size "

@@ -143,7 +143,9 @@ class Qwen3VLConfig(TwoPartConfig):
         pipeline_config = replace(pipeline_config, model=model_config)
         cfg, text_cfg = huggingface_config, text_config(huggingface_config)
         vision = VisionConfig.initialize_from_config(require_vision_config(cfg))
-        llm = Qwen3Config.initialize_from_config(pipeline_config, text_cfg)
+        llm = Qwen3Config.initialize_from_config(
+            pipeline_config, text_cfg, rope_keys=("mrope_section", "mrope_interleaved")
+        )
         if vision.out_hidden_size != llm.hidden_size:
             raise ConfigError(
                 f"vision out_hidden_size {vision.out_hidden_size}, expected the text hidden_size "
