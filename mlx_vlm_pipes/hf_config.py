@@ -1,7 +1,7 @@
 """config.json as an object with attributes, in the spellings of transformers 4 and 5.
 
 Objects of transformers' own config classes work in every look-up here as well: only attributes
-are read. Source: transformers 5.23 configuration files of each model type (spec, section 1.2).
+are read. Source: transformers 5.23 configuration files of each model type.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the documented configurations of vision-language models do alike."""
+"""What the configurations of vision-language models do alike."""
 
 from __future__ import annotations
 

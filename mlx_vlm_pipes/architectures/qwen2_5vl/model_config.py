@@ -1,7 +1,7 @@
 """Qwen2_5VLConfig and VisionConfig: what Qwen2.5-VL reads from config.json and the weights.
 
 A released (transformers 4) config.json keeps its text keys at the top; transformers 5 nests them
-in `text_config`. Source: transformers configuration_qwen2_5_vl.py (spec, section 8.1).
+in `text_config`. Source: transformers configuration_qwen2_5_vl.py.
 """
 
 from __future__ import annotations

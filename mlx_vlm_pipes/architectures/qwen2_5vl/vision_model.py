@@ -2,7 +2,7 @@
 
 All pictures lie one behind the other on one axis of P patches, in blocks of merge x merge that
 become one row for the decoder. Most layers attend within windows, a few within whole frames.
-Source: transformers modeling_qwen2_5_vl.py (spec, section 8.3).
+Source: transformers modeling_qwen2_5_vl.py.
 """
 
 from __future__ import annotations
