@@ -125,14 +125,18 @@ class LlamaModelBase(CheckpointModel[TextContext], PipelineModelWithKVCache[Text
         *,
         image_embeddings: Buffer | None = None,
     ) -> Llama3Inputs:
-        """Ragged inputs. Raises: InputError for image_embeddings: there is no place for them."""
+        """Ragged inputs.
+
+        Raises: InputError for image_embeddings: there is no place for them; for a token id beyond
+        the vocabulary.
+        """
         if image_embeddings is not None:
             raise InputError("image_embeddings for a text model; leave them out")
         single_replica(replica_batches, self.pipeline_config.model.data_parallel_degree)
         contexts = [context for batch in replica_batches for context in batch]
         announce(kv_cache_inputs, contexts)
         return Llama3Inputs(
-            tokens=flat_tokens(contexts),
+            tokens=flat_tokens(contexts, self.vocab_size),
             input_row_offsets=row_offsets(contexts),
             signal_buffers=self.signal_buffers,
             return_n_logits=mx.array([return_n_logits], dtype=mx.int64),
