@@ -52,7 +52,7 @@ def run_slice(
         if image.start_idx < row.context.tokens.current_position
     ]
     inputs = model.prepare_initial_token_inputs(
-        [[row.context for row in rows]],
+        model.as_replicas([row.context for row in rows]),
         kv,
         return_n_logits,
         image_embeddings=mx.concatenate(features) if features else None,
@@ -75,7 +75,9 @@ def prompt_logits(state: EngineState, context: TextContext) -> np.ndarray:
     row = SliceRow(context, state.new_row(context, cache), features)
     pieces = []
     while tokens.active_length:
-        size = min(config.prefill_chunk, tokens.active_length)
+        begin = tokens.processed_length
+        end = begin + min(config.prefill_chunk, tokens.active_length)
+        size = context.uncut(begin, end) - begin
         tokens.chunk(size)
         pieces.append(np.array(run_slice(model, cache, [row], size).logits))
         tokens.advance_chunk()

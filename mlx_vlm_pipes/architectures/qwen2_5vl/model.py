@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import mlx.core as mx
 
@@ -81,7 +82,7 @@ class Qwen2_5VLInputs(MRopeInputs):
 class Qwen2_5VLModel(MRopeModel[Qwen2_5VLInputs]):
     """Qwen2.5-VL."""
 
-    model_config: Qwen2_5VLConfig
+    model_config: Qwen2_5VLConfig = cast("Qwen2_5VLConfig", None)  # as documented, before loading
     config_class = Qwen2_5VLConfig
     inputs_class = Qwen2_5VLInputs
     context_class = Qwen2_5VLTextAndVisionContext
