@@ -116,6 +116,19 @@ class TokenBuffer:
         self.processed_length = 0
 
 
+def require_known_tokens(tokens: np.ndarray, vocab_size: int) -> None:
+    """Check int64 ids [n] against the rows of the embedding: a step would read what lies behind.
+
+    Raises: InputError for an id that is negative or has no row.
+    """
+    unknown = tokens[(tokens < 0) | (tokens >= vocab_size)]
+    if len(unknown):
+        raise InputError(
+            f"token id {unknown[0]}, expected 0 to {vocab_size - 1}: the model's embedding has "
+            f"{vocab_size} rows; use the tokenizer that the model was trained with"
+        )
+
+
 @dataclass(frozen=True)
 class EOSTracker:
     """Decides where a row ends: token ids, token sequences, or strings in the decoded text."""

@@ -416,6 +416,11 @@ class PipelineModelWithKVCache(PipelineModel[ContextT]):
         return self.language.break_length
 
     @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding: token ids are below it."""
+        return self.language.decoder.config.vocab_size
+
+    @property
     def adapters(self) -> tuple[str, ...]:
         """Names of the loaded LoRA adapters; their slots count from 1."""
         return self.language.adapters
