@@ -224,10 +224,10 @@ class ModelConfig:
             )
 
     def resolve(self, weights: Weights | Mapping[str, Any] | None = None) -> ModelConfig:
-        """Settle encoding, weight files and packing by config.json and the weights' headers.
+        """Settle the encoding and the packing by config.json and the weights' headers.
 
         Model constructors do so with their weights; by hand it is needed for `initialize` alone.
-        weights: those to look at, by default weight_path, else the files of model_path. A float
+        weights: those to look at, by default weight_path, filled in from model_path. A float
         encoding other than the stored one casts on load. Returns self; a second call changes
         nothing. Raises: ConfigError for an encoding that nobody knows or the weights contradict.
         """

@@ -21,6 +21,7 @@ _SIZES = {
     "scale_factor": 2**6, "max_position_embeddings": 2**40, "window_size": 2**16,
     "image_seq_length": 2**20, "max_dynamic_patch": 2**12, "min_dynamic_patch": 2**12,
     "original_max_position_embeddings": 2**40, "tokens_per_second": 2**20,
+    "num_position_embeddings": 2**24,
 }  # fmt: skip
 _SIDES = ("image_size", "patch_size", "force_image_size")
 _NUMBERS = {
@@ -44,6 +45,7 @@ _FLAGS = (
 _LISTS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     # what each member has to be
     "mrope_section": ("ints from 0", lambda v: type(v) is int and 0 <= v < 2**14),
+    "deepstack_visual_indexes": ("ints from 0", lambda v: type(v) is int and 0 <= v < 2**14),
     "fullatt_block_indexes": ("ints from 0", lambda v: type(v) is int and 0 <= v < 2**14),
     "short_factor": ("numbers above 0", lambda v: _is_number(v, 1e-9, 1e9)),
     "long_factor": ("numbers above 0", lambda v: _is_number(v, 1e-9, 1e9)),

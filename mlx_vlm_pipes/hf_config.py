@@ -197,12 +197,26 @@ def rope_theta(config: Any, default: float = 10000.0) -> float:
     return float(value if value is not None else lookup(config, "rope_theta", default=default))
 
 
+def axial_theta(vision_config: Any) -> float:
+    """Base of a tower's row and column angles. Raises: ConfigError for another type of rope."""
+    kind = rope_dictionary(vision_config).get("rope_type", "axial")
+    if kind not in ("axial", "default"):
+        raise ConfigError(f"vision rope_type {kind!r} is not supported; supported: axial")
+    return rope_theta(vision_config)
+
+
 def head_dim(config: Any) -> int:
-    """`head_dim`, else hidden_size / num_attention_heads."""
+    """`head_dim`, else hidden_size / num_attention_heads. Raises: ConfigError if that is none."""
     explicit = lookup(config, "head_dim")
     if explicit is not None:
         return require_int(config, "head_dim")
-    return require_int(config, "hidden_size") // require_int(config, "num_attention_heads")
+    hidden, heads = require_int(config, "hidden_size"), require_int(config, "num_attention_heads")
+    if hidden < heads:
+        raise ConfigError(
+            f"config.json: hidden_size {hidden} for {heads} attention heads; expected at least one "
+            "number for each head"
+        )
+    return hidden // heads
 
 
 def tie_flag(outer: Any, text: Any) -> bool | None:

@@ -95,7 +95,7 @@ def test_fixtures_are_still_what_transformers_computes(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     from tools.make_fixtures.__main__ import main
 
-    names = ["llama-tied", "idefics3", "pixtral", "internvl-qwen2", "qwen25vl"]
+    names = ["llama-tied", "idefics3", "pixtral", "internvl-qwen2", "qwen25vl", "qwen3vl"]
     main([str(tmp_path), "--only", *names])
     for folder in [tmp_path / name for name in names]:
         facts, arrays = reference(folder)

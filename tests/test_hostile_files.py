@@ -26,7 +26,7 @@ from mlx_vlm_pipes.hf_config import HuggingFaceConfig
 from tests.fixtures_helper import FIXTURES
 
 FAMILIES = ["llama-stop", "phi3-longrope", "idefics3", "pixtral-v5", "internvl-chat",
-            "internvl-qwen3", "qwen25vl"]  # fmt: skip
+            "internvl-qwen3", "qwen25vl", "qwen3vl"]  # fmt: skip
 WEIGHTS = "model.safetensors"
 MAX_SECONDS = 5.0
 MAX_BYTES = 1_000_000_000

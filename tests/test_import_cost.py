@@ -6,7 +6,10 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-HEAVY = ("torch", "transformers", "mlx_lm", "mlx_vlm", "PIL", "cv2", "tokenizers", "mlx.core")
+HEAVY = (
+    "torch", "transformers", "mlx_lm", "mlx_vlm", "PIL", "cv2", "tokenizers", "safetensors",
+    "mlx.core",
+)  # fmt: skip
 NEVER = ("torch", "transformers", "mlx_lm", "mlx_vlm", "cv2")
 
 

@@ -17,6 +17,7 @@ _CLASSES = {
     "pixtral": ("PixtralModel", "PixtralProcessor"),
     "internvl": ("InternVLModel", "InternVLProcessor"),
     "qwen2_5vl": ("Qwen2_5VLModel", "Qwen2_5VLProcessor"),
+    "qwen3_vl": ("Qwen3VLModel", "Qwen3VLProcessor"),
 }
 # names whose model class is not the room's own
 _MODELS = {"OlmoForCausalLM": "OlmoModel", "olmo": "OlmoModel"}
@@ -45,6 +46,8 @@ _NAMES = {
     "internvl_chat": "internvl",
     "Qwen2_5_VLForConditionalGeneration": "qwen2_5vl",
     "qwen2_5_vl": "qwen2_5vl",
+    "Qwen3VLForConditionalGeneration": "qwen3_vl",
+    "qwen3_vl": "qwen3_vl",
 }
 
 

@@ -21,6 +21,7 @@ from mlx_vlm_pipes.weights import (
     Layout,
     LoRAAdapter,
     ScaledFormat,
+    TensorHandle,
     WeightData,
     Weights,
     WeightsAdapter,
@@ -86,7 +87,7 @@ def canonical(
     packed = unpacked.quantization
     return StateDict(
         tensors,
-        None if packed is None else canonical_overrides(packed, layout, transforms),
+        None if packed is None else canonical_overrides(packed, layout),
         scaled=_renamed(unpacked.scaled, layout),
         layout=layout,
     )
@@ -112,20 +113,18 @@ def canonical_state(
         state = canonical(unpacked, layouts, transforms, report)
     else:
         tensors = adapter(
-            unpacked.tensors,
+            {name: TensorHandle(weight) for name, weight in unpacked.tensors.items()},
             huggingface_config=model.huggingface_config,
             pipeline_config=pipeline_config,
         )
         state = StateDict(tensors, unpacked.quantization, scaled=unpacked.scaled)
     if wanted is not None:
         state.update(cast_floats(state, wanted))
-    state.loras = read_loras(pipeline_config.lora, layouts, transforms)
+    state.loras = read_loras(pipeline_config.lora, layouts)
     return state
 
 
-def read_loras(
-    lora: LoRAConfig | None, layouts: Sequence[Layout], transforms: Sequence[Transform]
-) -> list[LoRAAdapter]:
+def read_loras(lora: LoRAConfig | None, layouts: Sequence[Layout]) -> list[LoRAAdapter]:
     """The adapters that a configuration names. Raises: ConfigError for too many of them."""
     if lora is None or not lora.enable_lora:
         return []
@@ -134,10 +133,7 @@ def read_loras(
             f"{len(lora.lora_paths)} adapters, max_num_loras is {lora.max_num_loras}; raise it"
         )
     named = [split_lora_path(entry) for entry in lora.lora_paths]
-    return [
-        read_adapter(folder, name, layouts, transforms, lora.max_lora_rank)
-        for name, folder in named
-    ]
+    return [read_adapter(folder, name, layouts, lora.max_lora_rank) for name, folder in named]
 
 
 def _outline(weight: WeightData) -> WeightData:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from mlx_vlm_pipes.checkpoint.state import config_dict
@@ -42,6 +41,7 @@ _FLOATS = tuple(DType[name] for name in COMPUTE_TYPES)
 class Stored:
     """What the files hold. kind: a key of _PACKED, or "float"; own: the encoding without a label.
 
+    has_float8: float8 weights, not just the float8 scales of another format.
     scales_dtype: what packed MLX weights compute in; packing: the declared record, where it is so.
     """
 
@@ -53,18 +53,17 @@ class Stored:
 
 
 def resolve(model: ModelConfig, weights: Weights | Mapping[str, Any] | None = None) -> None:
-    """Fill in encoding, weight files and packing of `model`; a second time changes nothing.
+    """Settle encoding and packing of `model`; a second time changes nothing.
 
-    weights: those to look at, by default the files of weight_path, else of the folder model_path.
+    weights: those to look at, by default the files of weight_path, which is then filled in from
+    the folder model_path where it is empty.
     Raises: ConfigError for an encoding that nobody knows or that the weights contradict,
     CheckpointError for files that cannot be read.
     """
     if model.quantization_encoding is not None:
         split_encoding(model.quantization_encoding)  # refuse nonsense before files are opened
-    is_folder = bool(model.model_path) and Path(model.model_path).is_dir()
-    if not model.weight_path and (weights is None or is_folder):
-        model.weight_path = find_weight_files(model.model_path)
     if weights is None:
+        model.weight_path = model.weight_path or find_weight_files(model.model_path)
         weights = load_weights(model.weight_path)
     config = config_dict(model.require_huggingface_config())
     found = stored_encoding(load_state_dict(weights), parse_quantization(config))
@@ -95,7 +94,7 @@ def stored_encoding(
     return Stored(
         kind=kind,
         own=own,
-        has_float8=any(weight.dtype is narrow for weight in tensors.values()),
+        has_float8=kind == "float" and any(w.dtype is narrow for w in tensors.values()),
         scales_dtype=dominant_type(scales, _FLOATS, default=plain),
         packing=declared if isinstance(declared, QuantizationConfig) and kind != "float" else None,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 import mlx.core as mx
-import numpy as np
+from safetensors import safe_open
 
 from mlx_vlm_pipes.dtypes import DType
 from mlx_vlm_pipes.weights import TensorInfo, WeightData, Weights
@@ -50,15 +50,10 @@ class HeaderWeights(Weights):
 
 def stand_in(info: TensorInfo) -> WeightData:
     """A tensor of the right shape and dtype that is not to be evaluated."""
-    if info.name.endswith(_READ) and info.dtype is DType.int32 and _fits(info):
-        with info.path.open("rb") as file:
-            file.seek(info.start)
-            values = np.frombuffer(file.read(info.end - info.start), np.int32)
-        return WeightData(mx.array(values.reshape(info.shape)), info.name, info.dtype, info.shape)
+    if info.name.endswith(_READ) and info.dtype is DType.int32 and info.nbytes <= _READ_BYTES:
+        with safe_open(info.path, framework="numpy") as file:
+            values = file.get_tensor(info.name)
+        return WeightData(mx.array(values), info.name, info.dtype, info.shape)
     fp8 = info.dtype in (DType.float8_e4m3fn, DType.float8_e5m2)
     kind = mx.uint8 if fp8 else mx.float32 if info.dtype is DType.float64 else info.dtype.to_mx()
     return WeightData(mx.zeros(info.shape, kind), info.name, info.dtype, info.shape)
-
-
-def _fits(info: TensorInfo) -> bool:
-    return info.end - info.start <= _READ_BYTES

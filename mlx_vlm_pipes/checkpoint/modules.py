@@ -19,6 +19,7 @@ from mlx_vlm_pipes.nn.lora import LoRATable, attach_loras
 from mlx_vlm_pipes.weights import (
     WeightData,
     check_against_base,
+    drop_dummy_biases,
     install_weights,
     linear_shapes,
     parameter_shapes,
@@ -58,10 +59,15 @@ def blueprint(
     return model_class.blueprint(config, pipeline_config, state)
 
 
-def require_fit(model_class: Any, pipeline_config: PipelineConfig, state: StateDict) -> None:
-    """Raises: WeightsError naming missing, unexpected and mis-shaped tensors."""
-    found = {name: weight.shape for name, weight in state.items()}
-    check_names_and_shapes(expected_shapes(model_class, pipeline_config, state), found)
+def require_fit(model_class: Any, pipeline_config: PipelineConfig, state: StateDict) -> Shapes:
+    """The expected shapes, which `state` has, but for GPTQ's dummy biases.
+
+    Raises: WeightsError naming missing, unexpected and mis-shaped tensors.
+    """
+    expected = expected_shapes(model_class, pipeline_config, state)
+    fitting = drop_dummy_biases(state, expected)
+    check_names_and_shapes(expected, {name: weight.shape for name, weight in fitting.items()})
+    return expected
 
 
 def load_module(
@@ -71,9 +77,17 @@ def load_module(
 
     Raises: WeightsError naming missing, unexpected and mis-shaped tensors.
     """
-    quantize_like(module, state)
-    install_weights(module, state)
+    fill(module, state)
     return session.load(module)
+
+
+def fill(module: nn.Module, state: Mapping[str, WeightData]) -> None:
+    """Pack the module as `state` is and install its tensors, but for GPTQ's dummy biases.
+
+    Raises: WeightsError naming missing, unexpected and mis-shaped tensors.
+    """
+    quantize_like(module, state)
+    install_weights(module, drop_dummy_biases(state, parameter_shapes(module)))
 
 
 def quantize_like(module: nn.Module, state: Mapping[str, WeightData]) -> None:
@@ -93,8 +107,7 @@ def load_decoder(
     """
     tied = settle_head(state, tied=config.tie_word_embeddings)
     decoder = DenseDecoder(replace(config, tie_word_embeddings=tied))
-    quantize_like(decoder, state)
-    install_weights(decoder, state)
+    fill(decoder, state)
     if state.loras:
         shapes = linear_shapes(decoder)
         for lora in state.loras:

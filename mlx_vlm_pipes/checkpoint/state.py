@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mlx_vlm_pipes.dtypes import DType
+from mlx_vlm_pipes.errors import ConfigError
 from mlx_vlm_pipes.quantization import QuantConfig, QuantizationConfig
 from mlx_vlm_pipes.weights import (
     Layout,
@@ -61,6 +63,11 @@ class StateDict(dict[str, WeightData]):
         self.layout = layout
         self.prefix = prefix
 
+    def keep(self, names: Collection[str]) -> None:
+        """Forget all tensors but these."""
+        for name in [name for name in self if name not in names]:
+            del self[name]
+
     def below(self, prefix: str) -> StateDict:
         """The tensors below a prefix, named relative to it."""
         return StateDict(
@@ -110,3 +117,15 @@ def expanded_scales(huggingface_config: Any, state: Mapping[str, WeightData]) ->
 def config_dict(config: Any) -> dict[str, Any]:
     """A configuration object as plain data; transformers' own classes have to_dict as well."""
     return config.to_dict() if config is not None else {}
+
+
+def stored_dtype(state_dict: Mapping[str, WeightData], module: str) -> DType:
+    """The dtype of a module's weight, of its scales where the weight is packed.
+
+    module: path below any prefix. Raises: ConfigError when no tensor has that name.
+    """
+    for name in (f"{module}.scales", f"{module}.weight"):
+        for key, weight in state_dict.items():
+            if key == name or key.endswith("." + name):
+                return weight.dtype
+    raise ConfigError(f"the weights have no {module}.weight; its dtype decides the model's")

@@ -22,6 +22,7 @@ from mlx_vlm_pipes.weights import (
     ConvToMatrix,
     Layout,
     WeightData,
+    drop_dummy_biases,
     find_weight_files,
     load_weights,
 )
@@ -66,7 +67,7 @@ class Source:
 
     def read_adapter(self, folder: Path) -> LoRAAdapter:
         """Raises: WeightsError for an adapter of another model."""
-        adapter = read_adapter(folder, folder.name, self.layouts, self.changes)
+        adapter = read_adapter(folder, folder.name, self.layouts)
         check_against_base(adapter, self.linear_shapes())
         return adapter
 
@@ -102,8 +103,9 @@ def open_source(folder: Path) -> Source:
     adapters = room.weight_adapters()
     unpacked = unpack(weights, config)
     as_loaded = canonical(unpacked, adapters.LAYOUTS, changes)
-    require_fit(room.model_class(), pipeline, as_loaded)
+    expected = require_fit(room.model_class(), pipeline, as_loaded)
     state = canonical(unpacked, adapters.LAYOUTS, [_kept(change) for change in changes])
+    state.keep(drop_dummy_biases(state, expected))
     declared = tied_by_names(config, text_config(config), state, f"{HEAD_PATH}.weight")
     tied = settle_head(state, tied=declared, prefix=LANGUAGE)
     form, layout = adapters.MLX_FORM, state.layout

@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from mlx_vlm_pipes.errors import ConfigError, InputError
 from mlx_vlm_pipes.json_files import read_json
-from mlx_vlm_pipes.weights.safetensors import INDEX_NAME
+from mlx_vlm_pipes.weights.safetensors import INDEX_NAME, write_file
 
 # What a processor reads; never code, never pickles, never weights.
 COPIED = (
@@ -73,10 +73,7 @@ class ShardWriter:
 
     def _flush(self) -> None:
         path = self.folder / f"part-{len(self._shards) + 1:05d}.safetensors"
-        try:
-            mx.save_safetensors(str(path), self._pending, metadata={"format": "mlx"})
-        except RuntimeError as error:
-            raise InputError(f"{path}: cannot be written ({error})") from None
+        write_file(path, self._pending)
         self._shards.append(list(self._pending))
         self._pending, self._pending_bytes = {}, 0
         mx.clear_cache()

@@ -24,6 +24,7 @@ from mlx_vlm_pipes.weights import (
     ScaledFormat,
     TensorInfo,
     WeightData,
+    drop_dummy_biases,
     find_weight_files,
     parse_quantization,
     read_header,
@@ -68,9 +69,7 @@ def read_headers(folder: Path, checkup: Checkup) -> HeaderWeights:
         checkup.error("weights", f"MLX cannot load {kind}: {group_names(unloadable, 3)}")
     _compare_index(folder, infos, checkup)
     for info in infos.values():
-        checkup.dtypes[info.dtype.name] = (
-            checkup.dtypes.get(info.dtype.name, 0) + info.end - info.start
-        )
+        checkup.dtypes[info.dtype.name] = checkup.dtypes.get(info.dtype.name, 0) + info.nbytes
     return HeaderWeights(infos, metadata)
 
 
@@ -121,7 +120,8 @@ def examine_tensors(
         checkup.warn("quantization", "config.json declares it, but no tensor is packed")
     _sum_up(state, infos, checkup)
     _look_at_head(state, config, checkup)
-    _compare(room, pipeline, state, checkup)
+    is_gptq = isinstance(declared, QuantizationConfig) and declared.quant_method == "gptq"
+    _compare(room, pipeline, state, checkup, dummies=is_gptq)
     return Tensors(pipeline, state)
 
 
@@ -152,7 +152,7 @@ def _sum_up(state: StateDict, infos: Mapping[str, TensorInfo], checkup: Checkup)
         renamed = None if layout is None or layout.ignores(name) else layout.rename(name)
         if renamed is not None:
             where = part_of(renamed[0])
-            sizes[where] = sizes.get(where, 0) + info.end - info.start
+            sizes[where] = sizes.get(where, 0) + info.nbytes
     for where in ("text", "vision", "connector"):
         if where in elements:
             checkup.parts[where] = Part(elements[where], sizes.get(where, 0))
@@ -194,12 +194,17 @@ def _look_at_head(state: StateDict, config: HuggingFaceConfig, checkup: Checkup)
         checkup.embeddings = "separate from the output head"
 
 
-def _compare(room: Room, pipeline: PipelineConfig, state: StateDict, checkup: Checkup) -> None:
+def _compare(
+    room: Room, pipeline: PipelineConfig, state: StateDict, checkup: Checkup, *, dummies: bool
+) -> None:
+    """What is missing, unexpected or mis-shaped; dummies: whether GPTQ's biases may be there."""
     try:
         expected = expected_shapes(room.model_class(), pipeline, state)
     except PipesError as error:
         checkup.error("weights", error)
         return
+    if dummies:  # a stand-in is zero, as they are
+        state.keep(drop_dummy_biases(state, expected))
     found = {name: weight.shape for name, weight in state.items()}
     for line in describe_mismatch(expected, found):
         words = line.split(" ", 2)

@@ -41,6 +41,8 @@ class CacheRow:
         self.length = 0
         self.uncounted = 0  # tokens that a step has written behind `length`, not counted yet
         self.planned_length = 0  # tokens that prefill will reach in all, where it is chunked
+        # positions whose tokens see each other both ways: all of a span in one step
+        self.whole_spans: Sequence[tuple[int, int]] = ()
         self.slot: int | None = None  # index in the batch arrays; None while staged
         self.format = format
         self._params = params

@@ -6,14 +6,16 @@ with an online softmax, so that neither the scores nor the dequantised cache eve
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_vlm_pipes.kv_cache import CacheFormat, Layer, PlainFormat, QuantizedFormat
 
 TILE = 256  # tokens of a quantised cache that prefill dequantises at a time
 DECODE_TILE = 2048  # tokens whose scores a decode step holds at a time; nothing is dequantised
+Span = tuple[int, int]  # begin and end of positions in a sequence
 
 
 def merge_heads(x: mx.array) -> mx.array:
@@ -21,12 +23,42 @@ def merge_heads(x: mx.array) -> mx.array:
     return x[0].transpose(1, 0, 2).reshape(x.shape[2], -1)
 
 
-def causal_mask(start: int, stop: int, window: int | None) -> mx.array | str:
-    """For queries start..stop-1 over keys 0..stop-1: "causal", or bool [T, S] with a window."""
-    if window is None or stop <= window:
+def causal_mask(
+    start: int, stop: int, window: int | None, spans: Sequence[Span] = ()
+) -> mx.array | str:
+    """For queries start..stop-1 over keys 0..stop-1: "causal", or bool [T, S] where a window hides
+    keys, or a span of tokens that see each other both ways shows later ones."""
+    is_plain = window is None or stop <= window
+    if is_plain and not _meeting(spans, start, stop):
         return "causal"
-    query, key = mx.arange(start, stop)[:, None], mx.arange(stop)[None]
-    return (key <= query) & (key > query - window)
+    return _visible((start, stop), (0, stop), None if is_plain else window, spans)
+
+
+def _meeting(spans: Sequence[Span], start: int, stop: int) -> list[Span]:
+    """The spans with positions among start..stop-1."""
+    return [span for span in spans if span[0] < stop and span[1] > start]
+
+
+def _visible(queries: Span, keys: Span, window: int | None, spans: Sequence[Span]) -> mx.array:
+    """bool [T, S]: which keys a query sees; a window hides keys of the query's own span too.
+
+    Source: transformers modeling_gemma3.py, create_masks_for_vision_model.
+    """
+    query, key = mx.arange(*queries)[:, None], mx.arange(*keys)[None]
+    mask = key <= query
+    if _meeting(spans, *queries):
+        own, other = _span_numbers(spans, queries), _span_numbers(spans, keys)
+        mask = mask | mx.array((own[:, None] == other[None]) & (own[:, None] > 0))
+    return mask if window is None else mask & (key > query - window)
+
+
+def _span_numbers(spans: Sequence[Span], positions: Span) -> np.ndarray:
+    """int [T]: 1 + the number of the span that each position is in, 0 outside of all."""
+    first, last = positions
+    numbers = np.zeros(last - first, np.int32)
+    for i, (begin, end) in enumerate(spans):
+        numbers[max(begin - first, 0) : max(end - first, 0)] = i + 1
+    return numbers
 
 
 def decode_mask(lengths: mx.array, capacity: int, window: int | None) -> mx.array:
@@ -46,17 +78,19 @@ def prefill_attention(
     start: int,
     scale: float,
     window: int | None,
+    spans: Sequence[Span] = (),
 ) -> mx.array:
     """One row's new queries against all its keys.
 
     Args: q [1, H, T, D]; fresh keys and values [1, K, T, D]; cached: the layer's arrays with the
-    fresh tokens written at start..start+T-1. Returns: [1, H, T, D].
+    fresh tokens written at start..start+T-1; spans: positions whose tokens see each other both
+    ways, none of them reaching beyond the fresh tokens. Returns: [1, H, T, D].
     """
     stop = start + q.shape[2]
     if isinstance(format, QuantizedFormat):
-        return _tiled(q, cached, format, stop, scale, start, window)
+        return _tiled(q, cached, format, scale, start, window, spans)
     keys, values = fresh if start == 0 else format.decode(cached, 0, stop)
-    mask = causal_mask(start, stop, window)
+    mask = causal_mask(start, stop, window, spans)
     return mx.fast.scaled_dot_product_attention(
         q, keys.astype(q.dtype), values.astype(q.dtype), scale=scale, mask=mask
     )
@@ -86,31 +120,35 @@ def _tiled(
     q: mx.array,
     cached: Layer,
     format: QuantizedFormat,
-    stop: int,
     scale: float,
     start: int,
     window: int | None,
+    spans: Sequence[Span],
 ) -> mx.array:
-    """Prefill over a quantised cache: blocks of queries, tiles of keys up to the diagonal.
+    """Prefill over a quantised cache: blocks of queries, tiles of keys up to the diagonal, or to
+    the end of a span that a query is in.
 
     Each tile depends on the one before it: left to itself, MLX may compute the scores and the
     dequantised keys of them all before it adds up the first.
     """
     heads, dim = cached[0].shape[1], q.shape[-1]
     blocks: list[mx.array] = []
+    stop = start + q.shape[2]
     for first in range(start, stop, TILE):
         last = min(first + TILE, stop)
         block = q[:, :, first - start : last - start].astype(mx.float32) * scale
         grouped, state = _grouped(block, heads), None  # [1, K, H / K * T, D]
+        near = _meeting(spans, first, last)
+        newest = max([last, *(end for _, end in near)])
         before = blocks[-1:]
         oldest = 0 if window is None else max(0, first - window + 1) // TILE * TILE
-        for begin in range(oldest, last, TILE):
-            end = min(begin + TILE, last)
+        for begin in range(oldest, newest, TILE):
+            end = min(begin + TILE, newest)
             tile = tuple(mx.depends(list(cached), before)) if before else cached
             keys, values = (
                 x.astype(mx.float32) for x in format.decode(tile, begin, end)
             )  # [1, K, S, D]
-            mask = _tile_mask((first, last), (begin, end), window, q.shape[1] // heads)
+            mask = _tile_mask((first, last), (begin, end), window, near, q.shape[1] // heads)
             scores = grouped @ keys.swapaxes(-1, -2)
             state = _merge(state, scores, mask, _plain(values))
             before = [state[0]]
@@ -126,15 +164,13 @@ def _grouped(q: mx.array, kv_heads: int) -> mx.array:
 
 
 def _tile_mask(
-    queries: tuple[int, int], keys: tuple[int, int], window: int | None, group: int
+    queries: Span, keys: Span, window: int | None, spans: Sequence[Span], group: int
 ) -> mx.array | None:
     """bool [group * T, S] of a tile; None where every query sees every key."""
     (first, last), (begin, end) = queries, keys
     if end <= first + 1 and (window is None or begin > last - 1 - window):
         return None
-    query, key = mx.arange(first, last)[:, None], mx.arange(begin, end)[None]
-    mask = key <= query if window is None else (key <= query) & (key > query - window)
-    return mx.tile(mask, (group, 1))
+    return mx.tile(_visible(queries, keys, window, spans), (group, 1))
 
 
 def _plain(values: mx.array) -> Callable[[mx.array], mx.array]:

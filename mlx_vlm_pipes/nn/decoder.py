@@ -8,7 +8,7 @@ modeling_qwen2.py, modeling_qwen3.py (spec, section 4.2).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -17,10 +17,12 @@ import mlx.nn as nn
 from mlx_vlm_pipes.kv_cache import CacheFormat, CacheRow, Layer, write_decode
 from mlx_vlm_pipes.nn.activations import activation
 from mlx_vlm_pipes.nn.attention import (
+    Span,
     decode_attention,
     merge_heads,
     prefill_attention,
 )
+from mlx_vlm_pipes.nn.capture import Capture
 from mlx_vlm_pipes.nn.linear import fuse_linears, linear_part
 from mlx_vlm_pipes.nn.lora import LoRATable, adapted
 from mlx_vlm_pipes.nn.rope import Rope, RopeSpec, Rotation
@@ -56,6 +58,10 @@ class DecoderConfig:
     logits_scaling: float = 1.0
     sliding_window: int | None = None
     sliding_layers: tuple[bool, ...] | None = None  # None: all of them, where a window is given
+    feature_layers: int = 0  # the first layers, behind which pictures add features (DeepStack)
+    sliding_rope: RopeSpec | None = None  # of layers with a window; None: as all others (Gemma 3)
+    post_norms: bool = False  # norms before each residual too (Gemma 3)
+    embed_scale: float = 1.0  # of tokens only; pictures then take their places (Gemma 3)
 
     def window(self, layer: int) -> int | None:
         """The layer's attention window in tokens, None for full attention."""
@@ -71,7 +77,8 @@ class PrefillRow:
     begin: int  # first token of the row on the flat axis
     end: int
     cache: CacheRow
-    rotation: Rotation
+    rotations: dict[int | None, Rotation]  # by window
+    spans: tuple[Span, ...] = ()  # positions in the sequence whose tokens see each other both ways
 
     @property
     def start(self) -> int:
@@ -84,29 +91,25 @@ class DecodeStep:
     """What every layer of a decode step reads: one token of each row."""
 
     lengths: mx.array  # int32 [B], tokens cached so far
-    rotation: Rotation
+    rotations: dict[int | None, Rotation]  # by window
     masks: dict[int | None, mx.array]  # by window: bool [B, 1, 1, capacity]
     format: CacheFormat
     slots: mx.array | None  # int32 [B], each row's LoRA adapter; None where none is loaded
 
 
-class Capture:
-    """Outputs of some decoder layers, kept while the hidden states pass by (EAGLE3).
+@dataclass(frozen=True)
+class Added:
+    """What some tokens get on top of the hidden states, behind each of the first layers.
 
-    layers: indices in the order wanted.
+    places int32 [N], on the flat token axis, each once; features: one [N, E] for each layer.
     """
 
-    def __init__(self, layers: Sequence[int]) -> None:
-        self.layers = layers
-        self._outputs: dict[int, mx.array] = {}
+    places: mx.array
+    features: Sequence[mx.array]
 
-    def keep(self, layer: int, h: mx.array) -> None:
-        if layer in self.layers:
-            self._outputs[layer] = h
-
-    def joined(self) -> mx.array:
-        """[T, layers * E], after each layer and before the final norm."""
-        return mx.concatenate([self._outputs[layer] for layer in self.layers], axis=-1)
+    def after(self, layer: int, h: mx.array) -> mx.array:
+        """Hidden states [T, E] behind a layer, with its features; the caller's stay as they are."""
+        return h.at[self.places].add(self.features[layer].astype(h.dtype))
 
 
 def last_tokens(rows: Sequence[PrefillRow], tail: int) -> mx.array:
@@ -198,10 +201,15 @@ class Projections(nn.Module):
         """Output widths of the linears that may be fused."""
         raise NotImplementedError
 
-    def into(self, name: str, x: mx.array, residual: mx.array, slots: mx.array | None) -> mx.array:
-        """residual + multiplier * linear(x), with the row's adapter."""
+    def into(
+        self, name: str, x: mx.array, residual: mx.array | None, slots: mx.array | None
+    ) -> mx.array:
+        """residual + multiplier * linear(x), with the row's adapter; without one linear(x)."""
         factor = self.residual_multiplier
         table: LoRATable | None = self.get("adapters", {}).get(name)
+        if residual is None:
+            y, bias = self[name](x), self[name].get("bias")
+            return y if slots is None or table is None else table(x, y, slots, bias)
         if slots is None or table is None:
             return project_into(self[name], x, residual, factor)
         if not table.has_gain:  # added last, so that B = 0 leaves the base's very bits
@@ -210,7 +218,7 @@ class Projections(nn.Module):
 
 
 class Attention(Projections):
-    """Grouped-query self-attention over a cache: [T, E] -> [T, E], added to the residual."""
+    """Grouped-query self-attention over a cache: [T, E] -> [T, E], added to a given residual."""
 
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
@@ -257,7 +265,7 @@ class Attention(Projections):
     def prefill(
         self,
         x: mx.array,
-        residual: mx.array,
+        residual: mx.array | None,
         rows: Sequence[PrefillRow],
         slots: mx.array | None,
         asking: mx.array | None,
@@ -272,25 +280,28 @@ class Attention(Projections):
             part = slice(row.begin, row.end)
             heads = qk[part].transpose(1, 0, 2)[None]  # [1, H + K, T, D]
             # Apart, unlike in a decode step: the queries can go before the keys are cached.
-            q, start = row.rotation(heads[:, : self.num_heads]), row.start
+            rotation, start = row.rotations[self.window], row.start
+            q = rotation(heads[:, : self.num_heads])
             if tail is not None:
                 start += q.shape[2] - tail
                 q = q[:, :, -tail:]
-            k = row.rotation(heads[:, self.num_heads :])
+            k = rotation(heads[:, self.num_heads :])
             fresh = k, v[part].transpose(1, 0, 2)[None]
             cached = row.cache.append(self.layer, *fresh, row.start)
             format = row.cache.format
-            out = prefill_attention(q, fresh, cached, format, start, self.scale, self.window)
+            out = prefill_attention(
+                q, fresh, cached, format, start, self.scale, self.window, row.spans
+            )
             # Write the cache now: left to the end, every layer's projections would be kept.
             outs.extend(mx.depends([merge_heads(out)], list(cached)))
         merged = outs[0] if len(outs) == 1 else mx.concatenate(outs, axis=0)  # [T, H * D]
         return self.into("o_proj", merged, residual, asking)
 
     def decode(
-        self, x: mx.array, residual: mx.array, cached: Layer, step: DecodeStep
+        self, x: mx.array, residual: mx.array | None, cached: Layer, step: DecodeStep
     ) -> tuple[mx.array, Layer]:
         qk, v = self._project(x, step.slots)
-        turned = step.rotation(qk[:, :, None])  # [B, H + K, 1, D]
+        turned = step.rotations[self.window](qk[:, :, None])  # [B, H + K, 1, D]
         q, k = turned[:, : self.num_heads], turned[:, self.num_heads :]
         cached = write_decode(cached, step.format.encode(k, v[:, :, None]), step.lengths)
         mask = step.masks[self.window]
@@ -300,7 +311,7 @@ class Attention(Projections):
 
 
 class MLP(Projections):
-    """Gated feed-forward: [T, E] -> [T, E], added to the residual."""
+    """Gated feed-forward: [T, E] -> [T, E], added to a given residual."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -323,7 +334,7 @@ class MLP(Projections):
     def sizes(self, names: tuple[str, ...]) -> list[int]:
         return [self.inner for _ in names]
 
-    def __call__(self, x: mx.array, residual: mx.array, slots: mx.array | None) -> mx.array:
+    def __call__(self, x: mx.array, residual: mx.array | None, slots: mx.array | None) -> mx.array:
         names = ("gate_proj", "up_proj")
         if x.shape[0] >= MANY_ROWS:
             gate, up = self.apart("gate_up_proj", names, x, slots)
@@ -333,13 +344,22 @@ class MLP(Projections):
 
 
 class DecoderLayer(nn.Module):
-    """Attention and MLP, each behind a norm and around a residual: [T, E] -> [T, E]."""
+    """Attention and MLP, each behind a norm and around a residual: [T, E] -> [T, E].
+
+    post_norms: a norm behind each too, before the residual; the names are then Gemma's, whose
+    `post_attention_layernorm` is what it says.
+    """
 
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
-        self.input_layernorm = _norm(config.hidden_size, config.norm_eps)
+        hidden, eps = config.hidden_size, config.norm_eps
+        self.has_post_norms = config.post_norms
+        self.input_layernorm = _norm(hidden, eps)
         self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = _norm(config.hidden_size, config.norm_eps)
+        self.post_attention_layernorm = _norm(hidden, eps)
+        if config.post_norms:
+            self.pre_feedforward_layernorm = _norm(hidden, eps)
+            self.post_feedforward_layernorm = _norm(hidden, eps)
         self.mlp = MLP(config)
 
     def prefill(
@@ -354,12 +374,22 @@ class DecoderLayer(nn.Module):
         if tail is not None:
             places = last_tokens(rows, tail)
             h, asking = h[places], None if slots is None else slots[places]
-        h = self.self_attn.prefill(x, h, rows, slots, asking, tail)
-        return self.mlp(self.post_attention_layernorm(h), h, asking)
+        residual = None if self.has_post_norms else h
+        out = self.self_attn.prefill(x, residual, rows, slots, asking, tail)
+        return self._feed_forward(h, out, asking)
 
     def decode(self, h: mx.array, cached: Layer, step: DecodeStep) -> tuple[mx.array, Layer]:
-        h, cached = self.self_attn.decode(self.input_layernorm(h), h, cached, step)
-        return self.mlp(self.post_attention_layernorm(h), h, step.slots), cached
+        residual = None if self.has_post_norms else h
+        out, cached = self.self_attn.decode(self.input_layernorm(h), residual, cached, step)
+        return self._feed_forward(h, out, step.slots), cached
+
+    def _feed_forward(self, h: mx.array, attended: mx.array, slots: mx.array | None) -> mx.array:
+        """attended: h with the attention's output added, or, with post norms, that output."""
+        if not self.has_post_norms:
+            return self.mlp(self.post_attention_layernorm(attended), attended, slots)
+        h = h + self.post_attention_layernorm(attended)
+        out = self.mlp(self.pre_feedforward_layernorm(h), None, slots)
+        return h + self.post_feedforward_layernorm(out)
 
 
 class DenseDecoder(nn.Module):
@@ -371,6 +401,7 @@ class DenseDecoder(nn.Module):
         self.adapter_names: tuple[str, ...] = ()  # LoRA slots from 1 on
         self.adapter_ranks: tuple[int, ...] = ()
         self.rope = Rope(config.rope)
+        self.sliding_rope = Rope(config.sliding_rope) if config.sliding_rope else self.rope
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = [DecoderLayer(config, i) for i in range(config.num_layers)]
         self.norm = _norm(config.hidden_size, config.norm_eps)
@@ -387,9 +418,16 @@ class DenseDecoder(nn.Module):
     def windows(self) -> set[int | None]:
         return {self.config.window(i) for i in range(self.config.num_layers)}
 
+    def rotations(self, make: Callable[[Rope], Rotation]) -> dict[int | None, Rotation]:
+        """What `make` gives for each window's rope, once where the windows share one."""
+        full = make(self.rope)
+        sliding = full if self.sliding_rope is self.rope else make(self.sliding_rope)
+        return {window: full if window is None else sliding for window in self.windows}
+
     def embed(self, tokens: mx.array) -> mx.array:
-        """tokens int [T] -> [T, E], before `embedding_multiplier`."""
-        return self.embed_tokens(tokens)
+        """tokens int [T] -> [T, E], times `embed_scale`, before `embedding_multiplier`."""
+        h, scale = self.embed_tokens(tokens), self.config.embed_scale
+        return h if scale == 1.0 else h * scale
 
     def scale_embeddings(self, h: mx.array) -> mx.array:
         factor = self.config.embedding_multiplier
@@ -401,6 +439,7 @@ class DenseDecoder(nn.Module):
         rows: Sequence[PrefillRow],
         slots: mx.array | None = None,
         tail: int | None = None,
+        added: Added | None = None,
         capture: Capture | None = None,
     ) -> mx.array:
         """Embeddings [T, E] of ragged rows -> hidden states [T, E]; the rows' caches are written.
@@ -411,9 +450,13 @@ class DenseDecoder(nn.Module):
         """
         last = len(self.layers) - 1
         for i, layer in enumerate(self.layers):
-            h = layer.prefill(h, rows, slots, tail if i == last else None)
+            gets_more = added is not None and i < len(added.features)
+            h = layer.prefill(h, rows, slots, tail if i == last and not gets_more else None)
             if capture is not None:
                 capture.keep(i, h)
+            if added is not None and gets_more:
+                h = added.after(i, h)
+                h = h if i < last or tail is None else h[last_tokens(rows, tail)]
         return h
 
     def decode(

@@ -12,10 +12,11 @@ from mlx_vlm_pipes.config import KVCacheParams
 from mlx_vlm_pipes.errors import ConfigError, InputError
 from mlx_vlm_pipes.interfaces import ModelOutputs, Phase, ReturnHiddenStates, ReturnLogits, StepMode
 from mlx_vlm_pipes.kv_cache import KVCacheInputs, Layer, RowCacheInputs, cache_format, rows_of
-from mlx_vlm_pipes.nn.attention import decode_mask
-from mlx_vlm_pipes.nn.decoder import Capture, DecodeStep, DenseDecoder, PrefillRow, last_tokens
+from mlx_vlm_pipes.nn.attention import Span, decode_mask
+from mlx_vlm_pipes.nn.capture import Capture
+from mlx_vlm_pipes.nn.decoder import Added, DecodeStep, DenseDecoder, PrefillRow, last_tokens
 from mlx_vlm_pipes.nn.lora_groups import token_slots
-from mlx_vlm_pipes.nn.ragged import merge_image_features
+from mlx_vlm_pipes.nn.ragged import merge_image_features, placed_features
 
 PREFILL = StepMode()
 
@@ -97,8 +98,9 @@ class LanguageModel:
         """One step over the active tokens of every row.
 
         Args: tokens int [T]; input_row_offsets [B + 1]; return_n_logits [1]; image_embeddings
-        [M, E] with image_token_indices [M]; position_ids [axes, T] for M-RoPE; mode, as the
-        inputs say it.
+        [M, (1 + feature_layers) * E], the rows and behind them what each of the first layers adds,
+        with image_token_indices [M]; position_ids [axes, T] for M-RoPE; mode, as the inputs say
+        it.
         """
         kv = rows_of(kv_cache_inputs)
         kv.require_counted()
@@ -111,10 +113,11 @@ class LanguageModel:
             kv.wrote([1] * len(kv.rows))
             return self._one_token_outputs(hidden, logits)
         h = self.decoder.embed(tokens)
+        added = None
         if image_embeddings is not None:
             if image_token_indices is None:
                 raise InputError("image embeddings without image_token_indices")
-            h = merge_image_features(h, image_embeddings, image_token_indices)
+            h, added = self._merge(h, image_embeddings, image_token_indices)
         h = self.decoder.scale_embeddings(h)
         bounds = np.array(input_row_offsets).astype(np.int64)
         slots = token_slots(mode, tokens.shape[0], self.adapters)
@@ -122,10 +125,10 @@ class LanguageModel:
         rows = self._prefill_rows(kv, bounds, position_ids)
         capture = Capture(self._captured) if self._captured else None
         if self._wants_all_tokens():
-            h = self.decoder.prefill(h, rows, slots, None, capture)
+            h = self.decoder.prefill(h, rows, slots, None, added, capture)
             picked = h if tail is None else h[last_tokens(rows, tail)]
         else:
-            picked = h = self.decoder.prefill(h, rows, slots, tail, capture)
+            picked = h = self.decoder.prefill(h, rows, slots, tail, added, capture)
         h = h if capture is None else capture.joined()
         kv.wrote(np.diff(bounds).tolist())
         return self._outputs(h, picked, bounds, tail)
@@ -135,6 +138,23 @@ class LanguageModel:
         every = (ReturnHiddenStates.ALL, ReturnHiddenStates.ALL_NORMALIZED)
         is_captured = self.decoder.config.num_layers - 1 in self._captured
         return is_captured or self.return_hidden_states in every
+
+    def _merge(
+        self, h: mx.array, features: mx.array, indices: mx.array
+    ) -> tuple[mx.array, Added | None]:
+        """Embeddings [T, E] with vision rows in them, and what the first layers add at the same
+        places. Raises: ImageTokenMismatch as placed_features; InputError for another width."""
+        parts = 1 + self.decoder.config.feature_layers
+        if features.shape[1] != parts * h.shape[1]:
+            raise InputError(
+                f"vision rows of {features.shape[1]} numbers; expected {parts} x {h.shape[1]}"
+            )
+        placed = placed_features(features, indices, h.shape[0])
+        if placed is None:
+            return h, None
+        rows, places = placed
+        own, *more = mx.split(rows, parts, axis=1) if parts > 1 else [rows]
+        return merge_image_features(h, own, places), Added(places, more) if more else None
 
     def _tail(self, bounds: np.ndarray, return_n_logits: mx.array) -> int | None:
         """How many last tokens of each row get logits, None for all of them.
@@ -163,8 +183,10 @@ class LanguageModel:
             reach = max(stop, cache.planned_length)
             cache.reserve(reach + 1)
             positions = None if position_ids is None else position_ids[:, begin:end]
-            rotation = self.decoder.rope.prefill(cache.length, stop, reach, positions)
-            rows.append(PrefillRow(begin, end, cache, rotation))
+            where = cache.length, stop, reach, positions
+            rotations = self.decoder.rotations(lambda rope, at=where: rope.prefill(*at))
+            spans = _fresh(cache.whole_spans, cache.length, stop)
+            rows.append(PrefillRow(begin, end, cache, rotations, spans))
         return rows
 
     def _decode(
@@ -205,7 +227,7 @@ class LanguageModel:
         layers: list[Layer] = [arrays[i : i + width] for i in range(0, len(arrays), width)]
         step = DecodeStep(
             lengths=lengths,
-            rotation=decoder.rope.decode(positions, lengths),
+            rotations=decoder.rotations(lambda rope: rope.decode(positions, lengths)),
             masks={w: decode_mask(lengths, arrays[0].shape[2], w) for w in decoder.windows},
             format=self._format,
             slots=slots,
@@ -254,3 +276,15 @@ class LanguageModel:
         if kind is ReturnHiddenStates.ALL_NORMALIZED:
             return self.decoder.norm(h)
         return None if kind is ReturnHiddenStates.NONE else last
+
+
+def _fresh(spans: Sequence[Span], start: int, stop: int) -> tuple[Span, ...]:
+    """The spans with positions among start..stop-1. Raises: InputError for one that is cut."""
+    found = tuple(span for span in spans if span[0] < stop and span[1] > start)
+    for begin, end in found:
+        if begin < start or end > stop:
+            raise InputError(
+                f"tokens {begin} to {end - 1} see each other both ways, but this step has only "
+                f"{start} to {stop - 1}; process them in one step"
+            )
+    return found

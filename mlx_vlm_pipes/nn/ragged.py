@@ -99,13 +99,13 @@ def image_token_indices(contexts: Sequence[TextContext]) -> np.ndarray:
     return np.concatenate(pieces)
 
 
-def merge_image_features(x: mx.array, features: mx.array, indices: mx.array) -> mx.array:
-    """Write vision rows over the placeholder embeddings.
+def placed_features(
+    features: mx.array, indices: mx.array, num_tokens: int
+) -> tuple[mx.array, mx.array] | None:
+    """The vision rows that have a place among the tokens, and their places; None if none has.
 
-    Args: x [T, E]; features [M, E], cast to x's dtype; indices int32 [M], rows of x, where
-    those outside 0..T-1 are skipped. Returns: [T, E]; the caller's x is unchanged.
-    Raises: ImageTokenMismatch if features and indices differ in number.
-    Source: transformers modeling_idefics3.py, inputs_merger.
+    Args: features [M, E]; indices int32 [M], where those outside 0..num_tokens-1 are skipped.
+    Returns: [N, E] and int32 [N]. Raises: ImageTokenMismatch if M differs.
     """
     if features.shape[0] != indices.shape[0]:
         raise ImageTokenMismatch(
@@ -113,10 +113,20 @@ def merge_image_features(x: mx.array, features: mx.array, indices: mx.array) -> 
             "process prompt and images in one call"
         )
     where = np.array(indices)
-    kept = np.flatnonzero((where >= 0) & (where < x.shape[0]))
+    kept = np.flatnonzero((where >= 0) & (where < num_tokens))
     if not len(kept):
-        return x
+        return None
     rows = features if len(kept) == len(where) else features[mx.array(kept)]
+    return rows, mx.array(where[kept])
+
+
+def merge_image_features(x: mx.array, rows: mx.array, places: mx.array) -> mx.array:
+    """Write vision rows over the placeholder embeddings.
+
+    Args: x [T, E]; rows [N, E], cast to x's dtype; places int32 [N], rows of x.
+    Returns: [T, E]; the caller's x is unchanged.
+    Source: transformers modeling_idefics3.py, inputs_merger.
+    """
     merged = mx.array(x)  # index assignment writes into the array it is given
-    merged[mx.array(where[kept])] = rows.astype(x.dtype)
+    merged[places] = rows.astype(x.dtype)
     return merged

@@ -65,6 +65,7 @@ class RopeSpec:
     llama3: Llama3RopeScalingParams | None = None
     longrope: LongRoPEScalingParams | None = None
     mrope_section: tuple[int, ...] | None = None
+    mrope_interleaved: bool = False  # the axes take turns, instead of a run of frequencies each
 
     def __post_init__(self) -> None:
         half = self.dims // 2
@@ -98,6 +99,22 @@ def llama3_frequencies(base: np.ndarray, scaling: Llama3RopeScalingParams) -> np
     return np.where(wavelength < fast, base, scaled).astype(np.float32)
 
 
+def frequency_axes(section: tuple[int, ...], *, interleaved: bool) -> np.ndarray:
+    """Which position axis turns each rotary pair, int32 [sum of section].
+
+    Consecutive: section[0] pairs of the first axis, then those of the next. Interleaved: axis i
+    takes every n-th pair from the i-th on, section[i] of them; the first axis has what is left.
+    Source: transformers modeling_qwen2_5_vl.py; modeling_qwen3_vl.py, recomposition_frequencies.
+    """
+    count = len(section)
+    if not interleaved:
+        return np.repeat(np.arange(count), section).astype(np.int32)
+    axes = np.zeros(sum(section), np.int32)
+    for axis in range(1, count):
+        axes[axis : section[axis] * count : count] = axis
+    return axes
+
+
 class Rope:
     """Rotations for one decoder."""
 
@@ -114,8 +131,8 @@ class Rope:
             short, long = (np.asarray(f, np.float32) for f in _factors(spec.longrope))
             self._short, self._long = mx.array(base / short), mx.array(base / long)
         if spec.mrope_section is not None:
-            axes = np.repeat(np.arange(len(spec.mrope_section)), spec.mrope_section)
-            self._axes = mx.array(axes.astype(np.int32))
+            axes = frequency_axes(spec.mrope_section, interleaved=spec.mrope_interleaved)
+            self._axes = mx.array(axes)
 
     @property
     def break_length(self) -> int | None:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
 
@@ -64,6 +66,35 @@ def rotate_half_split(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
     cos, sin = cos[:, None], sin[:, None]  # [P, 1, D/2]
     a, b = mx.split(x.astype(mx.float32), 2, axis=-1)
     return mx.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Which patches see each other, for patches in one particular order.
+
+    lengths: of consecutive segments, in patches; cos, sin: float32 [P, D/2] in the same order.
+    """
+
+    lengths: list[int]
+    cos: mx.array
+    sin: mx.array
+
+
+class SegmentAttention(nn.Module):
+    """Bidirectional attention within segments: [P, E] -> [P, E]."""
+
+    def __init__(self, size: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = num_heads, size // num_heads
+        self.scale = self.head_dim**-0.5
+        self.qkv = nn.Linear(size, 3 * size)
+        self.proj = nn.Linear(size, size)
+
+    def __call__(self, x: mx.array, segments: Segments) -> mx.array:
+        qkv = self.qkv(x).reshape(x.shape[0], 3, self.num_heads, self.head_dim)
+        q, k = (rotate_half_split(qkv[:, i], segments.cos, segments.sin) for i in (0, 1))
+        out = segment_attention(q, k, qkv[:, 2], segments.lengths, self.scale)  # [P, H, D]
+        return self.proj(out.reshape(x.shape))
 
 
 def pixel_shuffle(x: mx.array, rows: int, columns: int, factor: int) -> mx.array:

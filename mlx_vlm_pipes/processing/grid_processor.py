@@ -32,7 +32,7 @@ IMAGE, VIDEO, START = "<|image_pad|>", "<|video_pad|>", "<|vision_start|>"
 
 
 class GridProcessor(VisionProcessor):
-    """One ImageMetadata a picture or clip; a clip's time steps count as frames of its grid.
+    """A picture is one ImageMetadata, a clip one or several, as the family has it.
 
     Args: image, video: what the family takes where its files say nothing; max_video_tokens: as for
     ClipSettings.
@@ -102,15 +102,18 @@ class GridProcessor(VisionProcessor):
         frames = np.stack([to_array(frame, settings.pixels) for frame in clip.frames])
         return cut(frames, settings, clip.source_size)
 
-    def encoded_clip(self, clip: Clip, made: GridImage, replacement: str) -> EncodedMedia:
+    def encoded_clip(
+        self, clip: Clip, images: Sequence[GridImage], grid: Grid, replacement: str
+    ) -> EncodedMedia:
+        """grid: of the whole clip, which may be several images, one behind the other."""
         return EncodedMedia(
             kind="video",
             replacement=replacement,
             token_id=self.video_token_id,
-            images=[made],
+            images=images,
             source_size=clip.source_size,
             resized_size=clip.frames[0].size,
-            grid=made.grid_thw,
+            grid=grid,
             num_frames=len(clip.frames),
         )
 
@@ -125,7 +128,8 @@ class GridProcessor(VisionProcessor):
         for kind, name in names.items():
             items = [item for item in media if item.kind == kind]
             if items:
-                out[name] = np.concatenate([item.images[0].pixel_values for item in items])
+                images = [image for item in items for image in item.images]
+                out[name] = np.concatenate([image.pixel_values for image in images])
                 out[f"{kind}_grid_thw"] = np.array([item.grid for item in items], np.int64)
         return out
 

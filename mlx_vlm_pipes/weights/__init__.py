@@ -2,6 +2,7 @@
 
 from mlx_vlm_pipes.weights.checkpoint import (
     SafetensorWeights,
+    TensorHandle,
     WeightData,
     Weights,
     WeightsAdapter,
@@ -16,7 +17,6 @@ from mlx_vlm_pipes.weights.layout import (
     Layout,
     Prefix,
     Reshape,
-    SplitRows,
     adapt,
     decoder,
     detect_layout,
@@ -53,10 +53,10 @@ __all__ = [
     "Reshape",
     "SafetensorWeights",
     "ScaledFormat",
-    "SplitRows",
     "TensorInfo",
     "WeightData",
     "Weights",
+    "TensorHandle",
     "WeightsAdapter",
     "adapt",
     "canonical_overrides",

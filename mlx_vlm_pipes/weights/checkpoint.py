@@ -64,6 +64,17 @@ class WeightData:
 Tensors = Mapping[str, WeightData]
 """Tensors by name, whatever the names are."""
 
+
+@dataclass(frozen=True)
+class TensorHandle:
+    """What an adapter is given of a tensor that was repacked or expanded after reading."""
+
+    weight: WeightData
+
+    def data(self) -> WeightData:
+        return self.weight
+
+
 WeightsAdapter = Callable[..., dict[str, WeightData]]
 """`(state_dict, *, huggingface_config=..., pipeline_config=..., **unused) -> {name: WeightData}`.
 

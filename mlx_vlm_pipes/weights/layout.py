@@ -304,43 +304,6 @@ class ConvToMatrix:
 
 
 @dataclass(frozen=True)
-class SplitRows:
-    """A fused projection cut into parts by rows: `attn.qkv` -> `attn.q_proj`, … .
-
-    `module` is the fused module's canonical path, `parts` the paths of its parts, both with `*`
-    for layer numbers; `rows` their heights, equal shares if None. Weights, scales, biases and
-    bias are cut alike: packing runs along the other axis.
-    """
-
-    module: str
-    parts: tuple[str, ...]
-    rows: tuple[int, ...] | None = None
-
-    def targets(self, name: str) -> list[str] | None:
-        """The parts' names of a tensor of the fused module; None for any other tensor."""
-        named = [Prefix(self.module + ".", part + ".").apply(name) for part in self.parts]
-        return [name for name in named if name is not None] or None
-
-    def apply(self, weight: WeightData, file_format: str | None) -> list[WeightData] | None:
-        targets = self.targets(weight.name)
-        if targets is None:
-            return None
-        height = weight.shape[0] if weight.shape else 0
-        rows = self.rows or (height // len(self.parts),) * len(self.parts)
-        if sum(rows) != height:
-            raise WeightsError(
-                f"'{clip(weight.name)}' is {list(weight.shape)}; expected {sum(rows)} rows for"
-                f" {len(self.parts)} parts"
-            )
-        ends = [sum(rows[: i + 1]) for i in range(len(rows))]
-        pieces = mx.split(weight.data, ends[:-1], axis=0)
-        return [
-            _with_data(replace(weight, name=target), piece)
-            for target, piece in zip(targets, pieces, strict=True)
-        ]
-
-
-@dataclass(frozen=True)
 class Reshape:
     """The same numbers in another shape: a class token [1, 1, E] -> [E]."""
 

@@ -16,18 +16,16 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_vlm_pipes.errors import CheckpointNotFound, ConfigError, UnsupportedModel, WeightsError
+from mlx_vlm_pipes.errors import (
+    CheckpointNotFound,
+    ConfigError,
+    UnsupportedModel,
+    WeightsError,
+    clip,
+)
 from mlx_vlm_pipes.json_files import read_json
 from mlx_vlm_pipes.weights.checkpoint import SafetensorWeights, WeightData, load_state_dict
-from mlx_vlm_pipes.weights.layout import (
-    Layout,
-    SplitRows,
-    Transform,
-    detect_layout,
-    group_names,
-    map_names,
-)
-from mlx_vlm_pipes.weights.safetensors import clip
+from mlx_vlm_pipes.weights.layout import Layout, detect_layout, group_names, map_names
 
 CONFIG_NAME = "adapter_config.json"
 MAX_CONFIG_BYTES = 10_000_000
@@ -86,13 +84,12 @@ def read_adapter(
     folder: str | Path,
     name: str,
     layouts: Sequence[Layout],
-    transforms: Sequence[Transform] = (),
     max_rank: int | None = None,
 ) -> LoRAAdapter:
     """Read an adapter folder, its tensors unevaluated.
 
-    Args: layouts and transforms of the architecture; the adapter's may differ from the base
-    model's, since PEFT uses the names of whichever transformers release trained it.
+    Args: layouts of the architecture; the adapter's may differ from the base model's, since PEFT
+    uses the names of whichever transformers release trained it.
     Raises: CheckpointNotFound, ConfigError, UnsupportedModel (full fine-tunes, PEFT options
     that are not computed here), WeightsError (unknown names, wrong shapes or ranks).
     Source: mlx_lm/tuner/lora.py and dora.py, peft/tuners/lora/.
@@ -104,7 +101,7 @@ def read_adapter(
     if not pairs:
         raise WeightsError(f"{folder}: no LoRA tensors")
     _check_pairs(folder, pairs, max_rank)
-    renamed = _canonical(pairs, layouts, transforms)
+    renamed = _canonical(pairs, layouts)
     return LoRAAdapter(name, max(pair.rank for pair in renamed.values()), renamed)
 
 
@@ -254,40 +251,14 @@ def _check_pairs(folder: Path, pairs: Mapping[str, LoRAPair], max_rank: int | No
             )
 
 
-def _canonical(
-    pairs: Mapping[str, LoRAPair], layouts: Sequence[Layout], transforms: Sequence[Transform]
-) -> dict[str, LoRAPair]:
-    """The same pairs under canonical module paths; a fused projection's pair is cut by rows."""
+def _canonical(pairs: Mapping[str, LoRAPair], layouts: Sequence[Layout]) -> dict[str, LoRAPair]:
+    """The same pairs under canonical module paths."""
     tensor_names = [f"{module}.weight" for module in pairs]
     renamed = map_names(tensor_names, detect_layout(tensor_names, layouts))
-    splits = [transform for transform in transforms if isinstance(transform, SplitRows)]
-    canonical: dict[str, LoRAPair] = {}
-    for stored, target in renamed.items():
-        pair = pairs[stored.removesuffix(".weight")]
-        for name, part in _split_pair(target, pair, splits).items():
-            canonical[name.removesuffix(".weight")] = part
-    return canonical
-
-
-def _split_pair(name: str, pair: LoRAPair, splits: Sequence[SplitRows]) -> dict[str, LoRAPair]:
-    for split in splits:
-        b = WeightData.from_array(pair.b, name)
-        pieces = split.apply(b, None)
-        if pieces is None:
-            continue
-        ends = [0]
-        for piece in pieces:
-            ends.append(ends[-1] + piece.shape[0])
-        return {
-            piece.name: LoRAPair(
-                pair.a,
-                piece.data,
-                pair.scale,
-                None if pair.magnitude is None else pair.magnitude[start:end],
-            )
-            for piece, start, end in zip(pieces, ends, ends[1:], strict=False)
-        }
-    return {name: pair}
+    return {
+        target.removesuffix(".weight"): pairs[stored.removesuffix(".weight")]
+        for stored, target in renamed.items()
+    }
 
 
 def linear_shapes(module: nn.Module) -> dict[str, tuple[int, int]]:

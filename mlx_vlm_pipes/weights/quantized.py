@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +11,7 @@ from mlx.utils import tree_map_with_path
 
 from mlx_vlm_pipes.errors import ConfigError, UnsupportedModel, WeightsError
 from mlx_vlm_pipes.quantization import QuantizationConfig
-from mlx_vlm_pipes.weights.layout import Layout, SplitRows, Transform, group_names
+from mlx_vlm_pipes.weights.layout import Layout, group_names
 from mlx_vlm_pipes.weights.safetensors import clip
 
 # mode -> (group sizes, bits), defaults first; source: the table in mx.quantize's documentation
@@ -198,30 +198,17 @@ def _parse_modelopt(declared: Mapping[str, Any]) -> ScaledFormat:
     return ScaledFormat("modelopt", formats[algorithm])
 
 
-def canonical_overrides(
-    quantization: QuantizationConfig, layout: Layout, transforms: Sequence[Transform] = ()
-) -> QuantizationConfig:
+def canonical_overrides(quantization: QuantizationConfig, layout: Layout) -> QuantizationConfig:
     """The same settings with per-module entries under canonical module paths.
 
     Entries are in the checkpoint's own names, with or without a leading `language_model.`; one
     that names no known part is kept as it is and matches nothing.
     """
     overrides: dict[str, dict[str, int | str] | bool] = {}
-    splits = [transform for transform in transforms if isinstance(transform, SplitRows)]
     for key, value in quantization.overrides.items():
         renamed = layout.rename(f"{key}.weight") or layout.rename(f"language_model.{key}.weight")
-        weight = renamed[0] if renamed else f"{key}.weight"
-        for name in _split_names(weight, splits):
-            overrides[name.removesuffix(".weight")] = value
+        overrides[renamed[0].removesuffix(".weight") if renamed else key] = value
     return replace(quantization, overrides=overrides)
-
-
-def _split_names(name: str, splits: Iterable[SplitRows]) -> list[str]:
-    for split in splits:
-        parts = split.targets(name)
-        if parts is not None:
-            return parts
-    return [name]
 
 
 def settings_for(path: str, quantization: QuantizationConfig) -> tuple[int, int, str] | None:

@@ -247,12 +247,14 @@ def _read_pack_quantized(
 
 
 def drop_dummy_biases(state: Tensors, expected: Mapping[str, object]) -> dict[str, WeightData]:
-    """Drop all-zero `.bias` tensors the model has no place for: GPTQ tools write them.
+    """Drop all-zero biases of matrices that the model gives none: AutoGPTQ writes them everywhere.
 
-    Args: state and expected by canonical name. Reads only the biases in question.
+    Args: state and expected by the same names. Reads only the biases in question.
     """
-    return {
-        name: weight
-        for name, weight in state.items()
-        if name in expected or not name.endswith(".bias") or mx.any(weight.data).item()
-    }
+
+    def is_dummy(name: str, weight: WeightData) -> bool:
+        matrix = state.get(f"{name.removesuffix('bias')}weight")
+        at_matrix = name.endswith(".bias") and matrix is not None and len(matrix.shape) == 2
+        return at_matrix and name not in expected and not mx.any(weight.data).item()
+
+    return {name: weight for name, weight in state.items() if not is_dummy(name, weight)}

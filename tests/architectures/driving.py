@@ -85,6 +85,8 @@ def run(
     images = active_images(contexts)
     rows = mx.concatenate(model.encode_images(images)) if encoded and images else None
     inputs = model.prepare_initial_token_inputs([contexts], kv, image_embeddings=rows)
+    longest = max(c.tokens.active_length for c in contexts)
+    assert np.array(kv.inputs[0].max_lengths).tolist() == [[longest, 0]]
     out = model.execute(inputs)
     offsets, logits = np.array(out.logit_offsets), np.array(out.logits)
     increment_cache_lengths(kv, [c.tokens.active_length for c in contexts])
@@ -92,6 +94,7 @@ def run(
     for _ in range(steps):
         chosen.append(mx.argmax(out.next_token_logits, axis=-1))
         inputs = model.prepare_next_token_inputs(chosen[-1], inputs)
+        assert np.array(kv.inputs[0].max_lengths)[0, 0] == 1
         out = model.execute(inputs)
         increment_cache_lengths(kv, [1] * len(contexts))
     parts = [logits[begin:end] for begin, end in itertools.pairwise(offsets)]

@@ -16,7 +16,7 @@ from mlx_vlm_pipes.pipeline import sampling_params
 from mlx_vlm_pipes.processing.types import PromptRequest
 from tests.fixtures_helper import FIXTURES, reference
 
-FAMILIES = ["llama-tied", "idefics3", "pixtral", "internvl-qwen2", "qwen25vl"]
+FAMILIES = ["llama-tied", "idefics3", "pixtral", "internvl-qwen2", "qwen25vl", "qwen3vl"]
 LLAMA, IDEFICS3 = FIXTURES / "llama-tied", FIXTURES / "idefics3"
 
 

@@ -174,7 +174,7 @@ def test_an_overwritten_file_is_a_new_picture(pipe: Pipeline, tmp_path: Path) ->
     assert ask(pipe, [copy]).images_encoded == 0  # the same picture under another name
 
 
-@pytest.mark.parametrize("name", ["pixtral", "qwen25vl"])
+@pytest.mark.parametrize("name", ["pixtral", "qwen25vl", "qwen3vl"])
 def test_equal_bytes_of_another_size_are_another_picture(name: str) -> None:
     """Flat pictures, wide and high: their bytes, and their patches, are the same."""
     pipe = load(FIXTURES / name, dtype="float32")

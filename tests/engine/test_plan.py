@@ -9,7 +9,8 @@ from mlx_vlm_pipes import EngineConfig, load
 from tests.fixtures_helper import cases, reference
 from tests.test_against_transformers import arguments
 
-CASES = [c for c in cases() if c.name in ("idefics3", "pixtral", "internvl-qwen3", "qwen25vl-v5")]
+NAMES = ("idefics3", "pixtral", "internvl-qwen3", "qwen25vl-v5", "qwen3vl")
+CASES = [c for c in cases() if c.name in NAMES]
 
 
 @pytest.mark.parametrize("folder", CASES, ids=lambda path: path.name)

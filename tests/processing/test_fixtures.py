@@ -16,6 +16,7 @@ ROOMS = {
     "idefics3": "idefics3.Idefics3Processor", "smolvlm": "idefics3.Idefics3Processor",
     "pixtral": "pixtral.PixtralProcessor", "internvl": "internvl.InternVLProcessor",
     "internvl_chat": "internvl.InternVLProcessor", "qwen2_5_vl": "qwen2_5vl.Qwen2_5VLProcessor",
+    "qwen3_vl": "qwen3_vl.Qwen3VLProcessor",
 }  # fmt: skip
 TEXT_ROOM = "llama3.Llama3Processor"
 ARRAYS = (

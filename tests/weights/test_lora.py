@@ -15,7 +15,6 @@ from mlx_vlm_pipes.errors import CheckpointError, WeightsError
 from mlx_vlm_pipes.weights import (
     Layout,
     LoRAAdapter,
-    SplitRows,
     check_against_base,
     decoder,
     dora_factor,
@@ -102,19 +101,6 @@ def test_formats_give_the_same_pairs(case: str, tmp_path: Path) -> None:
     else:
         assert dora_factor(mx.array(W), pair) is None
     np.testing.assert_allclose(np.array(merge_into(mx.array(W), pair)), expected, atol=1e-5)
-
-
-def test_a_pair_on_a_fused_projection_is_cut_by_rows(tmp_path: Path) -> None:
-    module = "model.layers.3.attn.qkv"
-    b = np.arange(12, dtype=np.float32).reshape(6, 2)
-    tensors = peft(module) | {f"base_model.model.{module}.lora_B.weight": b}
-    layer = "language_model.layers.*.attn."
-    split = SplitRows(f"{layer}qkv", tuple(f"{layer}{part}_proj" for part in "qkv"))
-    adapter = read_adapter(write(tmp_path, PEFT, tensors), "mine", LAYOUTS, (split,))
-    assert [path.rpartition(".")[2] for path in adapter.layers] == ["q_proj", "k_proj", "v_proj"]
-    k = adapter.layers["language_model.layers.3.attn.k_proj"]
-    np.testing.assert_array_equal(np.array(k.b), b[2:4])
-    np.testing.assert_array_equal(np.array(k.a), A)
 
 
 @pytest.mark.parametrize(

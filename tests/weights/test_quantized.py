@@ -14,7 +14,6 @@ from mlx_vlm_pipes.quantization import QuantizationConfig
 from mlx_vlm_pipes.weights import (
     Layout,
     ScaledFormat,
-    SplitRows,
     canonical_overrides,
     decoder,
     install_weights,
@@ -179,14 +178,13 @@ def test_overrides_follow_the_names_of_the_layout() -> None:
         "language_model.model.layers.1.mlp.up_proj": {"bits": 8},
         "model.norm": False,
         "model.layers.0.attn.qkv": {"bits": 6},
+        "nowhere": True,
     }
     layout = Layout("mlx", decoder("language_model.model.", "language_model.lm_head."))
-    split = SplitRows("language_model.layers.*.attn.qkv", ("language_model.layers.*.attn.q",) * 1)
-    renamed = canonical_overrides(
-        QuantizationConfig("mlx", 4, 64, overrides=overrides), layout, (split,)
-    )
+    renamed = canonical_overrides(QuantizationConfig("mlx", 4, 64, overrides=overrides), layout)
     assert renamed.overrides == {
         "language_model.layers.1.mlp.up_proj": {"bits": 8},
         "language_model.norm": False,
-        "language_model.layers.0.attn.q": {"bits": 6},
+        "language_model.layers.0.attn.qkv": {"bits": 6},
+        "nowhere": True,
     }

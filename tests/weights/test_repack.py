@@ -167,9 +167,9 @@ def test_damaged_gptq_is_refused(damage: Callable, message: str) -> None:
 
 
 def test_dummy_biases_go_and_real_ones_stay() -> None:
-    zero, one = np.zeros(2, np.float32), np.ones(2, np.float32)
-    state = {
-        n: WeightData.from_numpy(a, n)
-        for n, a in (("a.bias", zero), ("b.bias", zero), ("c.bias", one))
-    }
-    assert list(drop_dummy_biases(state, {"b.bias": None})) == ["b.bias", "c.bias"]
+    zero, one, matrix = np.zeros(2, np.float32), np.ones(2, np.float32), np.ones((2, 2), np.float32)
+    arrays = {f"{name}.weight": matrix for name in "abc"} | {"norm.weight": one}
+    arrays |= {"a.bias": zero, "b.bias": zero, "c.bias": one, "norm.bias": zero}
+    state = {name: WeightData.from_numpy(array, name) for name, array in arrays.items()}
+    kept = drop_dummy_biases(state, {"b.bias": None})
+    assert state.keys() - kept.keys() == {"a.bias"}

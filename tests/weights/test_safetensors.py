@@ -8,14 +8,17 @@ import struct
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 import pytest
+from safetensors import safe_open
 
 from mlx_vlm_pipes.dtypes import DType
-from mlx_vlm_pipes.errors import CheckpointNotFound, WeightsError
+from mlx_vlm_pipes.errors import CheckpointNotFound, InputError, WeightsError
 from mlx_vlm_pipes.weights.safetensors import (
     INDEX_NAME,
     find_weight_files,
     read_header,
+    write_file,
 )
 
 from .conftest import WriteRaw
@@ -32,9 +35,39 @@ def test_header_of_a_file_that_mlx_wrote(tmp_path: Path) -> None:
     header = read_header(path)
     info = header.tensors["w"]
     assert (info.dtype, info.shape, info.path) == (DType.bfloat16, (2, 3), path)
-    assert path.read_bytes()[info.start : info.end] == struct.pack("<H", 0x3F80) * 6
+    assert info.nbytes == 12
     assert header.tensors["empty"].shape == (0, 4)
     assert header.metadata == {"format": "mlx"}
+
+
+def test_a_written_file_is_read_alike_by_mlx_and_by_numpy(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    path = folder / "a.safetensors"
+    rows = mx.arange(12, dtype=mx.float32).reshape(3, 4)
+    arrays = {
+        "transposed": rows.T, "half": rows.astype(mx.float16), "brain": rows.astype(mx.bfloat16),
+        "packed": mx.array([2**31, 7], mx.uint32), "empty": mx.zeros((0, 4)),
+        "scalar": mx.array(2.5), "flags": mx.array([True, False, True]),
+    }  # fmt: skip
+    write_file(path, arrays)
+    loaded, metadata = mx.load(str(path), return_metadata=True)
+    assert metadata == {"format": "mlx"}
+    assert isinstance(loaded, dict)
+    assert loaded.keys() == arrays.keys()
+    for name, array in arrays.items():
+        assert loaded[name].dtype == array.dtype
+        assert mx.array_equal(loaded[name], array), name
+    with safe_open(path, framework="numpy") as file:
+        assert np.array_equal(file.get_tensor("transposed"), np.arange(12).reshape(3, 4).T)
+    assert struct.unpack("<Q", path.read_bytes()[:8])[0] % 8 == 0
+    (folder / "other").touch()
+    assert path.stat().st_mode == (folder / "other").stat().st_mode
+
+
+def test_a_file_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"absent/a\.safetensors: cannot be written \(.*No such"):
+        write_file(tmp_path / "absent" / "a.safetensors", {"w": mx.ones((2,))})
 
 
 GOOD = entry("F32", [2], 0, 8)
@@ -51,8 +84,13 @@ LIES = {
     "offset is text": ({"w": entry("F32", [2], "0", 8)}, "data_offsets"),
     "no offsets": ({"w": {"dtype": "F32", "shape": [2]}}, "data_offsets"),
     "entry is a number": ({"w": 5}, "not an object"),
-    "overlap": ({"w": GOOD, "v": entry("F32", [1], 4, 8)}, "overlap"),
+    "overlap": ({"w": GOOD, "v": entry("F32", [1], 4, 8)}, "tensor `v`.*overlap"),
+    "gap": ({"w": entry("F32", [1], 4, 8)}, "tensor `w`.*gap"),
+    "more data than tensors": ({"w": entry("F32", [1], 0, 4)}, "fill the file"),
+    "two of three lie": ({"w": GOOD, "v": 1, "u": entry("Q9", [], 0, 0)}, r"'v'.*and 1 more"),
+    "a name that is half a character": (b'{"\\ud800": {}}', "entry|dtype|broken"),
     "metadata of numbers": ({"__metadata__": {"format": 1}}, "not a string"),
+    "metadata is a list": ({"__metadata__": [1], "w": GOOD}, "not a string"),
     "name twice": (b'{"w": {}, "w": {}}', "twice"),
     "broken JSON": (b'{"w": ', "broken JSON"),
     "nested too deeply": (b"[" * 100_000, "broken JSON"),

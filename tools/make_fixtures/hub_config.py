@@ -9,12 +9,12 @@ def hub_config(config: Json, family: str, sparse: dict[str, tuple[str, ...]]) ->
     """A version 5 config in version 4 spelling; `sparse` names keys to leave out, by section."""
     config = copy.deepcopy(config)
     for part in [config, *(config[k] for k in ("text_config", "vision_config") if k in config)]:
-        if "dtype" in part:
+        if "dtype" in part and family != "qwen3_vl":  # younger than the new spelling
             part["torch_dtype"] = part.pop("dtype")
         spread_rope(part)
         for key in ("layer_types", "_name_or_path", "transformers_version"):
             part.pop(key, None)
-    config["transformers_version"] = "4.51.3"
+    config["transformers_version"] = "4.57.0.dev0" if family == "qwen3_vl" else "4.51.3"
     if "vision_config" in config:
         config = _hub_vision(config, family)
     for section, keys in sparse.items():
@@ -33,7 +33,9 @@ def spread_rope(part: Json) -> None:
     rope.pop("type", None)
     if "partial_rotary_factor" in rope:
         part["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
-    if "mrope_section" in rope:
+    if "mrope_interleaved" in rope:
+        part["rope_scaling"] = {**rope, "rope_type": kind}
+    elif "mrope_section" in rope:
         part["rope_scaling"] = {"type": "mrope", "mrope_section": rope["mrope_section"]}
     elif kind in ("default", "axial"):
         part["rope_scaling"] = None
@@ -51,6 +53,8 @@ def _hub_vision(config: Json, family: str) -> Json:
         vision.pop("rope_theta", None)
     if family == "idefics3":
         vision["model_type"] = "idefics3"
+    if family == "qwen3_vl":
+        vision["model_type"] = "qwen3_vl"
     if family == "qwen2_5_vl":
         vision["in_chans"] = vision.pop("in_channels", 3)
         vision["spatial_patch_size"] = vision["patch_size"]

@@ -30,6 +30,7 @@ def vision_cases() -> list[Case]:
         *_internvl_cases(),
         *_internvl_chat_cases(),
         *_qwen_cases(),
+        *_qwen3_vl_cases(),
     ]
 
 
@@ -263,6 +264,67 @@ def _qwen_cases() -> list[Case]:
              Prompt("clip", messages=[user(VIDEO, "Why?")], videos=(Clip(2, 41, 30, 33),), fps=4.0),
              TEXT_PROMPT),
             options=Options(config_style="v5", nested_processor=True, original_names=False,
+                            dtype="bfloat16", tokenizer_form="v5",
+                            template_in="chat_template.jinja"),
+        ),
+    ]  # fmt: skip
+
+
+QWEN3_VISION: Json = {
+    "depth": 3,
+    "hidden_size": 24,
+    "intermediate_size": 36,
+    "num_heads": 2,
+    "patch_size": 8,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+    "num_position_embeddings": 36,
+    "deepstack_visual_indexes": [0, 1],
+    "out_hidden_size": 32,
+}
+
+
+def _qwen3_vl_cases() -> list[Case]:
+    sections: Json = {"mrope_section": [4, 2, 2], "mrope_interleaved": True}
+    text = TEXT | {"rms_norm_eps": 1e-6, "head_dim": 16, "num_hidden_layers": 3,
+                   "rope_parameters": ROPE | {"rope_theta": 5000.0} | sections}  # fmt: skip
+    apart = [user("First ", IMAGE, " then ", IMAGE, " what?")]
+    both = [user(IMAGE, VIDEO, "Is it in the clip?")]
+    raw = "<|im_start|>user\n<|video_pad|>Why?<|im_end|>\n<|im_start|>assistant\n"
+    chat = [plain("system", "Be brief."), plain("user", "Which signal?")]
+    v5_vision = {"patch_size": 6, "depth": 2, "deepstack_visual_indexes": [0, 1],
+                 "num_position_embeddings": 16}  # fmt: skip
+    v5_text = {"tie_word_embeddings": True, "num_hidden_layers": 2, "num_attention_heads": 2,
+               "num_key_value_heads": 1,
+               "rope_parameters": ROPE | sections | {"mrope_section": [3, 3, 2]}}  # fmt: skip
+    return [
+        Case(
+            "qwen3vl", "qwen3_vl",
+            "features added to the first decoder layers, interleaved axes, interpolated places; "
+            "images, clips frame by frame behind their times, text",
+            {"vision": QWEN3_VISION, "text": text},
+            (_asked("one", Picture("shapes", 67, 49, 40)),
+             Prompt("two", messages=apart,
+                    images=(Picture("clouds", 24, 60, 41), Picture("gradient", 40, 30, 42, "L"))),
+             Prompt("clip", messages=[user(VIDEO, "Why?")], videos=(Clip(5, 61, 36, 43),)),
+             Prompt("bare", text=raw, videos=(Clip(2, 40, 30, 44),), fps=0.7),
+             Prompt("mixed", messages=both, images=(Picture("checker", 34, 34, 45),),
+                    videos=(Clip(4, 50, 34, 46),), fps=1.0),
+             Prompt("text", messages=chat)),
+            batch=("one", "text", "mixed"),
+            options=Options(image_tokens=(4, 10), video_tokens=(4, 16), dtype="bfloat16",
+                            generation={"do_sample": True, "temperature": 1e-6}),
+        ),
+        Case(
+            "qwen3vl-v5", "qwen3_vl",
+            "tied, version 5 config and files, bfloat16; every decoder layer is given features",
+            {"vision": QWEN3_VISION | v5_vision, "text": text | v5_text},
+            (_asked("alpha", Picture("shapes", 60, 40, 47, "RGBA")),
+             _later(Picture("gradient", 37, 41, 48, "L"), Picture("checker", 40, 26, 49)),
+             Prompt("clip", messages=[user(VIDEO, "Why?")], videos=(Clip(4, 35, 25, 50),), fps=4.0),
+             TEXT_PROMPT),
+            options=Options(config_style="v5", nested_processor=True, original_names=False,
+                            image_tokens=(4, 16), video_tokens=(4, 24),
                             dtype="bfloat16", tokenizer_form="v5",
                             template_in="chat_template.jinja"),
         ),

@@ -41,7 +41,7 @@ def _draw(
         return rng.standard_normal(shape) * (2.5 / math.sqrt(shape[-1]) if tied else 1.0)
     if "lm_head" in name:
         return rng.standard_normal(shape) * (2.5 / math.sqrt(shape[-1]))
-    if "position_embedding" in name or "cls_token" in name:
+    if any(k in name for k in ("position_embedding", "pos_embed.", "cls_token")):
         return rng.standard_normal(shape) * 0.6
     if len(shape) >= 2:
         gain = 1.5 if any(k in name for k in ("q_proj", "k_proj", ".qkv", "qkv_proj")) else 1.1

@@ -191,7 +191,8 @@ class Llama3Config(ArchConfigWithKVCache):
         said = lookup(huggingface_config, "attention_bias", default=False)
         self.attention_bias = bool(attention_bias or said or biases & names.keys())
         self.output_bias = f"{attention}o_proj.bias" in names
-        self.mlp_bias = "layers.0.mlp.down_proj.bias" in names
+        said = lookup(huggingface_config, "mlp_bias", default=False)
+        self.mlp_bias = bool(said or "layers.0.mlp.down_proj.bias" in names)
         self.qk_norm = f"{attention}q_norm.weight" in names
         self.stacked_qkv = f"{attention}qkv_proj.weight" in names
         self.stacked_mlp = "layers.0.mlp.gate_up_proj.weight" in names

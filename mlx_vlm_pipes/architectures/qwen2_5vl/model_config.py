@@ -6,26 +6,25 @@ in `text_config`. Source: transformers configuration_qwen2_5_vl.py (spec, sectio
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from mlx_vlm_pipes.architectures.llama3.model_config import Llama3Config
 from mlx_vlm_pipes.architectures.part_fields import PartField
 from mlx_vlm_pipes.architectures.qwen2_5vl.sizes import VisionSizes, require_vision_config
-from mlx_vlm_pipes.checkpoint.state import expanded_scales
+from mlx_vlm_pipes.checkpoint.state import expanded_scales, stored_dtype
 from mlx_vlm_pipes.checkpoint.tie import declared_tied
 from mlx_vlm_pipes.config import KVCacheConfig, KVCacheParams, MAXModelConfig, PipelineConfig
 from mlx_vlm_pipes.dtypes import DeviceRef, DType
 from mlx_vlm_pipes.errors import ConfigError
 from mlx_vlm_pipes.hf_config import (
     AutoConfig,
+    axial_theta,
     head_dim,
     lookup,
     optional_int,
     require_int,
     rope_dictionary,
-    rope_theta,
     text_config,
 )
 from mlx_vlm_pipes.interfaces import ArchConfigWithKVCache, ReturnLogits
@@ -98,7 +97,7 @@ class VisionConfig:
             window_size=sizes.window_size,
             spatial_merge_size=sizes.spatial_merge_size,
             hidden_act=act,
-            rope_theta=_axial_theta(cfg),
+            rope_theta=axial_theta(cfg),
         )
         config._check()
         return config
@@ -262,25 +261,6 @@ class Qwen2_5VLConfig(ArchConfigWithKVCache):
 
     def get_max_seq_len(self) -> int:
         return self.llm_config.get_max_seq_len()
-
-
-def stored_dtype(state_dict: Mapping[str, WeightData], module: str) -> DType:
-    """The dtype of a module's weight, of its scales where the weight is packed.
-
-    module: path below any prefix. Raises: ConfigError when no tensor has that name.
-    """
-    for name in (f"{module}.scales", f"{module}.weight"):
-        for key, weight in state_dict.items():
-            if key == name or key.endswith("." + name):
-                return weight.dtype
-    raise ConfigError(f"the weights have no {module}.weight; its dtype decides the model's")
-
-
-def _axial_theta(cfg: AutoConfig) -> float:
-    kind = rope_dictionary(cfg).get("rope_type", "axial")
-    if kind not in ("axial", "default"):
-        raise ConfigError(f"vision rope_type {kind!r} is not supported; supported: axial")
-    return rope_theta(cfg)
 
 
 def _mrope_section(text_cfg: AutoConfig) -> list[int]:

@@ -72,7 +72,7 @@ class Qwen2_5VLProcessor(GridProcessor):
         clip = load_clip(source, ClipPlan(request.fps, choose, prepare, request.local_files))
         seconds = float(np.float32(settings.step / clip.fps))
         made = self._image(*self.cut_clip(clip, settings), is_video=True, seconds=seconds)
-        return self.encoded_clip(clip, made, self.video_token * made.end_idx)
+        return self.encoded_clip(clip, [made], made.grid_thw, self.video_token * made.end_idx)
 
     def _capped(self, settings: PatchSettings, count: int) -> PatchSettings:
         """Limits of one frame so that the whole clip stays within its share of tokens."""

@@ -7,8 +7,6 @@ Source: transformers modeling_qwen2_5_vl.py (spec, section 8.3).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -16,19 +14,7 @@ import numpy as np
 from mlx_vlm_pipes.architectures.qwen2_5vl.model_config import VisionConfig
 from mlx_vlm_pipes.nn.activations import activation
 from mlx_vlm_pipes.nn.rope import inverse_frequencies
-from mlx_vlm_pipes.nn.vision import rotate_half_split, segment_attention
-
-
-@dataclass(frozen=True)
-class Segments:
-    """Which patches see each other, for patches in one particular order.
-
-    lengths: of consecutive segments, in patches; cos, sin: float32 [P, D/2] in the same order.
-    """
-
-    lengths: list[int]
-    cos: mx.array
-    sin: mx.array
+from mlx_vlm_pipes.nn.vision import SegmentAttention, Segments
 
 
 def window_order(
@@ -55,24 +41,6 @@ class PatchEmbed(nn.Module):
         return self.proj(x)
 
 
-class Attention(nn.Module):
-    """Bidirectional attention within segments: [P, E] -> [P, E]."""
-
-    def __init__(self, config: VisionConfig) -> None:
-        super().__init__()
-        size = config.hidden_size
-        self.num_heads, self.head_dim = config.num_attention_heads, config.head_dim
-        self.scale = self.head_dim**-0.5
-        self.qkv = nn.Linear(size, 3 * size)
-        self.proj = nn.Linear(size, size)
-
-    def __call__(self, x: mx.array, segments: Segments) -> mx.array:
-        qkv = self.qkv(x).reshape(x.shape[0], 3, self.num_heads, self.head_dim)
-        q, k = (rotate_half_split(qkv[:, i], segments.cos, segments.sin) for i in (0, 1))
-        out = segment_attention(q, k, qkv[:, 2], segments.lengths, self.scale)  # [P, H, D]
-        return self.proj(out.reshape(x.shape))
-
-
 class MLP(nn.Module):
     """Gated feed-forward: [P, E] -> [P, E]."""
 
@@ -95,7 +63,7 @@ class Block(nn.Module):
         super().__init__()
         self.norm1 = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.norm2 = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.attn = Attention(config)
+        self.attn = SegmentAttention(config.hidden_size, config.num_attention_heads)
         self.mlp = MLP(config)
 
     def __call__(self, h: mx.array, segments: Segments) -> mx.array:

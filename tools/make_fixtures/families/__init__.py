@@ -6,6 +6,7 @@ from .internvl import InternVL
 from .internvl_chat import InternVLChat
 from .pixtral import Pixtral
 from .qwen2_5_vl import Qwen25VL
+from .qwen3_vl import Qwen3VL
 from .text import CLASSES, Text
 
 FAMILIES: dict[str, type[Family]] = {
@@ -16,6 +17,7 @@ FAMILIES: dict[str, type[Family]] = {
     "internvl": InternVL,
     "internvl_chat": InternVLChat,
     "qwen2_5_vl": Qwen25VL,
+    "qwen3_vl": Qwen3VL,
 }
 
 __all__ = ["FAMILIES", "Encoded", "Family", "Qwen25VL"]

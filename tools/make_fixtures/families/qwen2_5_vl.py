@@ -13,19 +13,21 @@ from ..case import Json, Prompt
 from ..tokenizer import write_json
 from .family import Arrays, Pictures, VisionFamily, fill_placeholders
 
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
-
 
 class Qwen25VL(VisionFamily):
     style = "qwen"
     architecture = "Qwen2_5_VLForConditionalGeneration"
+    config_classes = ("Qwen2_5_VLConfig", "Qwen2_5_VLTextConfig")
     processor_class = "Qwen2_5_VLProcessor"
+    video_processor_class = "Qwen2VLVideoProcessor"
     template_in = "tokenizer_config+chat_template.json"
+    mean = (0.48145466, 0.4578275, 0.40821073)
+    std = (0.26862954, 0.26130258, 0.27577711)
 
     def config(self) -> transformers.PretrainedConfig:
-        text = self.text_config("Qwen2_5_VLTextConfig")
-        return transformers.Qwen2_5_VLConfig(
+        outer, inner = self.config_classes
+        text = self.text_config(inner)
+        return getattr(transformers, outer)(
             text_config=text.to_dict(),
             vision_config=dict(self.case.config["vision"]),
             image_token_id=self.files["<|image_pad|>"],
@@ -54,7 +56,7 @@ class Qwen25VL(VisionFamily):
         owner = {"processor_class": self.processor_class}
         image = {**self.settings(), "image_processor_type": "Qwen2VLImageProcessor"}
         size = {"shortest_edge": video_low, "longest_edge": video_high}
-        kind = {"video_processor_type": "Qwen2VLVideoProcessor"}
+        kind = {"video_processor_type": self.video_processor_class}
         video = {**self.settings(), **kind, "size": size}
         if self.options.nested_processor:
             image["size"] = {"shortest_edge": low, "longest_edge": high}
@@ -73,8 +75,8 @@ class Qwen25VL(VisionFamily):
             "do_normalize": True,
             "do_rescale": True,
             "do_resize": True,
-            "image_mean": list(MEAN),
-            "image_std": list(STD),
+            "image_mean": list(self.mean),
+            "image_std": list(self.std),
             "merge_size": self.merge,
             "patch_size": self.patch_px,
             "resample": 3,
@@ -112,16 +114,21 @@ class Qwen25VL(VisionFamily):
             "second_per_grid_ts": seconds,
         }
 
+    def frame_size(self, frames: list[Image.Image], step: int) -> tuple[int, int]:
+        """(height, width) of the resized frames."""
+        del step  # every frame has the limits to itself
+        limits = self.limits(self.options.video_tokens)
+        return smart_resize(frames[0].height, frames[0].width, self.patch_px * self.merge, *limits)
+
     def _cut(self, frames: list[Image.Image], step: int) -> tuple[np.ndarray, list[int]]:
         """Patches [t * h * w, 3 * step * patch * patch] and (t, h, w) of one clip."""
         p, merge = self.patch_px, self.merge
-        low, high = self.limits(self.options.video_tokens)
-        height, width = smart_resize(frames[0].height, frames[0].width, p * merge, low, high)
+        height, width = self.frame_size(frames, step)
         bicubic = Image.Resampling.BICUBIC
         resized = [np.asarray(f.convert("RGB").resize((width, height), bicubic)) for f in frames]
         resized += resized[-1:] * (-len(frames) % step)
         stack = np.stack(resized).astype(np.float32) / 255
-        stack = (stack - np.array(MEAN, np.float32)) / np.array(STD, np.float32)
+        stack = (stack - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
         t, h, w = len(stack) // step, height // p, width // p
         blocks = stack.reshape(t, step, h // merge, merge, p, w // merge, merge, p, 3)
         rows = blocks.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(t * h * w, -1)
@@ -140,7 +147,7 @@ class Qwen25VL(VisionFamily):
         The text after a medium moves on by the larger of its height and width (transformers 5), or,
         where `counts_time`, by its largest position on any axis (the original Qwen code).
         """
-        rate = self.case.config["vision"]["tokens_per_second"]
+        rate = self.case.config["vision"].get("tokens_per_second", 0)
         image_id, video_id = self.files["<|image_pad|>"], self.files["<|video_pad|>"]
         images = iter(arrays.get("image_grid_thw", []))
         clips = arrays.get("video_grid_thw", []), arrays.get("second_per_grid_ts", [])

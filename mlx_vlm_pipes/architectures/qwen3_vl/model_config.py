@@ -1,0 +1,242 @@
+"""Qwen3VLConfig and VisionConfig: what Qwen3-VL reads from config.json and the weights.
+
+Source: transformers configuration_qwen3_vl.py. The text part is Qwen3's; its three axes take
+turns among the rotary frequencies.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from mlx_vlm_pipes.architectures.qwen3 import Qwen3Config
+from mlx_vlm_pipes.architectures.qwen3_vl.sizes import VisionSizes, require_vision_config
+from mlx_vlm_pipes.checkpoint.state import stored_dtype
+from mlx_vlm_pipes.checkpoint.tie import declared_tied
+from mlx_vlm_pipes.config import KVCacheConfig, KVCacheParams, MAXModelConfig, PipelineConfig
+from mlx_vlm_pipes.dtypes import DeviceRef, DType
+from mlx_vlm_pipes.errors import ConfigError
+from mlx_vlm_pipes.hf_config import (
+    AutoConfig,
+    axial_theta,
+    lookup,
+    optional_int,
+    require_int,
+    rope_dictionary,
+    text_config,
+)
+from mlx_vlm_pipes.interfaces import ArchConfigWithKVCache, ReturnHiddenStates, ReturnLogits
+from mlx_vlm_pipes.nn.activations import activation
+from mlx_vlm_pipes.nn.decoder import DecoderConfig
+from mlx_vlm_pipes.weights import WeightData
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+IMAGE_TOKEN_ID, VIDEO_TOKEN_ID = 151655, 151656
+MROPE_SECTION = (24, 20, 20)
+DEEPSTACK_INDEXES = (8, 16, 24)
+
+
+@dataclass
+class VisionConfig:
+    """What the vision tower reads. patch_size in pixels.
+
+    deepstack_visual_indexes: blocks behind which rows for the decoder's first layers are made.
+    """
+
+    dtype: DType
+    llm_dtype: DType
+    patch_size: int
+    temporal_patch_size: int
+    in_channels: int
+    hidden_size: int
+    num_attention_heads: int
+    depth: int
+    intermediate_size: int
+    out_hidden_size: int
+    spatial_merge_size: int
+    num_position_embeddings: int
+    deepstack_visual_indexes: list[int]
+    hidden_act: str = "gelu_pytorch_tanh"
+    rope_theta: float = 10000.0
+
+    @classmethod
+    def initialize_from_config(cls, hf_vision_config: AutoConfig) -> Self:
+        """From `vision_config`.
+
+        Raises: ConfigError for missing keys, heads that do not divide the width, indexes of blocks
+        that are not there, or an activation or rope type that we do not have.
+        """
+        cfg, sizes = hf_vision_config, VisionSizes.read(hf_vision_config)
+        act = lookup(cfg, "hidden_act", default="gelu_pytorch_tanh")
+        activation(act)  # refuse unknown ones here
+        config = cls(
+            dtype=DType.bfloat16,
+            llm_dtype=DType.bfloat16,
+            patch_size=sizes.patch_size,
+            temporal_patch_size=sizes.temporal_patch_size,
+            in_channels=optional_int(cfg, "in_channels", default=3),
+            hidden_size=require_int(cfg, "hidden_size"),
+            num_attention_heads=require_int(cfg, "num_heads", "num_attention_heads"),
+            depth=require_int(cfg, "depth", "num_hidden_layers"),
+            intermediate_size=require_int(cfg, "intermediate_size"),
+            out_hidden_size=require_int(cfg, "out_hidden_size"),
+            spatial_merge_size=sizes.spatial_merge_size,
+            num_position_embeddings=sizes.table_side**2,
+            deepstack_visual_indexes=_tapped_blocks(cfg),
+            hidden_act=act,
+            rope_theta=axial_theta(cfg),
+        )
+        if config.hidden_size % config.num_attention_heads or config.head_dim % 4:
+            raise ConfigError(
+                f"vision hidden_size {config.hidden_size} with {config.num_attention_heads} heads; "
+                "expected heads of a multiple of 4 elements"
+            )
+        return config
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def patch_elements(self) -> int:
+        """Numbers in one patch: channels, frames, rows and columns."""
+        return self.in_channels * self.temporal_patch_size * self.patch_size**2
+
+    @property
+    def merge_unit(self) -> int:
+        """Patches that become one row for the decoder."""
+        return self.spatial_merge_size**2
+
+
+@dataclass(kw_only=True)
+class Qwen3VLConfig(ArchConfigWithKVCache):
+    """Both halves of the model."""
+
+    devices: list[DeviceRef]
+    image_token_id: int
+    video_token_id: int
+    mrope_section: tuple[int, ...]
+    vision_config: VisionConfig
+    llm_config: Qwen3Config
+
+    @classmethod
+    def initialize(
+        cls, pipeline_config: PipelineConfig, model_config: MAXModelConfig | None = None
+    ) -> Self:
+        model_config = model_config or pipeline_config.model
+        if model_config is not pipeline_config.model:
+            pipeline_config = replace(pipeline_config, model=model_config)
+        config = model_config.require_huggingface_config()
+        return cls.initialize_from_config(pipeline_config, config)
+
+    @classmethod
+    def initialize_from_config(
+        cls, pipeline_config: PipelineConfig, huggingface_config: AutoConfig
+    ) -> Self:
+        """From the outer configuration.
+
+        Raises: ConfigError without a vision_config, for missing or contradicting keys, and for
+        values that we do not run; UnsupportedModel for mixture-of-experts layers.
+        """
+        cfg, text_cfg = huggingface_config, text_config(huggingface_config)
+        vision = VisionConfig.initialize_from_config(require_vision_config(cfg))
+        llm = Qwen3Config.initialize_from_config(pipeline_config, text_cfg)
+        if vision.out_hidden_size != llm.hidden_size:
+            raise ConfigError(
+                f"vision out_hidden_size {vision.out_hidden_size}, expected the text hidden_size "
+                f"{llm.hidden_size}"
+            )
+        taps = len(vision.deepstack_visual_indexes)
+        if taps > llm.num_hidden_layers:
+            raise ConfigError(
+                f"{taps} deepstack_visual_indexes for {llm.num_hidden_layers} decoder layers"
+            )
+        return cls(
+            devices=pipeline_config.model.devices,
+            image_token_id=lookup(cfg, "image_token_id", default=IMAGE_TOKEN_ID),
+            video_token_id=lookup(cfg, "video_token_id", default=VIDEO_TOKEN_ID),
+            mrope_section=_mrope_section(text_cfg),
+            vision_config=vision,
+            llm_config=llm,
+        )
+
+    def finalize(
+        self,
+        huggingface_config: AutoConfig,
+        llm_state_dict: dict[str, WeightData],
+        vision_state_dict: dict[str, WeightData],
+        return_logits: ReturnLogits,
+        return_hidden_states: ReturnHiddenStates = ReturnHiddenStates.NONE,
+    ) -> None:
+        """Read what only the weights can say: dtypes, biases, the tied head.
+
+        Raises: ConfigError without one of the two tensors whose dtype decides, or for a
+        quantisation that we do not know.
+        """
+        text_cfg = text_config(huggingface_config)
+        self.vision_config.dtype = stored_dtype(vision_state_dict, "patch_embed.proj")
+        self.vision_config.llm_dtype = stored_dtype(llm_state_dict, "embed_tokens")
+        self.llm_config.finalize(text_cfg, llm_state_dict, return_logits, return_hidden_states)
+        if declared_tied(huggingface_config, text_cfg):
+            self.llm_config.tie_word_embeddings = True
+
+    def decoder_config(self) -> DecoderConfig:
+        """The same in the terms of the shared decoder."""
+        config = self.llm_config.decoder_config()
+        rope = replace(config.rope, mrope_section=self.mrope_section, mrope_interleaved=True)
+        taps = len(self.vision_config.deepstack_visual_indexes)
+        return replace(config, rope=rope, feature_layers=taps)
+
+    @staticmethod
+    def calculate_max_seq_len(
+        pipeline_config: PipelineConfig, huggingface_config: AutoConfig
+    ) -> int:
+        """The decoder's limit, or the smaller one asked for. Raises: ConfigError above it."""
+        return Qwen3Config.calculate_max_seq_len(pipeline_config, text_config(huggingface_config))
+
+    @staticmethod
+    def construct_kv_params(
+        huggingface_config: AutoConfig,
+        pipeline_config: PipelineConfig,
+        devices: list[DeviceRef],
+        kv_cache_config: KVCacheConfig,
+        cache_dtype: DType,
+    ) -> KVCacheParams:
+        return Qwen3Config.construct_kv_params(
+            text_config(huggingface_config), pipeline_config, devices, kv_cache_config, cache_dtype
+        )
+
+    @staticmethod
+    def get_num_layers(huggingface_config: AutoConfig) -> int:
+        return Qwen3Config.get_num_layers(huggingface_config)
+
+    def get_kv_params(self) -> KVCacheParams:
+        return self.llm_config.get_kv_params()
+
+    def get_max_seq_len(self) -> int:
+        return self.llm_config.get_max_seq_len()
+
+
+def _tapped_blocks(vision_cfg: AutoConfig) -> list[int]:
+    given = lookup(vision_cfg, "deepstack_visual_indexes")
+    blocks: list[int] = [*(DEEPSTACK_INDEXES if given is None else given)]
+    depth = require_int(vision_cfg, "depth", "num_hidden_layers")
+    if len(set(blocks)) < len(blocks) or not all(0 <= block < depth for block in blocks):
+        raise ConfigError(
+            f"deepstack_visual_indexes {blocks}; expected different blocks from 0 to {depth - 1}"
+        )
+    return blocks
+
+
+def _mrope_section(text_cfg: AutoConfig) -> tuple[int, ...]:
+    """Rotary pairs of the time, height and width axis; RopeSpec holds their sum to the head."""
+    rope = rope_dictionary(text_cfg)
+    if rope.get("mrope_interleaved") is False:
+        raise ConfigError("mrope_interleaved is false; Qwen3-VL's axes always take turns")
+    given = rope.get("mrope_section")
+    section = tuple(int(n) for n in (MROPE_SECTION if given is None else given))
+    if len(section) != 3:
+        raise ConfigError(f"mrope_section {list(section)}; expected three numbers")
+    return section

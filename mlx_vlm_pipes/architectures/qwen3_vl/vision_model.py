@@ -1,0 +1,126 @@
+"""The vision tower of Qwen3-VL: whole pictures at any size, and features for the first layers.
+
+All pictures lie one behind the other on one axis of P patches, in blocks of merge x merge that
+become one row for the decoder. Behind some of the blocks a merger of their own makes rows that
+the decoder adds to its hidden states (DeepStack); they travel beside the picture's rows.
+Source: transformers modeling_qwen3_vl.py, Qwen3VLVisionModel.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_vlm_pipes.architectures.qwen3_vl.model_config import VisionConfig
+from mlx_vlm_pipes.nn.activations import activation
+from mlx_vlm_pipes.nn.rope import inverse_frequencies
+from mlx_vlm_pipes.nn.vision import SegmentAttention, Segments
+
+NORM_EPS = 1e-6  # written into the reference's code, in no config.json
+
+
+class PatchEmbed(nn.Module):
+    """A convolution with kernel = stride, as a matrix: [P, C*tp*p*p] -> [P, E]."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.proj = nn.Linear(config.patch_elements, config.hidden_size)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.proj(x)
+
+
+class MLP(nn.Module):
+    """Feed-forward: [P, E] -> [P, E]."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.act = activation(config.hidden_act)
+        self.linear_fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.linear_fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.linear_fc2(self.act(self.linear_fc1(x)))
+
+
+class Block(nn.Module):
+    """One layer: [P, E] -> [P, E]; every patch sees its whole picture or frame."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.hidden_size, NORM_EPS)
+        self.norm2 = nn.LayerNorm(config.hidden_size, NORM_EPS)
+        self.attn = SegmentAttention(config.hidden_size, config.num_attention_heads)
+        self.mlp = MLP(config)
+
+    def __call__(self, h: mx.array, segments: Segments) -> mx.array:
+        h = h + self.attn(self.norm1(h), segments)
+        return h + self.mlp(self.norm2(h))
+
+
+class PatchMerger(nn.Module):
+    """merge x merge patches to one row for the decoder: [P, E] -> [P/u, out_hidden_size].
+
+    norm_merged: the norm is over the merged row, not over each patch.
+    """
+
+    def __init__(self, config: VisionConfig, *, norm_merged: bool) -> None:
+        super().__init__()
+        self.width = config.hidden_size * config.merge_unit
+        self.normed = self.width if norm_merged else config.hidden_size
+        self.norm = nn.LayerNorm(self.normed, NORM_EPS)
+        self.linear_fc1 = nn.Linear(self.width, self.width)
+        self.linear_fc2 = nn.Linear(self.width, config.out_hidden_size)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        x = self.norm(x.reshape(-1, self.normed)).reshape(-1, self.width)  # [P/u, u * E]
+        return self.linear_fc2(nn.gelu(self.linear_fc1(x)))
+
+
+class VisionModel(nn.Module):
+    """Patches of all pictures of a step to rows for the decoder."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.dtype, self.out_dtype = config.dtype.to_mx(), config.llm_dtype.to_mx()
+        self.taps = config.deepstack_visual_indexes
+        # each axis takes half of the rotary pairs
+        self._inv_freq = mx.array(inverse_frequencies(config.head_dim // 2, config.rope_theta))
+        self.patch_embed = PatchEmbed(config)
+        self.pos_embed = nn.Embedding(config.num_position_embeddings, config.hidden_size)
+        self.blocks = [Block(config) for _ in range(config.depth)]
+        self.merger = PatchMerger(config, norm_merged=False)
+        self.deepstack_merger_list = [PatchMerger(config, norm_merged=True) for _ in self.taps]
+
+    def __call__(
+        self,
+        pixel_values: mx.array,
+        vision_position_ids: mx.array,
+        interpolation_indices: mx.array,
+        interpolation_weights: mx.array,
+        cu_seqlens: mx.array,
+    ) -> mx.array:
+        """The decoder's rows of all pictures, in the order of the pictures.
+
+        Args: pixel_values float [P, C*tp*p*p]; vision_position_ids int [P, 2], row and column;
+        interpolation_indices int [P, 4] and interpolation_weights float32 [P, 4]: the places of the
+        learned table that a patch lies between; cu_seqlens: boundaries of frames in patches, made
+        on the host and read there. Returns: [P/u, (1 + K) * out_hidden_size] in the decoder's
+        dtype: the row itself, then what each of the decoder's first K layers adds.
+        """
+        angles = vision_position_ids.astype(mx.float32)[:, :, None] * self._inv_freq
+        angles = angles.reshape(angles.shape[0], -1)  # [P, D/2]: row angles, then column angles
+        frames = np.diff(np.array(cu_seqlens).astype(np.int64)).tolist()
+        segments = Segments(frames, mx.cos(angles), mx.sin(angles))
+        h = self.patch_embed(pixel_values.astype(self.dtype))
+        corners = self.pos_embed(interpolation_indices) * interpolation_weights[:, :, None]
+        h = h + corners.sum(axis=1).astype(h.dtype)
+        tapped: dict[int, mx.array] = {}
+        for i, block in enumerate(self.blocks):
+            h = block(h, segments)
+            if i in self.taps:
+                merger = self.deepstack_merger_list[self.taps.index(i)]
+                tapped[i] = merger(h)
+        rows = [self.merger(h), *(tapped[i] for i in sorted(tapped))]
+        return mx.concatenate(rows, axis=1).astype(self.out_dtype)
