@@ -354,7 +354,7 @@ class VisionProcessor(TextProcessor, ABC):
         )
 
     def load(self, source: Any, request: PromptRequest) -> Any:
-        return load_image(source, local_files=request.local_files)
+        return load_image(source, request.access)
 
 
 def agreed_token_id(tokenizer: Tokenizer, token: str, config: Mapping[str, Any], *keys: str) -> int:
