@@ -116,6 +116,19 @@ class TokenBuffer:
         self.processed_length = 0
 
 
+def require_known_tokens(tokens: np.ndarray, vocab_size: int) -> None:
+    """Check int64 ids [n] against the rows of the embedding: a step would read what lies behind.
+
+    Raises: InputError for an id that is negative or has no row.
+    """
+    unknown = tokens[(tokens < 0) | (tokens >= vocab_size)]
+    if len(unknown):
+        raise InputError(
+            f"token id {unknown[0]}, expected 0 to {vocab_size - 1}: the model's embedding has "
+            f"{vocab_size} rows; use the tokenizer that the model was trained with"
+        )
+
+
 @dataclass(frozen=True)
 class EOSTracker:
     """Decides where a row ends: token ids, token sequences, or strings in the decoded text."""
@@ -137,7 +150,7 @@ class EOSTracker:
 class SamplingParams:
     """How the next token is chosen. temperature 0 is greedy; top_k -1 means no limit.
 
-    The defaults are those of a request (options.py), but for two documented ones: temperature, and
+    The defaults are those of a request (options.py), but for two of MAX's: temperature, and
     max_new_tokens without a limit.
     """
 
@@ -175,7 +188,7 @@ class ImageMetadata:
     """One image (or frame, or clip) of a prompt.
 
     start_idx, end_idx: half-open range of its placeholder tokens. pixel_values: the room's
-    layout (spec, section 2). image_hash: content hash, equal only for equal pixels after equal
+    layout (docs/api.md#pictures). image_hash: content hash, equal only for equal pixels after equal
     processing.
     """
 
@@ -255,6 +268,19 @@ class TextContext:
         span = self.tokens[image.start_idx : image.end_idx]
         return (np.flatnonzero(span == span[0]) + image.start_idx).astype(np.int32)
 
+    @property
+    def whole_spans(self) -> Sequence[tuple[int, int]]:
+        """Ranges of tokens that see each other both ways; a step has all of one or nothing."""
+        return ()
+
+    def uncut(self, begin: int, end: int) -> int:
+        """Where a slice from `begin` can end: at `end` or, so that no whole span is cut, before
+        it, or behind the span where the slice begins with one."""
+        for first, last in self.whole_spans:
+            if first < end < last:
+                return first if first > begin else last
+        return end
+
     def update(self, token: int, log_probabilities: Any = None) -> None:
         """Take a generated token; the status says whether it was the last one."""
         del log_probabilities  # kept by the engine's result, not by the context
@@ -281,12 +307,14 @@ class TextAndVisionContext(TextContext):
     """A request with pictures, whose placeholders are already expanded in the tokens.
 
     vision_token_ids: ids that may begin or end an image's range. A range begins with its
-    placeholder, the token that receives a vision row.
+    placeholder, the token that receives a vision row. whole_images: the tokens of a range see each
+    other both ways.
     """
 
     vision_token_ids: list[int]
     images: Sequence[ImageMetadata] = field(default_factory=list)
     extra_model_args: dict[str, np.ndarray] = field(default_factory=dict)
+    whole_images: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -304,3 +332,9 @@ class TextAndVisionContext(TextContext):
                     f"{sorted(ends)}, which are not among the vision tokens {self.vision_token_ids}"
                 )
             end = image.end_idx
+
+    @property
+    def whole_spans(self) -> Sequence[tuple[int, int]]:
+        if not self.whole_images:
+            return ()
+        return [(image.start_idx, image.end_idx) for image in self.images]

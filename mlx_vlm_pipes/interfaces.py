@@ -1,7 +1,8 @@
 """The model contract: what the engine asks of an architecture and what it gets back.
 
 The engine sees a model only through `PipelineModel` and a request only through its context.
-Source: the documented pipeline API (spec, sections 1.1, 1.7 and 1.9).
+Names and shapes are those of MAX's pipeline architectures: docs/api.md, which also says what
+"documented" means in this package.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from mlx_vlm_pipes.contexts import (
     TokenBuffer,
 )
 from mlx_vlm_pipes.dtypes import Device, DeviceRef, DType
-from mlx_vlm_pipes.errors import ConfigError, InputError
+from mlx_vlm_pipes.errors import ConfigError, InputError, UnknownAdapter
 from mlx_vlm_pipes.log_probabilities import LogProbabilities, LogProbabilitiesMixin
 from mlx_vlm_pipes.session import InferenceSession, Model
 
@@ -41,7 +42,7 @@ __all__ = [
     "AlwaysSignalBuffersMixin", "ArchConfigWithKVCache", "Buffer", "EOSTracker", "ImageMetadata",
     "InferenceSession", "LayerWork", "LogProbabilities", "LogProbabilitiesMixin", "Model",
     "ModelInputs", "ModelOutputs", "Phase", "PipelineModel", "PipelineModelWithKVCache",
-    "RaggedInputs", "ReturnHiddenStates", "ReturnLogits", "SamplingParams",
+    "RaggedInputs", "ReturnHiddenStates", "ReturnLogits", "SamplingParams", "StepMode",
     "TextAndVisionContext", "TextContext", "TokenBuffer", "VisionInputs",
 ]  # fmt: skip
 
@@ -61,7 +62,10 @@ class ReturnLogits(str, enum.Enum):
 
 
 class ReturnHiddenStates(str, enum.Enum):
-    """Which hidden states `execute` returns beside the logits (spec, section 1.7)."""
+    """Which hidden states `execute` returns beside the logits (docs/api.md#steps).
+
+    EAGLE3: of all tokens, the outputs of the model's `eagle_layers` side by side, [T, k * E].
+    """
 
     NONE = "none"
     LAST = "last"
@@ -81,9 +85,22 @@ class Phase(enum.Enum):
     DECODE = "decode"
 
 
+@dataclass(frozen=True)
+class StepMode:
+    """How a step runs: its phase, and which adapter its tokens take.
+
+    lora_ids int32 [G]: a slot for each group of adjacent tokens; lora_grouped_offsets uint32
+    [G + 1]: where the groups begin and end. None: the base model.
+    """
+
+    phase: Phase = Phase.PREFILL
+    lora_ids: Buffer | None = None
+    lora_grouped_offsets: Buffer | None = None
+
+
 @dataclass(kw_only=True)
 class ModelInputs:
-    """What one step reads. The documented inputs add their own fields to these."""
+    """What one step reads. A room's inputs add their own fields."""
 
     kv_cache_inputs: KVCacheInputs | None = None
     lora_ids: Buffer | None = None
@@ -122,6 +139,11 @@ class RaggedInputs(ModelInputs, Generic[PerDeviceT]):
     tokens: Buffer
     input_row_offsets: PerDeviceT
     return_n_logits: Buffer
+    lora_grouped_offsets: Buffer | None
+
+    @property
+    def mode(self) -> StepMode:
+        return StepMode(self.phase, self.lora_ids, self.lora_grouped_offsets)
 
     def active_tokens(self) -> list[list[int]]:
         flat: list[int] = np.array(self.tokens).tolist()
@@ -129,7 +151,19 @@ class RaggedInputs(ModelInputs, Generic[PerDeviceT]):
         return [flat[begin:end] for begin, end in itertools.pairwise(bounds)]
 
 
-class VisionInputs(RaggedInputs[PerDeviceT]):
+@dataclass(kw_only=True)
+class LoRAGroups(ModelInputs):
+    """The LoRA inputs of `Llama3Inputs`, for rooms whose documented inputs list fewer."""
+
+    lora_grouped_offsets: Buffer | None = None
+    num_active_loras: Buffer | None = None
+    lora_end_idx: Buffer | None = None
+    batch_seq_len: Buffer | None = None
+    lora_ids_kv: Buffer | None = None
+    lora_grouped_offsets_kv: Buffer | None = None
+
+
+class VisionInputs(LoRAGroups, RaggedInputs[PerDeviceT]):
     """Ragged inputs with pictures: the tower's arguments, or the vision rows it made before.
 
     vision_fields: names of the fields that the tower takes, in the order of its arguments.
@@ -186,7 +220,7 @@ class LayerWork:
 
 
 class ArchConfigWithKVCache(ABC):
-    """A config class with the documented initialize / finalize split."""
+    """A config class made in two steps (docs/api.md#configuration)."""
 
     @classmethod
     @abstractmethod
@@ -205,7 +239,7 @@ class ArchConfigWithKVCache(ABC):
 class PipelineModel(ABC, Generic[ContextT]):
     """One architecture, loaded. The engine calls prepare, execute, prepare_next, execute, ..."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # the documented ones, and ours by keyword only
         self,
         pipeline_config: PipelineConfig,
         session: InferenceSession,
@@ -215,7 +249,15 @@ class PipelineModel(ABC, Generic[ContextT]):
         adapter: WeightsAdapter | None = None,
         return_logits: ReturnLogits = ReturnLogits.LAST_TOKEN,
         return_hidden_states: ReturnHiddenStates = ReturnHiddenStates.NONE,
+        *,
+        eagle_layers: Sequence[int] | None = None,
     ) -> None:
+        """Load the model. With `ModelConfig.enable_echo` it returns all logits.
+
+        eagle_layers: the decoder layers, counted from 0, whose outputs `EAGLE3` returns, in this
+        order: after the layer, and for the last one before the final norm. A negative one counts
+        from the last, as Python's indices do.
+        """
         if len(devices) > 1:
             raise NotImplementedError(f"{len(devices)} devices; one unified-memory device is run")
         pipeline_config.model.resolve(weights)
@@ -226,8 +268,10 @@ class PipelineModel(ABC, Generic[ContextT]):
         self.kv_cache_config = kv_cache_config
         self.weights = weights
         self.adapter = adapter
-        self.return_logits = return_logits
+        echo = pipeline_config.model.enable_echo
+        self.return_logits = ReturnLogits.ALL if echo else return_logits
         self.return_hidden_states = return_hidden_states
+        self.eagle_layers = eagle_layers
         self.max_seq_len = self.calculate_max_seq_len(pipeline_config, self.huggingface_config)
         self.install(session)
 
@@ -292,6 +336,11 @@ class PipelineModel(ABC, Generic[ContextT]):
     ) -> ModelInputs:
         """Inputs of the decode step after `prev`; next_tokens [B], not synchronised."""
 
+    def as_replicas(self, contexts: Sequence[ContextT]) -> list[Sequence[ContextT]]:
+        """A batch as `prepare_initial_token_inputs` takes it, all rows in the first replica."""
+        others = self.pipeline_config.model.data_parallel_degree - 1
+        return [contexts, *([] for _ in range(others))]
+
     def encode_images(self, images: Sequence[ImageMetadata]) -> list[Buffer]:
         """Vision rows [M_i, E] of each image, independent of its neighbours. Lazy.
 
@@ -335,13 +384,16 @@ class TextSide(Protocol):
     def adapters(self) -> tuple[str, ...]: ...
 
     @property
+    def adapter_ranks(self) -> tuple[int, ...]: ...
+
+    @property
     def traces(self) -> int: ...
 
 
 class PipelineModelWithKVCache(PipelineModel[ContextT]):
     """A model whose attention reads a KV cache; `kv_params` says of what shape.
 
-    model_config: the documented config, finalised. language: its text side.
+    model_config: the room's config, finalised. language: its text side.
     """
 
     model_config: Any
@@ -364,9 +416,26 @@ class PipelineModelWithKVCache(PipelineModel[ContextT]):
         return self.language.break_length
 
     @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding: token ids are below it."""
+        return self.language.decoder.config.vocab_size
+
+    @property
     def adapters(self) -> tuple[str, ...]:
         """Names of the loaded LoRA adapters; their slots count from 1."""
         return self.language.adapters
+
+    def adapter_slot(self, name: str) -> int:
+        """The slot of a LoRA adapter; 0 for the base model (no name).
+
+        Raises: UnknownAdapter, listing the adapters there are.
+        """
+        if not name:
+            return 0
+        if name not in self.adapters:
+            loaded = ", ".join(self.adapters) or "none"
+            raise UnknownAdapter(f"no adapter {name!r}; loaded: {loaded}")
+        return self.adapters.index(name) + 1
 
     @classmethod
     @abstractmethod
@@ -381,7 +450,7 @@ class PipelineModelWithKVCache(PipelineModel[ContextT]):
 
 
 class AlwaysSignalBuffersMixin:
-    """Keeps the documented one (empty) signal buffer per device, even for a single device."""
+    """One (empty) signal buffer per device, also for one device (docs/api.md)."""
 
     devices: list[Device]
 

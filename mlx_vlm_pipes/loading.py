@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
@@ -43,29 +44,27 @@ def load(  # noqa: PLR0913  # the options a user may say, all but one by keyword
     kv_bits: int | None = None,
     engine: EngineConfig | None = None,
     compile: bool = True,
+    vision_config_overrides: Mapping[str, Any] | None = None,
 ) -> Pipeline:
     """Open a checkpoint: a folder, a hub id, or (None) the small model in the package.
 
     Args: dtype "auto" is the checkpoint's own on a GPU and float32 on a CPU; device "cpu" or
     "gpu"; adapter a LoRA folder, or several (`name=folder`), of which each request names one;
-    max_length in tokens; kv_bits 8 or 4 quantises the KV cache.
+    max_length in tokens; kv_bits 8 or 4 quantises the KV cache; vision_config_overrides wins over
+    config.json (InternVL: max_dynamic_patch, min_dynamic_patch, tiles of a picture).
     Raises: CheckpointError, one line saying what is wrong with the checkpoint.
     """
     folder = resolve_folder(path, revision)
     config = read_config(folder)
     room = find_room(config)
-    processor = room.processor_class()(folder, config.to_dict())
+    overrides = dict(vision_config_overrides or {})
+    processor = room.processor_class()(folder, config.to_dict(), overrides)
     lora = lora_config(adapter)
+    cache = KVCacheConfig(bits=kv_bits)
+    options = LoadOptions(dtype, device, max_length, cache, compile, lora, overrides)
     worker = OwnerThread()
     try:
-        model = worker.call(
-            lambda: load_model(
-                room,
-                folder,
-                config,
-                LoadOptions(dtype, device, max_length, KVCacheConfig(bits=kv_bits), compile, lora),
-            )
-        )
+        model = worker.call(lambda: load_model(room, folder, config, options))
         limits = engine or default_engine_config(machine_memory())
         vocab = text_config(config).vocab_size
         return Pipeline(model, processor, Engine(worker, model, limits, vocab))
@@ -84,10 +83,11 @@ class LoadOptions:
     kv_cache: KVCacheConfig = field(default_factory=KVCacheConfig)
     compile: bool = True
     lora: LoRAConfig | None = None
+    vision_config_overrides: dict[str, Any] = field(default_factory=dict)
 
 
 def lora_config(adapter: str | Path | Sequence[str | Path] | None) -> LoRAConfig | None:
-    """The adapters to load, as the documented record; any rank is taken."""
+    """The adapters to load, as a LoRAConfig; any rank is taken."""
     if adapter is None:
         return None
     listed = [adapter] if isinstance(adapter, (str, Path)) else list(adapter)
@@ -100,7 +100,7 @@ def lora_config(adapter: str | Path | Sequence[str | Path] | None) -> LoRAConfig
 def load_model(
     room: Room, folder: Path, config: HuggingFaceConfig, options: LoadOptions
 ) -> PipelineModelWithKVCache:
-    """The documented pipeline model of a folder, on the calling thread."""
+    """The pipeline model of a folder, on the calling thread."""
     device = select_device(options.device)
     weights = load_weights(find_weight_files(folder))
     model_config = model_config_for(folder, config, weights, options)
@@ -136,6 +136,7 @@ def model_config_for(
         device_specs=[DeviceSpec(0, "gpu" if on_gpu else "cpu")],
         max_length=options.max_length,
         kv_cache=options.kv_cache,
+        vision_config_overrides=options.vision_config_overrides,
         huggingface_config=config,
     ).resolve(weights)
 

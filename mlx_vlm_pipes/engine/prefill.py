@@ -99,8 +99,10 @@ class Prefill:
         room = config.running_chunk if others_wait else config.prefill_chunk
         group: list[tuple[Job, int]] = []
         for job in self.jobs:
-            size = min(job.remaining_prompt, room)
-            if size < 1 or (job.wants_echo and group):
+            size = _slice_of(job, room)
+            if size < 1 or (group and size > room):
+                break
+            if job.wants_echo and group:
                 break  # logits of all positions are returned for one row at a time
             group.append((job, size))
             room -= size
@@ -121,7 +123,7 @@ class Prefill:
             started = []
             for job, size in group:
                 self._state.reset_row(job)
-                started += self._run_or_isolate([(job, min(size, job.remaining_prompt))])
+                started += self._run_or_isolate([(job, _slice_of(job, size))])
             return started
         return self._finish(group)
 
@@ -177,6 +179,13 @@ class Prefill:
             return False
         making = max(common_prefix(job.keys, other.keys) for other in self.jobs)
         return making >= self._state.prefixes.match(job.keys)[0] + SHARED_MIN
+
+
+def _slice_of(job: Job, room: int) -> int:
+    """Tokens of a job's next slice: at most `room`, more only for a picture that stays whole."""
+    begin = job.context.tokens.processed_length
+    size = min(job.remaining_prompt, room)
+    return job.context.uncut(begin, begin + size) - begin if size > 0 else 0
 
 
 SHARED_MIN = 64  # tokens of a common prefix that are worth waiting for

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from mlx_vlm_pipes.contexts import ImageMetadata, TextContext
+from mlx_vlm_pipes.contexts import ImageMetadata, TextContext, require_known_tokens
 from mlx_vlm_pipes.engine.state import EngineState
 from mlx_vlm_pipes.interfaces import ModelOutputs, PipelineModelWithKVCache
 from mlx_vlm_pipes.kv_cache import CacheRow, KVCache, cache_inputs, increment_cache_lengths
@@ -52,7 +52,7 @@ def run_slice(
         if image.start_idx < row.context.tokens.current_position
     ]
     inputs = model.prepare_initial_token_inputs(
-        [[row.context for row in rows]],
+        model.as_replicas([row.context for row in rows]),
         kv,
         return_n_logits,
         image_embeddings=mx.concatenate(features) if features else None,
@@ -65,6 +65,7 @@ def run_slice(
 def prompt_logits(state: EngineState, context: TextContext) -> np.ndarray:
     """float32 [T, V]: logits at every position of a prompt, in a cache of its own."""
     model, config, tokens = state.model, state.config, context.tokens
+    require_known_tokens(tokens.all, model.vocab_size)
     images = {image_key(image): image for image in context.next_images}
     keys, features = list(images), {}
     for begin in range(0, len(keys), config.image_batch):
@@ -74,7 +75,9 @@ def prompt_logits(state: EngineState, context: TextContext) -> np.ndarray:
     row = SliceRow(context, state.new_row(context, cache), features)
     pieces = []
     while tokens.active_length:
-        size = min(config.prefill_chunk, tokens.active_length)
+        begin = tokens.processed_length
+        end = begin + min(config.prefill_chunk, tokens.active_length)
+        size = context.uncut(begin, end) - begin
         tokens.chunk(size)
         pieces.append(np.array(run_slice(model, cache, [row], size).logits))
         tokens.advance_chunk()

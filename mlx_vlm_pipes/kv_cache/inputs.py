@@ -1,4 +1,4 @@
-"""The documented cache inputs of one step: rows of a cache, seen as arrays where somebody looks."""
+"""Cache inputs of one step: rows, seen as arrays where somebody looks (docs/api.md#kv-cache)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 import mlx.core as mx
 
 from mlx_vlm_pipes.errors import InputError
-from mlx_vlm_pipes.kv_cache.cache import CacheRow, KVCache
+from mlx_vlm_pipes.kv_cache.cache import CacheRow, KVCache, Span
 from mlx_vlm_pipes.kv_cache.pages import page_table, pages_for, to_pages
 
 A = TypeVar("A")
@@ -17,7 +17,7 @@ B = TypeVar("B")
 
 
 class KVCacheInputsPerDevice(Generic[A, B]):
-    """The documented arrays of a cache for one step; these are given by hand and stay as they are.
+    """A cache's arrays for one step, given by hand; they stay as they are (docs/api.md#kv-cache).
 
     kv_blocks [pages, 2, layers, page_size, KV heads, head_dim]; cache_lengths uint32 [B];
     lookup_table uint32 [B, max_pages]; max_lengths uint32 [steps, 2], longest active and longest
@@ -56,7 +56,9 @@ class KVCacheInputsPerDevice(Generic[A, B]):
     def kv_scales(self) -> A | None:
         return self._kv_scales
 
-    def expect(self, active_lengths: Sequence[int]) -> None:
+    def expect(
+        self, active_lengths: Sequence[int], whole_spans: Sequence[Sequence[Span]] = ()
+    ) -> None:
         """Announce the coming step's active tokens of each row. Given arrays say it themselves."""
 
     def flatten(self) -> list[A | B]:
@@ -68,7 +70,7 @@ class KVCacheInputsPerDevice(Generic[A, B]):
 class RowCacheInputs(KVCacheInputsPerDevice[mx.array, mx.array]):
     """Rows of a `KVCache` that one step reads and extends. The step itself goes by rows.
 
-    The documented arrays are made when somebody reads them, lazily, and are of the step to come.
+    The arrays are made when somebody reads them, lazily, and are of the step to come.
     prepare_* announces its lengths by `expect`; before that, and once the step has run, there is
     no room behind the stored tokens and the longest active length is 0.
 
@@ -107,13 +109,17 @@ class RowCacheInputs(KVCacheInputsPerDevice[mx.array, mx.array]):
     def kv_scales(self) -> None:
         return None
 
-    def expect(self, active_lengths: Sequence[int]) -> None:
+    def expect(
+        self, active_lengths: Sequence[int], whole_spans: Sequence[Sequence[Span]] = ()
+    ) -> None:
         """Announce the coming step: row i has active_lengths[i] tokens.
 
         Raises: InputError for another number of rows.
         """
         self._require_rows(len(active_lengths))
         self._expected = list(active_lengths)
+        for row, spans in zip(self.rows, whole_spans, strict=bool(whole_spans)):
+            row.whole_spans = spans
 
     def count(self, active_lengths: Sequence[int]) -> None:
         """Count what the step has written: all rows, or none where one raises InputError."""
@@ -175,20 +181,24 @@ class KVCacheInputs(Generic[A, B]):
     def flatten(self) -> list[A | B]:
         return [array for device in self.inputs for array in device.flatten()]
 
-    def expect(self, active_lengths: Sequence[int]) -> None:
+    def expect(
+        self, active_lengths: Sequence[int], whole_spans: Sequence[Sequence[Span]] = ()
+    ) -> None:
         """Announce the coming step's active tokens of each row; prepare_* calls it.
+
+        whole_spans: for each row the positions whose tokens see each other both ways.
 
         Raises: InputError for another number of rows.
         """
         for device in self.inputs:
-            device.expect(active_lengths)
+            device.expect(active_lengths, whole_spans)
 
     def __iter__(self) -> Iterator[KVCacheInputsPerDevice[A, B]]:
         return iter(self.inputs)
 
 
 def cache_inputs(cache: KVCache, rows: Sequence[CacheRow]) -> KVCacheInputs[mx.array, mx.array]:
-    """The documented KVCacheInputs for these rows of a cache."""
+    """The KVCacheInputs of a step over these rows of a cache."""
     return KVCacheInputs([RowCacheInputs(cache, rows)])
 
 

@@ -1,6 +1,6 @@
 """Ragged batches: several rows on one flat token axis, and where vision rows go in it.
 
-Host side only (numpy in, small arrays out); nothing here waits for the device (spec, section 2).
+Host side only (numpy in, small arrays out); nothing here waits for the device (docs/api.md#steps).
 """
 
 from __future__ import annotations
@@ -10,23 +10,31 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 import numpy as np
 
-from mlx_vlm_pipes.contexts import ImageMetadata, TextContext
+from mlx_vlm_pipes.contexts import ImageMetadata, TextContext, require_known_tokens
 from mlx_vlm_pipes.errors import ConfigError, ImageTokenMismatch
 from mlx_vlm_pipes.interfaces import Phase
 
 DROP = np.iinfo(np.int32).min  # an image row that has no place among the active tokens
 
 
-def single_replica(replica_batches: Sequence[Sequence[TextContext]], degree: int = 1) -> None:
+def require_replicas(replica_batches: Sequence[Sequence[TextContext]], degree: int = 1) -> None:
     """Raises: ConfigError unless there are exactly `degree` replicas."""
     if len(replica_batches) != degree:
-        raise ConfigError(f"{len(replica_batches)} replica batches, expected {degree}")
+        raise ConfigError(
+            f"{len(replica_batches)} replica batches, expected {degree} (data_parallel_degree)"
+        )
 
 
-def flat_tokens(contexts: Sequence[TextContext]) -> mx.array:
-    """Active tokens of all rows, int32 [T]."""
+def replica_splits(replica_batches: Sequence[Sequence[TextContext]]) -> mx.array:
+    """int64 [replicas + 1]: replica i is rows splits[i]:splits[i + 1]."""
+    return mx.array(np.cumsum([0, *map(len, replica_batches)]).astype(np.int64))
+
+
+def flat_tokens(contexts: Sequence[TextContext], vocab_size: int) -> mx.array:
+    """Active tokens of all rows, int32 [T]. Raises: InputError for one beyond the vocabulary."""
     parts = [context.tokens.active for context in contexts]
     flat = np.concatenate([np.zeros(0, np.int64), *parts])
+    require_known_tokens(flat, vocab_size)
     return mx.array(flat.astype(np.int32))
 
 

@@ -12,10 +12,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, ClassVar, TypedDict
 
 import numpy as np
 
+from mlx_vlm_pipes.architectures.facts import RoomFacts
 from mlx_vlm_pipes.contexts import (
     EOSTracker,
     ImageMetadata,
@@ -39,7 +40,7 @@ from mlx_vlm_pipes.processing.tokenizer import Tokenizer
 from mlx_vlm_pipes.processing.transforms import image_hash
 from mlx_vlm_pipes.processing.types import MediaRecord, ProcessedPrompt, PromptRequest
 
-QWEN_ONLY = ("min_pixels", "max_pixels")
+MODEL_OPTIONS = ("min_pixels", "max_pixels")  # of a PromptRequest; not every model takes them
 MAX_RETRY_SECONDS = 0.5  # a template that fails this slowly gets no second form to try
 MAX_MEDIA_TOKENS = 2**18  # of one picture or clip; far beyond any model, short of a flood
 
@@ -94,17 +95,25 @@ class MediaTokens:
 class TextProcessor:
     """Tokenizer, chat template and end tokens; the processor of a model without vision.
 
-    Args: folder, the checkpoint; config, its parsed config.json; tokenizer, the folder's, where it
-    has been read already.
-    Raises: ProcessorError if the tokenizer or generation_config.json cannot be used.
+    Args: folder, the checkpoint; config, its parsed config.json; overrides,
+    `vision_config_overrides`, which win over config.json.
+    Raises: ProcessorError if the tokenizer or generation_config.json cannot be used; ConfigError
+    for an override that the architecture does not have.
     """
 
+    facts: ClassVar[RoomFacts]
+    accepted_options: ClassVar[tuple[str, ...]] = ()  # which of MODEL_OPTIONS this model takes
+
     def __init__(
-        self, folder: Path, config: Mapping[str, Any], tokenizer: Tokenizer | None = None
+        self,
+        folder: Path,
+        config: Mapping[str, Any],
+        overrides: Mapping[str, Any] | None = None,
     ) -> None:
+        self.facts.check_overrides(overrides or {})
         self.folder = folder
-        self.tokenizer = tokenizer or Tokenizer(folder)
-        self.eos_token_ids = read_eos_token_ids(self.folder, config, self.tokenizer)
+        self.tokenizer = Tokenizer(folder)
+        self.eos_token_ids = read_eos_token_ids(folder, config, self.tokenizer)
         names = config.get("architectures") or [config.get("model_type")]
         self.architecture = str(names[0] if isinstance(names, list) else names)
 
@@ -121,7 +130,7 @@ class TextProcessor:
                 f"{self.architecture} reads text only; it cannot take "
                 f"{len(media.images)} images and {len(media.videos)} videos"
             )
-        self.refuse(request, QWEN_ONLY)
+        self.refuse_options(request)
         if chat is None:
             text = str(request.prompt)
             ids = self.tokenize(text)
@@ -180,12 +189,12 @@ class TextProcessor:
             raise InputError("raw takes no system prompt; write it into the text")
         return request.raw
 
-    def refuse(self, request: PromptRequest, names: Sequence[str]) -> None:
-        given = [name for name in names if getattr(request, name) is not None]
+    def refuse_options(self, request: PromptRequest) -> None:
+        """Raises: InputError for options that this model does not take."""
+        refused = [name for name in MODEL_OPTIONS if name not in self.accepted_options]
+        given = [name for name in refused if getattr(request, name) is not None]
         if given:
-            raise InputError(
-                f"{' and '.join(given)}: only Qwen2.5-VL takes them, not {self.architecture}"
-            )
+            raise InputError(f"{' and '.join(given)}: not for {self.architecture}; leave it out")
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids with the tokenizer's special tokens, but no second BOS."""
@@ -221,25 +230,43 @@ class TextProcessor:
 
 
 class VisionProcessor(TextProcessor, ABC):
-    """The processor of a model with vision; a family says how its media are encoded.
-
-    Args: tokens, how media stand in a prompt; digest, a text that names every setting which
-    changes pixels.
-    """
-
-    refused_options: Sequence[str] = QWEN_ONLY
+    """The processor of a model with vision; a family says how its media are encoded."""
 
     def __init__(
         self,
         folder: Path,
         config: Mapping[str, Any],
-        tokenizer: Tokenizer,
-        tokens: MediaTokens,
-        digest: str,
+        overrides: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__(folder, config, tokenizer)
-        self.tokens = tokens
-        self.digest = digest
+        super().__init__(folder, config, overrides)
+        self.tokens = self.read_settings(config, overrides or {})
+
+    @abstractmethod
+    def read_settings(self, config: Mapping[str, Any], overrides: Mapping[str, Any]) -> MediaTokens:
+        """Read the family's sizes and files; how media stand in a prompt.
+
+        Raises: ProcessorError for a missing token or file, or settings that contradict config.json.
+        """
+
+    @property
+    @abstractmethod
+    def digest(self) -> str:
+        """A text that names every setting which changes pixels."""
+
+    def agreed_token_id(self, token: str, config: Mapping[str, Any], *keys: str) -> int:
+        """The token's id. keys: of config.json, which may name it as well.
+
+        Raises: ProcessorError if the tokenizer lacks the token, or config.json names another id.
+        """
+        number = self.tokenizer.require_token_id(token)
+        for key in keys:
+            said = config.get(key)
+            if said is not None and said != number:
+                raise ProcessorError(
+                    f"config.json says that {key} is {said!r}, the tokenizer has {token!r} at "
+                    f"{number}; they are of different models"
+                )
+        return number
 
     @abstractmethod
     def encode_image(self, source: Any, request: PromptRequest) -> EncodedMedia:
@@ -280,7 +307,7 @@ class VisionProcessor(TextProcessor, ABC):
     def check(self, request: PromptRequest, num_videos: int) -> None:
         """Raises: InputError for options, or clips, that the family does not take."""
         del num_videos  # for the families that take none
-        self.refuse(request, self.refused_options)
+        self.refuse_options(request)
 
     def forms(self, messages: list[Message]) -> list[list[Message]]:
         """The messages in the forms that templates may want, best first."""
@@ -355,22 +382,6 @@ class VisionProcessor(TextProcessor, ABC):
 
     def load(self, source: Any, request: PromptRequest) -> Any:
         return load_image(source, request.access)
-
-
-def agreed_token_id(tokenizer: Tokenizer, token: str, config: Mapping[str, Any], *keys: str) -> int:
-    """The token's id. keys: of config.json, which may name it as well.
-
-    Raises: ProcessorError if the tokenizer lacks the token, or config.json names another id.
-    """
-    number = tokenizer.require_token_id(token)
-    for key in keys:
-        said = config.get(key)
-        if said is not None and said != number:
-            raise ProcessorError(
-                f"config.json says that {key} is {said!r}, the tokenizer has {token!r} at "
-                f"{number}; they are of different models"
-            )
-    return number
 
 
 def check_num_tokens(count: int, size: tuple[int, int]) -> None:

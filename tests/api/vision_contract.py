@@ -58,10 +58,11 @@ class VisionContract(Contract):
         plain = self.logits()
         for name, change in self.changes.items():
             assert relative(self.logits(**{name: change}), plain) > 1e-4, name
-        known = {"tokens", *self.changes, *self.documented_without_effect}
+        known = {"tokens", *self.changes, *self.documented_without_effect, *self.bounds}
         assert known >= set(self.vision_fields)
 
     documented_without_effect: ClassVar[Sequence[str]] = ()
+    bounds: ClassVar[Sequence[str]] = ()  # refused where they are too small
 
     def test_fields_without_effect_are_right_all_the_same(self) -> None:
         for name in self.documented_without_effect:
@@ -106,10 +107,12 @@ class VisionContract(Contract):
         assert isinstance(model.vision_model, Model)
         rows = model.vision_model(*self.vision_arguments(inputs))
         assert rows.shape[0] == self.only(inputs.image_token_indices).shape[0]
-        assert rows.shape[1] == self.room.text_json["hidden_size"]
+        assert rows.shape[1] == (1 + self.features) * self.room.text_json["hidden_size"]
         outputs = model.language_model(*self.language_arguments(inputs, rows))
         for prompt, got in zip(self.room.prompts, row_logits(outputs), strict=True):
             assert relative(got, self.room.logits(prompt)) < BAR
+
+    features: ClassVar[int] = 0  # rows beside each vision row, for the first layers
 
     def vision_arguments(self, inputs: Any) -> list[mx.array]:
         raise NotImplementedError
