@@ -97,6 +97,12 @@ class PromptOptions(TypedDict, total=False):
     min_pixels: Annotated[int | None, Option("smallest size of a picture, where any goes", low=1)]
     max_pixels: Annotated[int | None, Option("largest size of a picture, where any goes", low=1)]
     num_frames: Annotated[int | None, Option("frames to take from a file, instead of fps", low=1)]
+    local_files: Annotated[
+        bool, Option("whether a text may name a file", default=True, has_flag=False)
+    ]
+    allow_private: Annotated[
+        bool, Option("let URLs lead to this machine and its own network", default=False)
+    ]
 
 
 class SamplingOptions(TypedDict, total=False):

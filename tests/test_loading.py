@@ -107,6 +107,14 @@ def test_nothing_there(tmp_path: Path) -> None:
         load("nobody/no-such-model")
 
 
+@pytest.mark.parametrize("name", ["a" * 300, "a/" + "b" * 300, "~no-such-user/x", "~$x", "a\0b"])
+def test_names_that_no_folder_has(name: str) -> None:
+    for arguments in ({"path": name}, {"path": LLAMA, "adapter": name}):
+        with pytest.raises(errors.CheckpointNotFound) as caught:
+            load(**arguments)
+        assert len(str(caught.value).splitlines()) == 1
+
+
 def test_no_chat_template_leaves_raw_prompts(tmp_path: Path) -> None:
     folder = Path(shutil.copytree(LLAMA, tmp_path / "model"))
     for path in folder.glob("*.json"):

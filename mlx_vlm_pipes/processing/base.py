@@ -381,7 +381,7 @@ class VisionProcessor(TextProcessor, ABC):
         )
 
     def load(self, source: Any, request: PromptRequest) -> Any:
-        return load_image(source, local_files=request.local_files)
+        return load_image(source, request.access)
 
 
 def check_num_tokens(count: int, size: tuple[int, int]) -> None:

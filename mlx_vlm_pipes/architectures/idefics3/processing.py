@@ -154,7 +154,7 @@ class Idefics3Processor(VisionProcessor):
             width, height = longest_edge_size(frame.size, sampling.size_px)
             return resize(resize(frame, width, height, pixels), side, side, pixels)
 
-        plan = ClipPlan(request.fps, choose, prepare, request.local_files)
+        plan = ClipPlan(request.fps, choose, prepare, request.access)
         clip = load_clip(source, plan)
         check_num_tokens(len(clip.frames) * self.image_seq_len, clip.source_size)
         arrays = [to_array(frame, self.settings.pixels) for frame in clip.frames]

@@ -118,7 +118,7 @@ class InternVLProcessor(VisionProcessor):
             del first, num_frames
             return resize(frame, side, side, self.pixels)
 
-        clip = load_clip(source, ClipPlan(request.fps, choose, prepare, request.local_files))
+        clip = load_clip(source, ClipPlan(request.fps, choose, prepare, request.access))
         array = np.stack([to_array(frame, self.pixels) for frame in clip.frames])
         patches = cut_tiles(array, self.tiles.patch_px)
         tokens = self.tiles.tokens

@@ -66,7 +66,7 @@ class Qwen2_5VLProcessor(GridProcessor):
         def prepare(frame: Image, first: tuple[int, int], count: int) -> Image:
             return fit(frame, first, self._capped(settings, count))
 
-        clip = load_clip(source, ClipPlan(request.fps, choose, prepare, request.local_files))
+        clip = load_clip(source, ClipPlan(request.fps, choose, prepare, request.access))
         seconds = float(np.float32(settings.step / clip.fps))
         made = self._image(*self.cut_clip(clip, settings), is_video=True, seconds=seconds)
         return self.encoded_clip(clip, [made], made.grid_thw, self.video_token * made.end_idx)

@@ -78,7 +78,7 @@ class Qwen3VLProcessor(GridProcessor):
             limits = capped(settings, self.clip_settings, count)
             return fit(frame, at_least(first, settings.factor), limits, count)
 
-        clip = load_clip(source, ClipPlan(request.fps, choose, prepare, request.local_files))
+        clip = load_clip(source, ClipPlan(request.fps, choose, prepare, request.access))
         if len(clip.frames) < settings.step:
             raise InputError(
                 f"a clip of {len(clip.frames)} frames; Qwen3-VL takes {settings.step} or more, or "
