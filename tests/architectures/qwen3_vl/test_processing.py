@@ -84,7 +84,9 @@ def test_size_of_a_clip(frames, size, limits, expected) -> None:
 
 
 def test_frame_numbers_and_times() -> None:
-    limits = ClipSettings.read(Settings("x", {"max_frames": 8}), room.Qwen3VLProcessor.max_video_tokens)
+    limits = ClipSettings.read(
+        Settings("x", {"max_frames": 8}), room.Qwen3VLProcessor.max_video_tokens
+    )
 
     def chosen(total: int, rate: float, **options: float) -> list[int]:
         request = PromptRequest("x", **options)
