@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 
-from mlx_vlm_pipes.command import new_parser, run_command
+from mlx_vlm_pipes.command import new_parser, put, put_json, run_command
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -39,9 +38,9 @@ def _run(args: argparse.Namespace) -> int:
     if args.run and checkup.is_usable:
         try_out(folder, checkup)
     if args.json:
-        sys.stdout.write(json.dumps(checkup.as_dict(), ensure_ascii=False) + "\n")
+        put_json(checkup.as_dict())
     else:
-        sys.stdout.write("\n".join(checkup.lines()) + "\n")
+        put("\n".join(checkup.lines()) + "\n")
     return 0 if checkup.is_usable else 1
 
 

@@ -1,13 +1,34 @@
-"""What all commands share: how their parsers begin, and how they end."""
+"""What all commands share: how their parsers begin, what they write, and how they end."""
 
 from __future__ import annotations
 
 import argparse
+import io
+import json
+import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, TextIO
 
 from mlx_vlm_pipes import __version__
 from mlx_vlm_pipes.errors import PipesError
+
+USER_MISTAKE, INTERRUPTED, PIPE_CLOSED, TERMINATED = 2, 128 + 2, 128 + 13, 128 + 15
+
+
+class _NoReader(Exception):
+    """Whoever read standard output has gone, as `head` does."""
+
+
+class _Unwritable(Exception):
+    """Standard output is closed or full; the text says which."""
+
+
+class _Terminated(BaseException):
+    """SIGTERM, as an exception, so that what is unfinished is cleared away."""
 
 
 def new_parser(command: str, *, description: str, epilog: str) -> argparse.ArgumentParser:
@@ -30,19 +51,108 @@ def run_command(
     """Parse argv (None: the process's own) and run.
 
     Returns: the exit status: that of run; 2, with one line on standard error, for a mistake of the
-    user's; 130 after Ctrl-C. Raises: SystemExit from argparse (--help, --version, unknown flags).
+    user's and for output that cannot be written; 130 after Ctrl-C, 141 where the reader of a pipe
+    has gone, 143 after SIGTERM within `terminable`.
+    Raises: SystemExit from argparse (--help, --version, unknown flags).
     """
-    args = parser.parse_args(argv)
+    _prepare_streams()
     try:
-        return run(args)
+        return run(_parsed(parser, argv))
     except PipesError as error:
         say(f"error: {' '.join(str(error).split())}")
-        return 2
+        return USER_MISTAKE
+    except _Unwritable as error:
+        say(f"error: the output cannot be written: {error}")
+        return USER_MISTAKE
+    except _NoReader:
+        return PIPE_CLOSED
     except KeyboardInterrupt:
         say("interrupted")
-        return 130
+        return INTERRUPTED
+    except _Terminated:
+        say("terminated")
+        return TERMINATED
+
+
+def put(text: str) -> None:
+    """Text on standard output, at once; characters that it does not know as question marks."""
+    if sys.stdout is None:
+        raise _Unwritable("standard output is closed")
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _drop(sys.stdout)
+        raise _NoReader from None
+    except OSError as error:
+        _drop(sys.stdout)
+        raise _Unwritable(error.strerror) from None
+
+
+def put_json(value: Any) -> None:
+    """One line of JSON; escaped where standard output does not know its characters."""
+    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(value)
+    put(text + "\n")
 
 
 def say(line: str) -> None:
     """A line on standard error, which keeps standard output for what was asked."""
-    sys.stderr.write(line + "\n")
+    try:
+        sys.stderr.write(line + "\n")
+        sys.stderr.flush()
+    except OSError:
+        _drop(sys.stderr)  # nowhere is left to say it
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM within ends the command as Ctrl-C does; a second one ends it at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _parsed(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    try:
+        return parser.parse_args(argv)
+    except SystemExit:
+        if sys.stdout is not None:
+            put("")  # the help text may be waiting still
+        raise
+
+
+def _prepare_streams() -> None:
+    """No stream that was closed, or whose encoding is poor, ends a command half way.
+
+    A file that we open must not become descriptor 0, 1 or 2: what a library prints would be
+    written into it, and MLX reads no file that is descriptor 0.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest that is free
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  # as long as the process
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+
+
+def _drop(stream: TextIO) -> None:
+    """Python tries again to write what is left at its own end, and prints a traceback."""
+    with suppress(OSError, ValueError):  # a stream without a descriptor: nothing is left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -150,7 +150,7 @@ class EOSTracker:
 class SamplingParams:
     """How the next token is chosen. temperature 0 is greedy; top_k -1 means no limit.
 
-    The defaults are those of a request (options.py), but for two documented ones: temperature, and
+    The defaults are those of a request (options.py), but for two of MAX's: temperature, and
     max_new_tokens without a limit.
     """
 
@@ -188,7 +188,7 @@ class ImageMetadata:
     """One image (or frame, or clip) of a prompt.
 
     start_idx, end_idx: half-open range of its placeholder tokens. pixel_values: the room's
-    layout (spec, section 2). image_hash: content hash, equal only for equal pixels after equal
+    layout (docs/api.md#pictures). image_hash: content hash, equal only for equal pixels after equal
     processing.
     """
 

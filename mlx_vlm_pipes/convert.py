@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
-from mlx_vlm_pipes.command import new_parser, run_command
+from mlx_vlm_pipes.command import new_parser, put, put_json, run_command, terminable
 
 _EPILOG = """\
 examples:
@@ -81,7 +80,7 @@ def _run(args: argparse.Namespace) -> int:
         revision=args.revision,
         measure=not args.no_measure,
     )
-    with tqdm(unit="B", unit_scale=True, desc="converting", disable=None) as bar:
+    with terminable(), tqdm(unit="B", unit_scale=True, desc="converting", disable=None) as bar:
 
         def show(done: int, total: int) -> None:
             bar.total = total
@@ -89,9 +88,9 @@ def _run(args: argparse.Namespace) -> int:
 
         report = convert(options, show)
     if args.json:
-        sys.stdout.write(json.dumps(as_dict(report)) + "\n")
+        put_json(as_dict(report))
     else:
-        sys.stdout.write("\n".join([f"wrote {report.out}", *report.lines()]) + "\n")
+        put("\n".join([f"wrote {report.out}", *report.lines()]) + "\n")
     return 0
 
 

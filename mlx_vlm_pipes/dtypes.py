@@ -1,4 +1,4 @@
-"""Element types and devices, in the documented spelling, and what they are on MLX."""
+"""Element types and devices in MAX's spelling, and what they are on MLX (docs/api.md)."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def scan_available_devices() -> list[DeviceSpec]:
 
 
 class Device:
-    """An MLX device with the documented attributes."""
+    """An MLX device with MAX's attributes."""
 
     def __init__(self, device: mx.Device) -> None:
         self.mx_device = device

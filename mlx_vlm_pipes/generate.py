@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from mlx_vlm_pipes.command import new_parser, run_command, say
+from mlx_vlm_pipes.command import new_parser, put, put_json, run_command, say
+from mlx_vlm_pipes.errors import InputError
 from mlx_vlm_pipes.options import (
     OPTIONS,
     PROMPT_OPTIONS,
@@ -20,6 +20,7 @@ from mlx_vlm_pipes.options import (
 if TYPE_CHECKING:
     from mlx_vlm_pipes.pipeline import Pipeline
 
+MAX_STDIN_BYTES = 256 * 2**20
 _EPILOG = """\
 examples:
   python -m mlx_vlm_pipes.generate --image cat.png --prompt "What is in the picture?"
@@ -116,12 +117,22 @@ def _run(args: argparse.Namespace) -> int:
         kv_bits=args.kv_bits,
     )
     try:
-        images = [sys.stdin.buffer.read() if name == "-" else name for name in args.image]
+        images = [_standard_input() if name == "-" else name for name in args.image]
         if args.plan:
             return _print_plan(pipe, args, images, options)
         return _print_answer(pipe, args, images, options)
     finally:
         pipe.close()
+
+
+def _standard_input() -> bytes:
+    """Raises: InputError where there is none, or more of it than a picture may have."""
+    if sys.stdin is None:
+        raise InputError("--image -: standard input is closed")
+    data = sys.stdin.buffer.read(MAX_STDIN_BYTES + 1)
+    if len(data) > MAX_STDIN_BYTES:
+        raise InputError(f"--image -: more than {MAX_STDIN_BYTES} bytes on standard input")
+    return data
 
 
 def given_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -137,8 +148,7 @@ def _print_answer(pipe: Pipeline, args: argparse.Namespace, images: list[Any], o
         if chunk.token is not None:
             tokens.append(chunk.token)
         if not args.json:
-            sys.stdout.write(chunk.text)
-            sys.stdout.flush()
+            put(chunk.text)
         last = chunk
     assert last is not None
     assert last.usage is not None
@@ -160,10 +170,9 @@ def _print_answer(pipe: Pipeline, args: argparse.Namespace, images: list[Any], o
             "finish_reason": last.finish_reason,
             **figures,
         }
-        sys.stdout.write(json.dumps(record, ensure_ascii=False) + "\n")
+        put_json(record)
         return 0
-    sys.stdout.write("\n")
-    sys.stdout.flush()
+    put("\n")
     if not args.quiet:
         say(
             f"prompt: {figures['prompt_tokens']} tokens ({figures['image_tokens']} of them image"
@@ -178,9 +187,9 @@ def _print_answer(pipe: Pipeline, args: argparse.Namespace, images: list[Any], o
 def _print_plan(pipe: Pipeline, args: argparse.Namespace, images: list[Any], options: Any) -> int:
     plan = pipe.plan(args.prompt, images, args.video, **options)
     if args.json:
-        sys.stdout.write(json.dumps(plan.as_dict()) + "\n")
+        put_json(plan.as_dict())
     else:
-        sys.stdout.write(f"{plan}\n")
+        put(f"{plan}\n")
     return 0 if plan.fits else 1
 
 

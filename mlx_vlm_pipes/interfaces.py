@@ -1,7 +1,8 @@
 """The model contract: what the engine asks of an architecture and what it gets back.
 
 The engine sees a model only through `PipelineModel` and a request only through its context.
-Source: the documented pipeline API (spec, sections 1.1, 1.7 and 1.9).
+Names and shapes are those of MAX's pipeline architectures: docs/api.md, which also says what
+"documented" means in this package.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class ReturnLogits(str, enum.Enum):
 
 
 class ReturnHiddenStates(str, enum.Enum):
-    """Which hidden states `execute` returns beside the logits (spec, section 1.7).
+    """Which hidden states `execute` returns beside the logits (docs/api.md#steps).
 
     EAGLE3: of all tokens, the outputs of the model's `eagle_layers` side by side, [T, k * E].
     """
@@ -99,7 +100,7 @@ class StepMode:
 
 @dataclass(kw_only=True)
 class ModelInputs:
-    """What one step reads. The documented inputs add their own fields to these."""
+    """What one step reads. A room's inputs add their own fields."""
 
     kv_cache_inputs: KVCacheInputs | None = None
     lora_ids: Buffer | None = None
@@ -152,7 +153,7 @@ class RaggedInputs(ModelInputs, Generic[PerDeviceT]):
 
 @dataclass(kw_only=True)
 class LoRAGroups(ModelInputs):
-    """The documented LoRA inputs of `Llama3Inputs`, for rooms whose documentation lists none."""
+    """The LoRA inputs of `Llama3Inputs`, for rooms whose documented inputs list fewer."""
 
     lora_grouped_offsets: Buffer | None = None
     num_active_loras: Buffer | None = None
@@ -219,7 +220,7 @@ class LayerWork:
 
 
 class ArchConfigWithKVCache(ABC):
-    """A config class with the documented initialize / finalize split."""
+    """A config class made in two steps (docs/api.md#configuration)."""
 
     @classmethod
     @abstractmethod
@@ -392,7 +393,7 @@ class TextSide(Protocol):
 class PipelineModelWithKVCache(PipelineModel[ContextT]):
     """A model whose attention reads a KV cache; `kv_params` says of what shape.
 
-    model_config: the documented config, finalised. language: its text side.
+    model_config: the room's config, finalised. language: its text side.
     """
 
     model_config: Any
@@ -449,7 +450,7 @@ class PipelineModelWithKVCache(PipelineModel[ContextT]):
 
 
 class AlwaysSignalBuffersMixin:
-    """Keeps the documented one (empty) signal buffer per device, even for a single device."""
+    """One (empty) signal buffer per device, also for one device (docs/api.md)."""
 
     devices: list[Device]
 

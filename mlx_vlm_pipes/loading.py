@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,9 +17,10 @@ from mlx_vlm_pipes.dtypes import Device, DeviceSpec, DType
 from mlx_vlm_pipes.engine.engine import Engine, default_engine_config, machine_memory
 from mlx_vlm_pipes.engine.state import EngineConfig
 from mlx_vlm_pipes.engine.worker import OwnerThread
-from mlx_vlm_pipes.errors import CheckpointNotFound, ConfigError
+from mlx_vlm_pipes.errors import CheckpointNotFound, ConfigError, clip
 from mlx_vlm_pipes.hf_config import HuggingFaceConfig, read_config, text_config
 from mlx_vlm_pipes.interfaces import InferenceSession, PipelineModelWithKVCache, ReturnLogits
+from mlx_vlm_pipes.paths import is_there, user_path
 from mlx_vlm_pipes.pipeline import Pipeline
 from mlx_vlm_pipes.quantization import LoRAConfig
 from mlx_vlm_pipes.weights import Weights, find_weight_files, load_weights
@@ -85,7 +87,7 @@ class LoadOptions:
 
 
 def lora_config(adapter: str | Path | Sequence[str | Path] | None) -> LoRAConfig | None:
-    """The adapters to load, as the documented record; any rank is taken."""
+    """The adapters to load, as a LoRAConfig; any rank is taken."""
     if adapter is None:
         return None
     listed = [adapter] if isinstance(adapter, (str, Path)) else list(adapter)
@@ -98,7 +100,7 @@ def lora_config(adapter: str | Path | Sequence[str | Path] | None) -> LoRAConfig
 def load_model(
     room: Room, folder: Path, config: HuggingFaceConfig, options: LoadOptions
 ) -> PipelineModelWithKVCache:
-    """The documented pipeline model of a folder, on the calling thread."""
+    """The pipeline model of a folder, on the calling thread."""
     device = select_device(options.device)
     weights = load_weights(find_weight_files(folder))
     model_config = model_config_for(folder, config, weights, options)
@@ -158,16 +160,17 @@ def resolve_folder(path: str | Path | None, revision: str | None = None) -> Path
     """
     if path is None:
         return BUNDLED
-    folder = Path(path).expanduser()
-    if folder.is_dir():
+    folder, name = user_path(path), str(path)
+    if is_there(folder, CheckpointNotFound) and os.path.isdir(folder):
         return folder
     if folder.suffix == ".gguf":
         raise CheckpointNotFound(
             f"{folder} is a GGUF file, which is not read; use the safetensors version of the model"
         )
-    name = str(path)
-    if folder.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise CheckpointNotFound(f"no model folder at {name}; expected a folder or a hub id")
+    if os.path.exists(folder) or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise CheckpointNotFound(
+            f"no model folder at {clip(name, 200)}; expected a folder or a hub id"
+        )
     return _download(name, revision)
 
 

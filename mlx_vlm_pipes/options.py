@@ -97,6 +97,12 @@ class PromptOptions(TypedDict, total=False):
     min_pixels: Annotated[int | None, Option("smallest size of a picture, where any goes", low=1)]
     max_pixels: Annotated[int | None, Option("largest size of a picture, where any goes", low=1)]
     num_frames: Annotated[int | None, Option("frames to take from a file, instead of fps", low=1)]
+    local_files: Annotated[
+        bool, Option("whether a text may name a file", default=True, has_flag=False)
+    ]
+    allow_private: Annotated[
+        bool, Option("let URLs lead to this machine and its own network", default=False)
+    ]
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -108,7 +114,7 @@ class SamplingOptions(TypedDict, total=False):
     min_tokens: Annotated[
         int, Option("no end before so many new tokens", 0, low=0, field="min_new_tokens")
     ]
-    # Greedy, so that a request has one answer; SamplingParams by itself keeps its documented 1.0.
+    # Greedy, so that a request has one answer; SamplingParams by itself keeps MAX's 1.0.
     temperature: Annotated[float, Option("0 is greedy, higher is more varied", 0.0, low=0)]
     top_p: Annotated[
         float,

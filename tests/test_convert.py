@@ -328,6 +328,71 @@ def test_kill_half_way_leaves_nothing_that_looks_whole(tmp_path):
             load(left)
 
 
+def test_the_next_run_clears_what_dead_processes_have_left(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    others = [
+        f".out.incomplete-{os.getppid()}",
+        f".out2.incomplete-{dead.pid}",
+        ".out.incomplete-x",
+    ]
+    for name in [f".out.incomplete-{dead.pid}", f".out.incomplete-{os.getpid()}", *others]:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").touch()
+    run("olmo", tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*others, "out"])
+
+
+def test_termination_while_measuring_leaves_nothing(tmp_path):
+    code = (
+        "import sys, time\n"
+        "from mlx_vlm_pipes import convert\n"
+        "from mlx_vlm_pipes.conversion import job\n"
+        "def wait(*_): print('whole', flush=True); time.sleep(60)\n"
+        "job._measure = wait\n"
+        "sys.exit(convert.main(sys.argv[1:]))\n"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, "--model", str(FIXTURES / "olmo"), "--out",
+         str(tmp_path / "out")],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert child.stdout is not None
+    assert child.stdout.readline() == b"whole\n"
+    assert [path.name for path in tmp_path.iterdir()] == [f".out.incomplete-{child.pid}"]
+    child.terminate()
+    _, error = child.communicate(timeout=30)
+    assert (child.returncode, error) == (143, b"terminated\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_source_cut_meanwhile_is_one_line(tmp_path):
+    source = copy_case("idefics3", tmp_path / "source")
+    weights = source / "model.safetensors"
+
+    def cut(done: int, total: int) -> None:
+        os.truncate(weights, weights.stat().st_size // 2)
+
+    options = ConvertOptions(model=source, out=tmp_path / "out", measure=False, shard_bytes=10_000)
+    with pytest.raises(WeightsError, match=r"cannot be read .*changed meanwhile") as caught:
+        convert(options, cut)
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize("out", ["a" * 300, "~$out", "/dev/null/out", "a\0b"])
+def test_names_that_no_folder_can_have(out, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = ConvertOptions(model=FIXTURES / "olmo", out=out, measure=False)
+    if out.startswith("~"):
+        assert convert(options).out == tmp_path / out
+    else:
+        with pytest.raises(InputError) as caught:
+            convert(options)
+        assert "\n" not in str(caught.value)
+        assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -339,6 +404,7 @@ def test_kill_half_way_leaves_nothing_that_looks_whole(tmp_path):
         ({"dequantize": True}, "not quantised"),
         ({"quantize_vision": True}, "needs --bits"),
         ({"dtype": "int8"}, "dtype"),
+        ({"dtype": "int8", "bits": 4}, "dtype 'int8'"),
         ({"bits": 4, "group_size": 128}, "divide no matrix"),
     ],
 )

@@ -175,7 +175,7 @@ def following(prev: RaggedT, next_tokens: Buffer, **changes: Any) -> RaggedT:
     )
 
 
-# The second base is in the first already; the documented hierarchy names it with its argument.
+# The second base is in the first already; MAX's hierarchy (docs/api.md) names it with its argument.
 class VisionLanguageModel(
     CheckpointModel[TextAndVisionContext],
     PipelineModelWithKVCache[TextAndVisionContext],

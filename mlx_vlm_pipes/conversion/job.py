@@ -20,6 +20,7 @@ from mlx_vlm_pipes.conversion.writer import (
 from mlx_vlm_pipes.engine.engine import machine_memory
 from mlx_vlm_pipes.errors import InputError
 from mlx_vlm_pipes.loading import resolve_folder
+from mlx_vlm_pipes.paths import user_path
 
 Progress = Callable[[int, int], None]
 MEASURABLE_SHARE = 0.6  # of the machine's memory, for the source's bytes
@@ -89,7 +90,7 @@ def _measure(
 def _report(
     options: ConvertOptions, room: str, total: int, tally: Tally, measured: Difference | None
 ) -> Report:
-    out = Path(options.out).expanduser().absolute()
+    out = user_path(options.out).absolute()
     return Report(
         out, room, tally.elements, tally.nbytes, total, tally.kept, tally.packed, measured
     )

@@ -55,8 +55,11 @@ class ConvertOptions:
 
         Raises: InputError for options that contradict each other, or that MLX does not have.
         """
+        if self.dtype not in (None, *DTYPES):
+            raise InputError(f"dtype {self.dtype!r}; use {', '.join(DTYPES)}")
         if not self.quantizes:
-            self._refuse_idle()
+            if self.quantize_vision:
+                raise InputError("--quantize-vision needs --bits, --mode or --mixed")
             return None
         if self.dequantize:
             raise InputError("--dequantize writes floats; leave --bits, --mode and --mixed out")
@@ -76,12 +79,6 @@ class ConvertOptions:
                 f" and group sizes {sorted(groups)}"
             )
         return group, bits, self.mode
-
-    def _refuse_idle(self) -> None:
-        if self.quantize_vision:
-            raise InputError("--quantize-vision needs --bits, --mode or --mixed")
-        if self.dtype not in (None, *DTYPES):
-            raise InputError(f"dtype {self.dtype!r}; use {', '.join(DTYPES)}")
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import mlx.core as mx
 from mlx_vlm_pipes.conversion.recipe import ConvertOptions, Packing, Recipe
 from mlx_vlm_pipes.conversion.source import EMBEDDING_PATH, HEAD_PATH, Source, packing_of
 from mlx_vlm_pipes.dtypes import DType
+from mlx_vlm_pipes.errors import WeightsError, clip
 from mlx_vlm_pipes.weights import WeightData
 from mlx_vlm_pipes.weights.lora import LoRAAdapter, merge_into
 
@@ -49,13 +50,24 @@ class Transfer:
             arrays, packed = self.convert(path, parts, settings)
             self.tally.read += sum(part.data.nbytes for part in parts.values())
             del parts  # the last hold on what was read
-            mx.eval(list(arrays.values()))
+            self._read(path, arrays)
             for target in self._targets(path):
                 written = layout.written(f"{target}.weight").removesuffix(".weight")
                 self._count(written, arrays, packed)
                 for part, array in arrays.items():
                     name = f"{written}.{part}" if part else layout.written(target)
                     yield name, array
+
+    def _read(self, path: str, arrays: Parts) -> None:
+        """Evaluate. Raises: WeightsError where a file has become shorter than its header says."""
+        try:
+            mx.eval(list(arrays.values()))
+        except RuntimeError as error:
+            reason = clip(" ".join(str(error).split()), 120)
+            raise WeightsError(
+                f"{self.source.folder}: {path} cannot be read ({reason}); was the checkpoint"
+                " changed meanwhile?"
+            ) from error
 
     def _targets(self, path: str) -> tuple[str, ...]:
         """Where a module goes: the embedding is the head too, where a reader needs one."""

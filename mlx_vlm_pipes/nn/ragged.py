@@ -1,6 +1,6 @@
 """Ragged batches: several rows on one flat token axis, and where vision rows go in it.
 
-Host side only (numpy in, small arrays out); nothing here waits for the device (spec, section 2).
+Host side only (numpy in, small arrays out); nothing here waits for the device (docs/api.md#steps).
 """
 
 from __future__ import annotations

@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import io
 import os
+import stat
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
 from mlx_vlm_pipes.errors import MediaError
-from mlx_vlm_pipes.processing.fetch import fetch, is_url
+from mlx_vlm_pipes.paths import user_path
+from mlx_vlm_pipes.processing.fetch import Access, fetch, is_url
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 MAX_IMAGE_PIXELS = 178_956_970  # where Pillow itself refuses
+MAX_FILE_BYTES = 2**30  # of a picture: as many pixels, uncompressed and 16 bits deep, take less
+ANYWHERE = Access()
 # Formats whose decoders are Pillow's own or well kept C libraries; EPS would start Ghostscript.
 FORMATS = (
     "PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "MPO", "AVIF", "JPEG2000", "ICO", "TGA",
@@ -28,12 +32,12 @@ FORMATS = (
 )  # fmt: skip
 
 
-def load_image(source: Any, *, local_files: bool = True) -> Image:
+def load_image(source: Any, access: Access = ANYWHERE) -> Image:
     """One picture as an RGB PIL image.
 
     Args: source, a path, an http(s) or data: URL, bytes, a binary file object, a PIL image, or an
     array: uint8 [H, W], [H, W, 1], [H, W, 3] or [H, W, 4], or floats from 0 to 1. Animations give
-    their first frame; EXIF orientation is applied. local_files: whether a text may name a file.
+    their first frame; EXIF orientation is applied. access: what a text may name.
     Raises: MediaError naming the source.
     """
     from PIL import Image as pil
@@ -43,18 +47,18 @@ def load_image(source: Any, *, local_files: bool = True) -> Image:
     if isinstance(source, np.ndarray):
         return to_rgb(_from_array(source), describe(source))
     name = describe(source)
-    image = open_image(read_bytes(source, local_files=local_files), name)
+    image = open_image(read_bytes(source, access), name)
     return to_rgb(image, name)
 
 
-def read_bytes(source: Any, *, local_files: bool = True) -> bytes:
+def read_bytes(source: Any, access: Access = ANYWHERE) -> bytes:
     """The bytes behind a path, URL, bytes or file object. Raises: MediaError naming the source."""
     if isinstance(source, (bytes, bytearray, memoryview)):
         return bytes(source)
     if isinstance(source, str) and is_url(source):
-        return fetch(source)
+        return fetch(source, allow_private=access.allow_private)
     if isinstance(source, (str, os.PathLike)):
-        return _read_file(source, local_files=local_files)
+        return read_file(local_file(source, access), describe(source))
     if callable(getattr(source, "read", None)):
         data = source.read()
         if isinstance(data, bytes):
@@ -124,29 +128,56 @@ def to_rgb(image: Image, name: str) -> Image:
 def describe(source: Any) -> str:
     """A short name of a source for error messages, never its content."""
     if isinstance(source, str):
-        return f"data URL of {len(source)} characters" if source[:5] == "data:" else repr(source)
+        is_data = source[:5].lower() == "data:"
+        return f"data URL of {len(source)} characters" if is_data else _quoted(source)
     if isinstance(source, os.PathLike):
-        return repr(os.fspath(source))
+        return _quoted(str(os.fspath(source)))
     if isinstance(source, (bytes, bytearray)):
         return f"picture of {len(source)} bytes"
     if isinstance(source, np.ndarray):
         return f"array {source.dtype} {list(source.shape)}"
     name = getattr(source, "filename", None) or getattr(source, "name", None)
-    return repr(name) if isinstance(name, str) and name else f"{type(source).__name__} object"
+    if isinstance(name, str) and name:
+        return _quoted(name)
+    return f"{type(source).__name__} object"
 
 
-def _read_file(source: str | os.PathLike[str], *, local_files: bool) -> bytes:
-    if isinstance(source, str) and not local_files:
-        raise MediaError(f"{source!r}: only http(s) and data: URLs are allowed here")
-    path = Path(source).expanduser()
+def _quoted(name: str) -> str:
+    return repr(name if len(name) <= 200 else f"{name[:100]}...{name[-97:]}")
+
+
+def local_file(source: str | os.PathLike[str], access: Access) -> Path:
+    """A path that a user names. Raises: MediaError where no text may name one."""
+    if isinstance(source, str) and not access.local_files:
+        raise MediaError(f"{describe(source)}: only http(s) and data: URLs are allowed here")
+    return user_path(source)
+
+
+def read_file(path: Path, name: str) -> bytes:
+    """Raises: MediaError as `open_file`, and above MAX_FILE_BYTES."""
+    with open_file(path, name) as file:
+        try:
+            size = os.fstat(file.fileno()).st_size
+            if size > MAX_FILE_BYTES:
+                raise MediaError(f"{name} has {size} bytes; the limit is {MAX_FILE_BYTES}")
+            return file.read()
+        except OSError as error:
+            raise MediaError(f"{name} cannot be read ({error.strerror})") from error
+
+
+def open_file(path: Path, name: str) -> BinaryIO:
+    """A regular file, to read from. Raises: MediaError naming it, with what the system says."""
     try:
-        if not path.is_file():
-            raise MediaError(f"{describe(source)}: no such file")
-        return path.read_bytes()
-    except (OSError, ValueError) as error:
-        if isinstance(error, MediaError):
-            raise
-        raise MediaError(f"{describe(source)} cannot be opened") from error
+        file = path.open("rb") if stat.S_ISREG(os.stat(path).st_mode) else None
+    except FileNotFoundError as error:
+        raise MediaError(f"{name}: no such file") from error
+    except OSError as error:
+        raise MediaError(f"{name} cannot be opened ({error.strerror})") from error
+    except ValueError as error:
+        raise MediaError(f"{name} cannot be the name of a file") from error
+    if file is None:
+        raise MediaError(f"{name} is a folder or a device; expected a file")
+    return file
 
 
 def _from_array(array: np.ndarray) -> Image:

@@ -12,6 +12,7 @@ import numpy as np
 from mlx_vlm_pipes.contexts import ImageMetadata
 from mlx_vlm_pipes.errors import InputError
 from mlx_vlm_pipes.options import PROMPT_OPTIONS, default
+from mlx_vlm_pipes.processing.fetch import Access
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class PromptRequest:
     fps: frames a second that a list of frames holds, and that are sampled from a video file.
     min_pixels, max_pixels: limits of one picture or frame, of models that take any size.
     num_frames: how many frames to take from a video file, instead of `fps`. local_files: whether
-    text may name files.
+    text may name files. allow_private: whether URLs may lead to this machine or its network.
     template_variables: further names that the chat template reads (`tools`, `enable_thinking`).
     Raises: InputError if images or videos is not a list or tuple, or an option is out of bounds.
     """
@@ -38,7 +39,8 @@ class PromptRequest:
     min_pixels: int | None = default("min_pixels")
     max_pixels: int | None = default("max_pixels")
     num_frames: int | None = default("num_frames")
-    local_files: bool = True
+    local_files: bool = default("local_files")
+    allow_private: bool = default("allow_private")
     template_variables: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
@@ -47,6 +49,10 @@ class PromptRequest:
                 raise InputError(f"{name} is a {type(value).__name__}; expected a list")
         for name, option in PROMPT_OPTIONS.items():
             option.read(vars(self)[name])
+
+    @property
+    def access(self) -> Access:
+        return Access(self.local_files, self.allow_private)
 
 
 @dataclass(frozen=True)

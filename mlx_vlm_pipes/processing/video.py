@@ -13,15 +13,20 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
 from mlx_vlm_pipes.errors import MediaError
+from mlx_vlm_pipes.processing.animations import Animation, is_animation, read_animation
+from mlx_vlm_pipes.processing.fetch import Access, is_url
 from mlx_vlm_pipes.processing.images import (
+    ANYWHERE,
     check_size,
     describe,
     load_image,
+    local_file,
+    open_file,
     open_image,
     read_bytes,
     to_rgb,
@@ -32,6 +37,8 @@ if TYPE_CHECKING:
 
 MAX_FILE_FRAMES = 200_000
 MAX_LIST_FRAMES = 4096
+MAX_ANIMATION_BYTES = 2**28
+MAX_ANIMATION_PIXELS = 2**30  # of all frames: what takes about ten seconds to decode
 STILL_DURATION_MS = 100  # what browsers assume where an animation names none
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif")
 # Containers that hold their own frames; a playlist would open other files and addresses.
@@ -61,7 +68,7 @@ class ClipPlan:
     list_fps: float
     choose: Callable[[VideoInfo], np.ndarray]
     prepare: Callable[[Image, tuple[int, int], int], Image]
-    local_files: bool = True
+    access: Access = ANYWHERE
 
 
 @dataclass(frozen=True)
@@ -91,14 +98,13 @@ def load_clip(source: Any, plan: ClipPlan) -> Clip:
     name = describe(source)
     if isinstance(source, (np.ndarray, pil.Image)):
         raise MediaError(f"{name} is one picture; give a clip as a list of frames")
-    if isinstance(source, (str, os.PathLike)) and Path(source).expanduser().is_dir():
-        if isinstance(source, str) and not plan.local_files:
-            raise MediaError(f"{name}: only http(s) and data: URLs are allowed here")
-        return _from_list(_pictures_in(Path(source).expanduser(), name), plan, name)
-    data = read_bytes(source, local_files=plan.local_files)
-    if data[:4] == b"GIF8" or data[:4] == b"\x89PNG" or data[8:12] == b"WEBP":
-        return _from_animation(open_image(data, name), plan, name)
-    return _from_film(data, plan, name)
+    if isinstance(source, os.PathLike) or (isinstance(source, str) and not is_url(source)):
+        path = local_file(source, plan.access)
+        if os.path.isdir(path):
+            return _from_list(_pictures_in(path, name), plan, name)
+        with open_file(path, name) as file:
+            return _from_stream(file, plan, name)
+    return _from_stream(io.BytesIO(read_bytes(source, plan.access)), plan, name)
 
 
 def arange_indices(start: float, total: int, step: float) -> np.ndarray:
@@ -113,7 +119,7 @@ def arange_indices(start: float, total: int, step: float) -> np.ndarray:
 def _from_list(source: Sequence[Any], plan: ClipPlan, name: str) -> Clip:
     if not 1 <= len(source) <= MAX_LIST_FRAMES:
         raise MediaError(f"{name} has {len(source)} frames; expected 1 to {MAX_LIST_FRAMES}")
-    frames = (load_image(frame, local_files=plan.local_files) for frame in source)
+    frames = (load_image(frame, plan.access) for frame in source)
     stamps = [i / plan.list_fps for i in range(len(source))]
     return _prepared(frames, len(source), VideoInfo(len(source), plan.list_fps), stamps, plan)
 
@@ -123,22 +129,45 @@ def _pictures_in(folder: Path, name: str) -> list[Path]:
         parts = re.split(r"(\d+)", path.name.lower())
         return [(int(part), "") if part.isdigit() else (-1, part) for part in parts]
 
-    pictures = [path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
+    try:
+        pictures = [path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
+    except OSError as error:
+        raise MediaError(f"{name} cannot be opened ({error.strerror})") from error
     if not pictures:
         raise MediaError(f"{name}: no pictures in this folder")
     return sorted(pictures, key=natural)
 
 
-def _from_animation(image: Image, plan: ClipPlan, name: str) -> Clip:
-    try:
-        count = min(getattr(image, "n_frames", 1), MAX_FILE_FRAMES)
-        total_ms = 0.0
-        for i in range(count):
-            image.seek(i)
-            image.load()  # WebP knows a frame's duration only now
-            total_ms += image.info.get("duration") or STILL_DURATION_MS
-    except Exception as error:
-        raise MediaError(f"{name} cannot be decoded as an animation") from error
+def _from_stream(stream: BinaryIO, plan: ClipPlan, name: str) -> Clip:
+    """A film is read where it lies; an animation is small enough to be held."""
+    head = stream.read(12)
+    stream.seek(0)
+    if not is_animation(head):
+        return _from_film(stream, plan, name)
+    data = stream.read(MAX_ANIMATION_BYTES + 1)
+    if len(data) > MAX_ANIMATION_BYTES:
+        raise MediaError(f"{name} is larger than the limit of {MAX_ANIMATION_BYTES} bytes")
+    image = open_image(data, name)
+    animation = read_animation(data, image.size)
+    _check_animation(animation, name)
+    return _from_animation(image, animation, plan, name)
+
+
+def _check_animation(animation: Animation, name: str) -> None:
+    """Raises: MediaError for more frames or pixels than are decoded in good time."""
+    count, pixels = len(animation.durations_ms), animation.num_pixels
+    if count > MAX_FILE_FRAMES:
+        raise MediaError(f"{name} has {count} frames; the limit is {MAX_FILE_FRAMES}")
+    if count > 1 and pixels > MAX_ANIMATION_PIXELS:
+        raise MediaError(
+            f"{name} has {count} frames of {animation.width}x{animation.height}, {pixels} pixels "
+            f"in all; the limit is {MAX_ANIMATION_PIXELS}, make it smaller or shorter"
+        )
+
+
+def _from_animation(image: Image, animation: Animation, plan: ClipPlan, name: str) -> Clip:
+    count = len(animation.durations_ms)
+    total_ms = sum(duration or STILL_DURATION_MS for duration in animation.durations_ms)
     info = VideoInfo(count, count / total_ms * 1000)
     chosen = plan.choose(info)
 
@@ -154,7 +183,7 @@ def _from_animation(image: Image, plan: ClipPlan, name: str) -> Clip:
     return _sampled(frames(), chosen, info, plan, name)
 
 
-def _from_film(data: bytes, plan: ClipPlan, name: str) -> Clip:
+def _from_film(stream: BinaryIO, plan: ClipPlan, name: str) -> Clip:
     try:
         import av
         from av.error import FFmpegError
@@ -164,13 +193,13 @@ def _from_film(data: bytes, plan: ClipPlan, name: str) -> Clip:
         ) from error
     options = {"format_whitelist": FILM_FORMATS}
     try:
-        with av.open(io.BytesIO(data), options=options) as film:
+        with av.open(stream, options=options) as film:
             if not film.streams.video:
                 raise MediaError(f"{name} holds no video stream")
-            stream = film.streams.video[0]
-            check_size((stream.width, stream.height), name)
-            rate = stream.average_rate or stream.guessed_rate
-            count = stream.frames or sum(1 for p in film.demux(stream) if p.size)
+            track = film.streams.video[0]
+            check_size((track.width, track.height), name)
+            rate = track.average_rate or track.guessed_rate
+            count = track.frames or sum(1 for p in film.demux(track) if p.size)
             if not rate or not 1 <= count <= MAX_FILE_FRAMES:
                 raise MediaError(f"{name}: {count} frames at {rate} a second cannot be sampled")
             film.seek(0)

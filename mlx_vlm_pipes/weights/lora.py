@@ -24,6 +24,7 @@ from mlx_vlm_pipes.errors import (
     clip,
 )
 from mlx_vlm_pipes.json_files import read_json
+from mlx_vlm_pipes.paths import is_there
 from mlx_vlm_pipes.weights.checkpoint import SafetensorWeights, WeightData, load_state_dict
 from mlx_vlm_pipes.weights.layout import Layout, detect_layout, group_names, map_names
 
@@ -106,7 +107,7 @@ def read_adapter(
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    if not folder.is_dir():
+    if not (is_there(folder, CheckpointNotFound) and folder.is_dir()):
         raise CheckpointNotFound(f"{folder}: no such adapter folder")
     path = folder / CONFIG_NAME
     values = read_json(path, ConfigError, unique=True, max_bytes=MAX_CONFIG_BYTES)

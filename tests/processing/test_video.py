@@ -1,12 +1,18 @@
 """Frames from lists, folders, animations and films; sampling; what cannot be read."""
 
+import base64
+import contextlib
 import io
+import os
+import random
+import time
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from mlx_vlm_pipes.errors import MediaError
+from mlx_vlm_pipes.processing.animations import read_animation
 from mlx_vlm_pipes.processing.video import ClipPlan, VideoInfo, load_clip
 from tests.processing.folders import picture
 
@@ -45,6 +51,95 @@ def test_animation_is_sampled_by_its_own_clock(form) -> None:
     assert clip.timestamps_s == pytest.approx([0, 0.4, 0.8])
     reds = [np.asarray(f)[..., 0].mean() for f in clip.frames]
     assert reds == pytest.approx([0, 40, 80], abs=6)
+
+
+def encoded(frames: list[Image.Image], form: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    frames[0].save(buffer, form, save_all=True, append_images=frames[1:], **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("form", "options"),
+    [("GIF", {}), ("WEBP", {}), ("PNG", {}), ("PNG", {"default_image": True})],
+)
+def test_durations_are_those_that_pillow_reads(form, options) -> None:
+    durations = [100, 40, 250, 70, 1000, 20][len(options) :]
+    data = encoded(colours(6), form, duration=durations, **options)
+    image, expected = Image.open(io.BytesIO(data)), []
+    for i in range(6):
+        image.seek(i)
+        image.load()
+        expected.append(image.info.get("duration") or 0)
+    animation = read_animation(data, image.size)
+    assert animation.durations_ms == expected
+    assert animation.num_pixels == 6 * 16 * 16
+
+
+@pytest.mark.parametrize("form", ["GIF", "WEBP", "PNG"])
+def test_cut_and_spoiled_animations_are_read_or_refused(form) -> None:
+    data = encoded(colours(6), form, duration=50)
+    rng = random.Random(form)
+    for i in range(150):
+        spoiled = bytearray(data[: rng.randrange(13, len(data))] if i % 2 else data)
+        for _ in range(i % 5):
+            spoiled[rng.randrange(12, len(spoiled))] = rng.randrange(256)
+        with contextlib.suppress(MediaError):
+            load_clip(bytes(spoiled), PLAN)
+
+
+def test_a_small_file_of_many_large_frames_is_refused_at_once() -> None:
+    one = encoded([Image.new("P", (6000, 6000))], "GIF")
+    start = one.index(b",\0\0\0\0")  # the first frame's descriptor; the last byte ends the file
+    data = one[:-1] + one[start:-1] * 60 + b";"
+    begun = time.perf_counter()
+    with pytest.raises(MediaError, match=r"61 frames of 6000x6000, 2196000000 pixels in all"):
+        load_clip(data, PLAN)
+    assert time.perf_counter() - begun < 2
+
+
+def test_frames_beyond_the_screen_count_with_their_own_size() -> None:
+    one = bytearray(encoded([Image.new("P", (6000, 6000))], "GIF"))
+    start = one.index(b",\0\0\0\0")
+    one[6:10] = bytes([1, 0, 1, 0])  # the screen is said to be 1 x 1
+    with pytest.raises(MediaError, match="61 frames of 6000x6000"):
+        load_clip(bytes(one[:-1] + one[start:-1] * 60 + b";"), PLAN)
+
+
+def test_long_data_urls_and_names(tmp_path) -> None:
+    noise = [Image.effect_noise((64, 64), 90) for _ in range(4)]
+    data = encoded(noise, "GIF")
+    url = "data:image/gif;base64," + base64.b64encode(data).decode()
+    assert len(url) > 4096
+    assert len(load_clip(url, PLAN).frames) == 2
+    for source, message in (
+        ("http://127.0.0.1/" + "x" * 5000, "no public address"),
+        ("n" * 300 + ".gif", "File name too long"),
+        ("~no-such-user/a.gif", "no such file"),
+        ("~$a.gif", "no such file"),
+        ("/dev/zero", "a device"),
+    ):
+        with pytest.raises(MediaError, match=message):
+            load_clip(source, PLAN)
+
+
+def test_huge_files_are_refused_unread(tmp_path) -> None:
+    pytest.importorskip("av")
+    for head, message in ((b"GIF89a", "limit of 268435456"), (b"", "cannot be decoded")):
+        path = tmp_path / "huge"
+        with path.open("wb") as file:
+            file.write(head)
+            file.truncate(40 * 2**30)  # a hole: it takes no room
+        with pytest.raises(MediaError, match=message):
+            load_clip(path, PLAN)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is closed to root")
+def test_a_folder_without_permission(tmp_path) -> None:
+    (tmp_path / "closed").mkdir(mode=0o000)
+    for path in (tmp_path / "closed", tmp_path / "closed" / "a.gif"):
+        with pytest.raises(MediaError, match="Permission denied"):
+            load_clip(path, PLAN)
 
 
 @pytest.mark.parametrize(("name", "codec"), [("a.mp4", "mpeg4"), ("a.webm", "libvpx")])

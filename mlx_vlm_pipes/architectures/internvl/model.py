@@ -1,4 +1,4 @@
-"""InternVLModel: the documented pipeline model over the vision tower and the shared decoder."""
+"""InternVLModel (docs/api.md): the pipeline model over the vision tower and the shared decoder."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class InternVLModel(AlwaysSignalBuffersMixin, VisionLanguageModel[InternVLInputs
     def estimate_activation_memory(
         cls, pipeline_config: PipelineConfig, huggingface_config: AutoConfig
     ) -> int:
-        """Bytes of a prefill step's activations, by the documented rule of thumb.
+        """Bytes of a prefill step's activations, by MAX's rule of thumb (docs/api.md).
 
         Raises: ConfigError without a vision_config.
         """

@@ -1,4 +1,4 @@
-"""Llama3Model: the documented pipeline model over the shared decoder."""
+"""Llama3Model (docs/api.md): the pipeline model over the shared decoder."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Llama3Inputs(RaggedInputs[Buffer]):
 
     @property
     def buffers(self) -> tuple[Buffer, ...]:
-        """Everything but the LoRA tensors, in the documented order."""
+        """Everything but the LoRA tensors, in the order of docs/api.md#steps."""
         splits = self.data_parallel_splits
         if splits is None:
             middle = list(self.signal_buffers)
