@@ -7,11 +7,11 @@ Source: the documented pipeline API (spec, sections 1.1, 1.7 and 1.9).
 from __future__ import annotations
 
 import enum
+import functools
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 
 import mlx.core as mx
@@ -28,7 +28,7 @@ from mlx_vlm_pipes.contexts import (
 from mlx_vlm_pipes.dtypes import Device, DeviceRef, DType
 from mlx_vlm_pipes.errors import ConfigError, InputError
 from mlx_vlm_pipes.log_probabilities import LogProbabilities, LogProbabilitiesMixin
-from mlx_vlm_pipes.session import InferenceSession, Model
+from mlx_vlm_pipes.session import InferenceSession, Model, require_device
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -202,8 +202,26 @@ class ArchConfigWithKVCache(ABC):
     def get_max_seq_len(self) -> int: ...
 
 
+_STEPS = (
+    "load_model", "prepare_initial_token_inputs", "execute", "encode_images",
+    "prepare_next_token_inputs",
+)  # fmt: skip
+
+
+def _on_own_device(step: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(step)
+    def run(self: PipelineModel, *arguments: Any, **named: Any) -> Any:
+        with self.device.active():
+            return step(self, *arguments, **named)
+
+    return run
+
+
 class PipelineModel(ABC, Generic[ContextT]):
-    """One architecture, loaded. The engine calls prepare, execute, prepare_next, execute, ..."""
+    """One architecture, loaded. The engine calls prepare, execute, prepare_next, execute, ...
+
+    device: the one of `devices`; weights are loaded and steps run there.
+    """
 
     def __init__(
         self,
@@ -216,8 +234,7 @@ class PipelineModel(ABC, Generic[ContextT]):
         return_logits: ReturnLogits = ReturnLogits.LAST_TOKEN,
         return_hidden_states: ReturnHiddenStates = ReturnHiddenStates.NONE,
     ) -> None:
-        if len(devices) > 1:
-            raise NotImplementedError(f"{len(devices)} devices; one unified-memory device is run")
+        self.device = require_device(devices, session, pipeline_config.model.devices)
         pipeline_config.model.resolve(weights)
         self.pipeline_config = pipeline_config
         self.session = session
@@ -229,7 +246,15 @@ class PipelineModel(ABC, Generic[ContextT]):
         self.return_logits = return_logits
         self.return_hidden_states = return_hidden_states
         self.max_seq_len = self.calculate_max_seq_len(pipeline_config, self.huggingface_config)
-        self.install(session)
+        with self.device.active():
+            self.install(session)
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        """A room's steps run on the model's device, whatever MLX's default is."""
+        super().__init_subclass__(**keywords)
+        for name in _STEPS:
+            if name in vars(cls):
+                setattr(cls, name, _on_own_device(vars(cls)[name]))
 
     def install(self, session: InferenceSession) -> None:
         """Load the networks: the constructor's last act. A model without its own loads nothing."""
@@ -347,7 +372,7 @@ class PipelineModelWithKVCache(PipelineModel[ContextT]):
     model_config: Any
     language: TextSide
 
-    @cached_property
+    @functools.cached_property
     def kv_params(self) -> KVCacheParams:
         """What `get_kv_params` makes of the model's own configuration."""
         return self.get_kv_params(

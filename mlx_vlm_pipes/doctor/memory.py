@@ -26,7 +26,8 @@ def estimate_memory(room: Room, tensors: Tensors, checkup: Checkup) -> None:
     )
     limits = default_engine_config(machine_memory())
     _, decoder = blueprint(room_class, tensors.pipeline, tensors.state)
-    step = prefill_bytes(decoder, params.dtype.size_in_bytes, TOKENS, limits)
+    fused = model.devices[0].is_gpu()
+    step = prefill_bytes(decoder, params.dtype.size_in_bytes, TOKENS, limits, fused=fused)
     checkup.load_bytes = load
     checkup.run_bytes = needed = peak_bytes(load, cache_bytes(params, TOKENS), step, limits)
     checkup.max_tokens = room_class.calculate_max_seq_len(tensors.pipeline, config)

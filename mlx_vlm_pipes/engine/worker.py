@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import mlx.core as mx
 
+from mlx_vlm_pipes.dtypes import Device
 from mlx_vlm_pipes.errors import EngineClosed
 
 T = TypeVar("T")
@@ -24,10 +25,11 @@ _LIVE: weakref.WeakSet[OwnerThread] = weakref.WeakSet()
 class OwnerThread:
     """Runs calls in order and, between them, `idle_work` for as long as it returns True.
 
-    last_work runs once, when the thread ends.
+    Each runs on `device`, whatever MLX's default is. last_work runs once, when the thread ends.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: Device) -> None:
+        self._device = device
         self._calls: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
         self._wake = threading.Condition()
         self._stopping = False
@@ -71,14 +73,16 @@ class OwnerThread:
                     break
                 calls, self._calls = self._calls, deque()
             while calls:
-                _serve(*calls.popleft())
-            busy = self.idle_work() if self.idle_work is not None else False
+                with self._device.active():
+                    _serve(*calls.popleft())
+            with self._device.active():
+                busy = self.idle_work() if self.idle_work is not None else False
         for future, _ in self._calls:
             future.set_exception(EngineClosed("the pipeline is closed"))
         if self.last_work is not None:
             self.last_work()
         self.idle_work = self.last_work = None
-        mx.synchronize()
+        self._device.synchronize()
         mx.clear_streams()
 
 
