@@ -83,7 +83,10 @@ class Phase(enum.Enum):
 
 @dataclass(kw_only=True)
 class ModelInputs:
-    """What one step reads. The documented inputs add their own fields to these."""
+    """What one step reads. The documented inputs add their own fields to these.
+
+    hidden_states: of a target model, for a draft model; there is none here, and they are refused.
+    """
 
     kv_cache_inputs: KVCacheInputs | None = None
     lora_ids: Buffer | None = None
@@ -234,6 +237,7 @@ class PipelineModel(ABC, Generic[ContextT]):
         return_logits: ReturnLogits = ReturnLogits.LAST_TOKEN,
         return_hidden_states: ReturnHiddenStates = ReturnHiddenStates.NONE,
     ) -> None:
+        pipeline_config.require_supported()
         self.device = require_device(devices, session, pipeline_config.model.devices)
         pipeline_config.model.resolve(weights)
         self.pipeline_config = pipeline_config
@@ -270,7 +274,7 @@ class PipelineModel(ABC, Generic[ContextT]):
 
     @property
     def signal_buffers(self) -> list[Buffer]:
-        """One device has nothing to synchronise."""
+        """None: they synchronise several devices. Inputs carry them, and nothing reads them."""
         return []
 
     @classmethod
@@ -282,7 +286,11 @@ class PipelineModel(ABC, Generic[ContextT]):
     def estimate_activation_memory(
         cls, pipeline_config: PipelineConfig, huggingface_config: Any
     ) -> int:
-        """Bytes that a step needs beyond weights and cache; 0 where nothing is documented."""
+        """Bytes beyond weights and cache, by the documented rule of thumb; 0 where there is none.
+
+        MAX sets so much aside before it sizes its cache, whatever the model's size. Nothing here
+        calls it: plans and budgets come from shapes (engine/plan.py, engine/state.py).
+        """
         del pipeline_config, huggingface_config
         return 0
 
@@ -366,11 +374,13 @@ class TextSide(Protocol):
 class PipelineModelWithKVCache(PipelineModel[ContextT]):
     """A model whose attention reads a KV cache; `kv_params` says of what shape.
 
-    model_config: the documented config, finalised. language: its text side.
+    model_config: the documented config, finalised. language: its text side. weight_bytes: what
+    its weights take in memory, adapters included.
     """
 
     model_config: Any
     language: TextSide
+    weight_bytes: int = 0
 
     @functools.cached_property
     def kv_params(self) -> KVCacheParams:
@@ -425,8 +435,14 @@ def require_kind(value: object, kind: type[KindT]) -> KindT:
 
 
 def require_inputs(inputs: ModelInputs, kind: type[InputsT]) -> InputsT:
-    """The inputs of a step. Raises: TypeError for another class, ConfigError without a cache."""
+    """The inputs of a step.
+
+    Raises: TypeError for another class, ConfigError without a cache, InputError for the hidden
+    states of another model.
+    """
     own = require_kind(inputs, kind)
+    if own.hidden_states is not None:
+        raise InputError("hidden_states are for draft models, which are not run; leave them None")
     if own.kv_cache_inputs is None:
         raise ConfigError(f"{kind.__name__} without kv_cache_inputs; pass the cache of this batch")
     return own

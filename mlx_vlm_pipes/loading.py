@@ -10,7 +10,7 @@ from mlx_vlm_pipes.architectures.registry import Room, find_room
 from mlx_vlm_pipes.checkpoint.encoding import dominant_type
 from mlx_vlm_pipes.config import COMPUTE_TYPES, KVCacheConfig, ModelConfig, PipelineConfig
 from mlx_vlm_pipes.dtypes import Device, DeviceRef, DeviceSpec, DType, default_device
-from mlx_vlm_pipes.engine.engine import Engine, default_engine_config, machine_memory
+from mlx_vlm_pipes.engine.engine import Engine
 from mlx_vlm_pipes.engine.state import EngineConfig
 from mlx_vlm_pipes.engine.worker import OwnerThread
 from mlx_vlm_pipes.errors import CheckpointNotFound, ConfigError
@@ -63,9 +63,8 @@ def load(  # noqa: PLR0913  # the options a user may say, all but one by keyword
                 LoadOptions(dtype, chosen, max_length, KVCacheConfig(bits=kv_bits), compile, lora),
             )
         )
-        limits = engine or default_engine_config(machine_memory())
         vocab = text_config(config).vocab_size
-        return Pipeline(model, processor, Engine(worker, model, limits, vocab))
+        return Pipeline(model, processor, Engine(worker, model, engine, vocab))
     except BaseException:
         worker.stop()
         raise

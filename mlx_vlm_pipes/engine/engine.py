@@ -23,15 +23,23 @@ from mlx_vlm_pipes.interfaces import PipelineModelWithKVCache
 
 
 class Engine:
-    """A model on its owning thread, and the scheduler that feeds it."""
+    """A model on its owning thread, and the scheduler that feeds it.
+
+    config: the limits; None for those that the model's own settings ask for.
+    """
 
     def __init__(
         self,
         worker: OwnerThread,
         model: PipelineModelWithKVCache,
-        config: EngineConfig,
+        config: EngineConfig | None,
         vocab_size: int,
     ) -> None:
+        if config is None:
+            memory = machine_memory(model.device)
+            config = EngineConfig.from_pipeline(
+                model.pipeline_config, memory, model.weight_bytes, model.kv_cache_config
+            )
         self.worker, self.model, self.config = worker, model, config
         self.scheduler = Scheduler(model, config, vocab_size)
         scheduler = self.scheduler
@@ -91,12 +99,3 @@ def machine_memory(device: Device | None = None) -> int:
     if isinstance(size, int) and size > 0:
         return size
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def default_engine_config(memory_bytes: int) -> EngineConfig:
-    """Half of the memory for keys and values, an eighth for prefixes, a 32nd for images."""
-    return EngineConfig(
-        kv_bytes=memory_bytes // 2,
-        prefix_bytes=memory_bytes // 8,
-        image_bytes=memory_bytes // 32,
-    )

@@ -29,7 +29,7 @@ FIXED_BYTES = 1 << 15  # small arrays, whatever the size of the request
 
 @dataclass(frozen=True)
 class Plan:
-    """Counts in tokens, sizes in bytes. fits: the peak and the cache are within their limits."""
+    """Counts in tokens, sizes in bytes. fits: peak, cache and slices are within their limits."""
 
     prompt_tokens: int
     image_tokens: int
@@ -67,7 +67,8 @@ def make_plan(
     fused = not state.model.device.is_host
     prefill = prefill_bytes(decoder, itemsize.size_in_bytes, len(tokens), state.config, fused=fused)
     peak = peak_bytes(resident_bytes, kv, max(vision, prefill), state.config)
-    fits = peak <= memory_bytes and kv <= state.config.kv_bytes
+    in_bytes = peak <= memory_bytes and kv <= state.config.kv_bytes
+    fits = in_bytes and state.config.takes(len(tokens))
     return Plan(
         len(tokens),
         len(context.image_token_indices),

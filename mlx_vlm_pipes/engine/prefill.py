@@ -99,7 +99,7 @@ class Prefill:
         room = config.running_chunk if others_wait else config.prefill_chunk
         group: list[tuple[Job, int]] = []
         for job in self.jobs:
-            size = min(job.remaining_prompt, room)
+            size = self._state.slice_size(job.remaining_prompt, room, alone=not group)
             if size < 1 or (job.wants_echo and group):
                 break  # logits of all positions are returned for one row at a time
             group.append((job, size))
@@ -121,7 +121,8 @@ class Prefill:
             started = []
             for job, size in group:
                 self._state.reset_row(job)
-                started += self._run_or_isolate([(job, min(size, job.remaining_prompt))])
+                own = self._state.slice_size(job.remaining_prompt, size, alone=True)
+                started += self._run_or_isolate([(job, own)])
             return started
         return self._finish(group)
 

@@ -55,6 +55,7 @@ class Scheduler:
         Raises: InputError for bad sampling values or an unknown adapter, OutOfBudget for what
         can never fit.
         """
+        self.state.require_slice(context)
         keys = prefix_keys(context, self.state.salt(context, len(context.tokens)))
         capacity = self.state.capacity_needed(context)
         job = new_job(context, decoder, self.vocab_size, keys, capacity)
@@ -95,7 +96,7 @@ class Scheduler:
         while self.waiting:
             job, others = self.waiting[0], [*self.prefilling, *self.running]
             need = self.state.bytes_needed([*others, job])
-            if others and (len(others) >= self.state.max_rows or need > config.kv_bytes):
+            if others and (len(others) >= config.max_batch_size or need > config.kv_bytes):
                 return
             if self._prefill.is_making(job):
                 return

@@ -63,7 +63,11 @@ def run_slice(
 
 
 def prompt_logits(state: EngineState, context: TextContext) -> np.ndarray:
-    """float32 [T, V]: logits at every position of a prompt, in a cache of its own."""
+    """float32 [T, V]: logits at every position of a prompt, in a cache of its own.
+
+    Raises: OutOfBudget for a prompt that may not be cut and is longer than a slice.
+    """
+    state.require_slice(context)
     model, config, tokens = state.model, state.config, context.tokens
     images = {image_key(image): image for image in context.next_images}
     keys, features = list(images), {}
@@ -74,7 +78,7 @@ def prompt_logits(state: EngineState, context: TextContext) -> np.ndarray:
     row = SliceRow(context, state.new_row(context, cache), features)
     pieces = []
     while tokens.active_length:
-        size = min(config.prefill_chunk, tokens.active_length)
+        size = state.slice_size(tokens.active_length, config.prefill_chunk, alone=True)
         tokens.chunk(size)
         pieces.append(np.array(run_slice(model, cache, [row], size).logits))
         tokens.advance_chunk()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from mlx_vlm_pipes.config import KVCacheConfig, PipelineConfig
 from mlx_vlm_pipes.contexts import TextContext
 from mlx_vlm_pipes.engine.caches import ImageCache, PrefixCache, prefix_keys
 from mlx_vlm_pipes.engine.requests import Job
@@ -21,6 +22,7 @@ class EngineConfig:
 
     prefill_chunk bounds a slice of prefill while nothing decodes; running_chunk (tokens) and
     image_batch (pictures) bound what a running request may wait for between two of its tokens.
+    enable_chunked_prefill=False: no prompt is cut, and one longer than prefill_chunk is refused.
     Raises: InputError for a limit that would let nothing run.
     """
 
@@ -32,6 +34,39 @@ class EngineConfig:
     prefix_bytes: int = 1 << 30
     image_bytes: int = 256 << 20
     enable_prefix_caching: bool = True
+    enable_chunked_prefill: bool = True
+
+    @classmethod
+    def from_pipeline(
+        cls,
+        pipeline: PipelineConfig,
+        memory_bytes: int,
+        weight_bytes: int = 0,
+        kv_cache: KVCacheConfig | None = None,
+    ) -> EngineConfig:
+        """The limits that a pipeline's documented settings ask for.
+
+        kv_cache: the one that the model was given, else the pipeline's. Its share of the memory,
+        less the weights, is the budget: 3/4 of it for keys and values, 1/8 for prefixes, 1/32 for
+        pictures, the rest for what a step computes.
+        """
+        runtime, cache = pipeline.runtime, kv_cache or pipeline.model.kv_cache
+        budget = max(0, int(cache.device_memory_utilization * memory_bytes) - weight_bytes)
+        longest, chunked = runtime.max_batch_input_tokens, runtime.enable_chunked_prefill
+        return cls(
+            max_batch_size=runtime.max_batch_size or cls.max_batch_size,
+            prefill_chunk=min(cls.prefill_chunk, longest) if chunked else longest,
+            running_chunk=min(cls.running_chunk, longest) if chunked else longest,
+            kv_bytes=budget * 3 // 4,
+            prefix_bytes=budget // 8,
+            image_bytes=budget // 32,
+            enable_prefix_caching=cache.enable_prefix_caching,
+            enable_chunked_prefill=chunked,
+        )
+
+    def takes(self, prompt_tokens: int) -> bool:
+        """Whether a prompt of so many tokens can be prefilled."""
+        return self.enable_chunked_prefill or prompt_tokens <= self.prefill_chunk
 
     def __post_init__(self) -> None:
         for name in ("max_batch_size", "prefill_chunk", "running_chunk", "image_batch"):
@@ -71,12 +106,25 @@ class EngineState:
         self.stats = EngineStats()
         self._buckets: set[tuple[int, int]] = set()
 
-    @property
-    def max_rows(self) -> int:
-        limit = self.model.pipeline_config.runtime.max_batch_size
-        return min(limit or self.config.max_batch_size, self.config.max_batch_size)
-
     # ---- what a request needs
+
+    def require_slice(self, context: TextContext) -> None:
+        """Raises: OutOfBudget for a prompt that may not be cut and is longer than a slice."""
+        count, limit = len(context.tokens), self.config.prefill_chunk
+        if not self.config.takes(count):
+            raise OutOfBudget(
+                f"the prompt has {count} tokens, without enable_chunked_prefill at most {limit} "
+                "(max_batch_input_tokens) are run; shorten it, raise the limit, or let it be cut"
+            )
+
+    def slice_size(self, left: int, room: int, *, alone: bool) -> int:
+        """Tokens of a prompt with `left` to go that a slice with `room` takes.
+
+        alone: nothing else is in the slice; a prompt that may not be cut then goes whole.
+        """
+        if self.config.enable_chunked_prefill:
+            return min(left, room)
+        return left if alone or left <= room else 0
 
     def capacity_needed(self, context: TextContext) -> int:
         """Cache capacity of a request at its longest, in tokens.

@@ -78,7 +78,7 @@ class InternVLModel(AlwaysSignalBuffersMixin, VisionLanguageModel[InternVLInputs
     def estimate_activation_memory(
         cls, pipeline_config: PipelineConfig, huggingface_config: AutoConfig
     ) -> int:
-        """Bytes of a prefill step's activations, by the documented rule of thumb.
+        """Bytes by the documented rule of thumb, not from the model's own sizes: see the base.
 
         Raises: ConfigError without a vision_config.
         """

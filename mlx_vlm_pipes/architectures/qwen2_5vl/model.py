@@ -99,7 +99,7 @@ class Qwen2_5VLModel(MRopeModel[Qwen2_5VLInputs]):
     def estimate_activation_memory(
         cls, pipeline_config: PipelineConfig, huggingface_config: AutoConfig
     ) -> int:
-        """Bytes: one number for all sizes, as documented (spec, section 10)."""
+        """Bytes: one number for all sizes, the documented rule of thumb: see the base."""
         del pipeline_config, huggingface_config
         return ACTIVATION_BYTES
 
