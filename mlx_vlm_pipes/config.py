@@ -235,6 +235,10 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.max_length is not None and self.max_length < 0:
             raise ConfigError(f"max_length is {self.max_length}, expected a number of tokens")
+        if self.data_parallel_degree < 1:
+            raise ConfigError(
+                f"data_parallel_degree is {self.data_parallel_degree}, expected 1 or more replicas"
+            )
 
     def resolve(self, weights: Weights | Mapping[str, Any] | None = None) -> ModelConfig:
         """Settle the encoding and the packing by config.json and the weights' headers.

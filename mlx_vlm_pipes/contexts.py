@@ -255,6 +255,19 @@ class TextContext:
         span = self.tokens[image.start_idx : image.end_idx]
         return (np.flatnonzero(span == span[0]) + image.start_idx).astype(np.int32)
 
+    @property
+    def whole_spans(self) -> Sequence[tuple[int, int]]:
+        """Ranges of tokens that see each other both ways; a step has all of one or nothing."""
+        return ()
+
+    def uncut(self, begin: int, end: int) -> int:
+        """Where a slice from `begin` can end: at `end` or, so that no whole span is cut, before
+        it, or behind the span where the slice begins with one."""
+        for first, last in self.whole_spans:
+            if first < end < last:
+                return first if first > begin else last
+        return end
+
     def update(self, token: int, log_probabilities: Any = None) -> None:
         """Take a generated token; the status says whether it was the last one."""
         del log_probabilities  # kept by the engine's result, not by the context
@@ -281,12 +294,14 @@ class TextAndVisionContext(TextContext):
     """A request with pictures, whose placeholders are already expanded in the tokens.
 
     vision_token_ids: ids that may begin or end an image's range. A range begins with its
-    placeholder, the token that receives a vision row.
+    placeholder, the token that receives a vision row. whole_images: the tokens of a range see each
+    other both ways.
     """
 
     vision_token_ids: list[int]
     images: Sequence[ImageMetadata] = field(default_factory=list)
     extra_model_args: dict[str, np.ndarray] = field(default_factory=dict)
+    whole_images: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -304,3 +319,9 @@ class TextAndVisionContext(TextContext):
                     f"{sorted(ends)}, which are not among the vision tokens {self.vision_token_ids}"
                 )
             end = image.end_idx
+
+    @property
+    def whole_spans(self) -> Sequence[tuple[int, int]]:
+        if not self.whole_images:
+            return ()
+        return [(image.start_idx, image.end_idx) for image in self.images]

@@ -8,6 +8,7 @@
     │   ├── WeightsError                  safetensors: truncated, lying, missing, mis-shaped
     │   └── ProcessorError                tokenizer, chat template, processor files
     ├── InputError (ValueError)           the request is wrong
+    │   ├── UnknownAdapter (RuntimeError) a request names a LoRA adapter that is not loaded
     │   ├── MediaError                    an image or a clip cannot be read or used
     │   ├── ContextTooLong                more tokens than the model can hold
     │   └── OutOfBudget                   more memory than the engine may ever use
@@ -48,6 +49,10 @@ class ProcessorError(CheckpointError):
 
 class InputError(PipesError, ValueError):
     """A request cannot be answered as it stands."""
+
+
+class UnknownAdapter(InputError, RuntimeError):
+    """A request names a LoRA adapter that is not loaded."""
 
 
 class MediaError(InputError):

@@ -6,82 +6,34 @@ are read. Source: transformers 5.23 configuration files of each model type (spec
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from mlx_vlm_pipes.architectures.facts import NO_FACTS, Composite, RoomFacts
+from mlx_vlm_pipes.architectures.registry import find_facts
 from mlx_vlm_pipes.config_limits import check_limits
 from mlx_vlm_pipes.errors import ConfigError
 from mlx_vlm_pipes.json_files import require_json
 
-_LLAMA = {
-    "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-    "num_attention_heads": 32, "vocab_size": 32000, "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-6, "hidden_act": "silu", "tie_word_embeddings": False,
+# What nn/activations.py has; the names stand here so that they can be checked without MLX.
+ACTIVATIONS = (
+    "silu", "swish", "gelu", "gelu_pytorch_tanh", "gelu_new", "quick_gelu", "relu",
+)  # fmt: skip
+
+_EVERY_ROPE_KEYS = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
+_LONGROPE_KEYS = (
+    "short_factor", "long_factor", "factor", "attention_factor", "original_max_position_embeddings",
+)  # fmt: skip
+# by type of rope: what its dictionary may say
+_ROPE_KEYS: dict[str, tuple[str, ...]] = {
+    "default": (), "axial": (), "mrope": (),
+    "dynamic": ("factor", "original_max_position_embeddings"),
+    "llama3": (
+        "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
+    ),
+    "longrope": _LONGROPE_KEYS, "su": _LONGROPE_KEYS,
 }  # fmt: skip
-_QWEN = {
-    **_LLAMA, "intermediate_size": 22016, "num_key_value_heads": 32, "vocab_size": 151936,
-    "max_position_embeddings": 32768, "use_sliding_window": False,
-}  # fmt: skip
-# What a saved configuration may leave out, because it equals the class default.
-CLASS_DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": _LLAMA,
-    "mistral": {
-        **_LLAMA, "intermediate_size": 14336, "num_key_value_heads": 8,
-        "max_position_embeddings": 131072, "sliding_window": 4096,
-    },
-    "qwen2": _QWEN,
-    "qwen3": {**_QWEN, "head_dim": 128},
-    "granite": {
-        **_LLAMA, "attention_multiplier": 1.0, "embedding_multiplier": 1.0,
-        "residual_multiplier": 1.0, "logits_scaling": 1.0, "tie_word_embeddings": False,
-    },
-    "olmo": {k: v for k, v in {**_LLAMA, "vocab_size": 50304}.items() if k != "rms_norm_eps"},
-    "phi3": {
-        **_LLAMA, "hidden_size": 3072, "intermediate_size": 8192, "vocab_size": 32064,
-        "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
-        "original_max_position_embeddings": 4096,
-    },
-    "qwen2_5_vl_text": {
-        **_QWEN, "hidden_size": 8192, "intermediate_size": 29568, "num_hidden_layers": 80,
-        "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 152064,
-        "rms_norm_eps": 1e-5, "rope_theta": 1000000.0,
-    },
-    "idefics3_vision": {
-        "hidden_size": 1152, "intermediate_size": 3072, "num_hidden_layers": 12,
-        "num_attention_heads": 16, "image_size": 224, "patch_size": 32, "layer_norm_eps": 1e-6,
-        "hidden_act": "gelu_pytorch_tanh", "num_channels": 3, "initializer_range": 0.02,
-    },
-    "pixtral": {
-        "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
-        "num_attention_heads": 16, "image_size": 1024, "patch_size": 16, "hidden_act": "gelu",
-        "num_channels": 3, "rope_theta": 10000.0,
-    },
-    "internvl_vision": {
-        "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
-        "num_attention_heads": 16, "image_size": [448, 448], "patch_size": [14, 14],
-        "norm_type": "layer_norm", "layer_norm_eps": 1e-6, "use_qk_norm": False,
-        "attention_bias": False, "hidden_act": "gelu", "use_mean_pooling": True,
-    },
-    "qwen2_5_vl_vision": {
-        "hidden_size": 3584, "intermediate_size": 3420, "depth": 32, "num_heads": 16,
-        "in_channels": 3, "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2,
-        "tokens_per_second": 4, "window_size": 112, "out_hidden_size": 3584,
-        "fullatt_block_indexes": [7, 15, 23, 31], "hidden_act": "silu",
-    },
-}  # fmt: skip
-CLASS_DEFAULTS["idefics3"] = CLASS_DEFAULTS["idefics3_vision"]  # older files: vision_config says so
-CLASS_DEFAULTS["smolvlm_vision"] = CLASS_DEFAULTS["idefics3_vision"]
-CLASS_DEFAULTS["qwen2_5_vl"] = CLASS_DEFAULTS["qwen2_5_vl_vision"]
-_PARTS = {
-    # outer model_type: (text model_type, vision model_type) where a part does not say its own
-    "idefics3": ("llama", "idefics3_vision"),
-    "smolvlm": ("llama", "smolvlm_vision"),
-    "llava": ("mistral", "pixtral"),
-    "pixtral": ("mistral", "pixtral"),
-    "internvl": ("qwen2", "internvl_vision"),
-    "qwen2_5_vl": ("qwen2_5_vl_text", "qwen2_5_vl_vision"),
-}
 
 
 class HuggingFaceConfig:
@@ -95,19 +47,19 @@ class HuggingFaceConfig:
     def __init__(
         self, values: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
     ) -> None:
+        facts, outer = NO_FACTS, None
         if defaults is None:
-            check_limits(values)
-        outer = values.get("model_type")
-        text_type, vision_type = _PARTS.get(outer if isinstance(outer, str) else "", ("", ""))
+            listed, kind = values.get("architectures"), values.get("model_type")
+            facts = find_facts(listed if isinstance(listed, (list, tuple)) else (), kind)
+            check_limits(values, facts.limits)
+            outer = facts.composites.get(kind) if isinstance(kind, str) else None
+            defaults = _top_defaults(values, outer, facts)
         self._values: dict[str, Any] = {}
-        self._defaults = dict(defaults or {})
+        self._defaults = dict(defaults)
         for key, value in values.items():
             if isinstance(value, Mapping) and key.endswith("_config") and "quant" not in key:
-                fallback = {"text_config": text_type, "vision_config": vision_type}.get(key, "")
-                value = HuggingFaceConfig(value, _class_defaults(value, fallback))
+                value = HuggingFaceConfig(value, _part_defaults(key, value, outer, facts))
             self._values[key] = value
-        if not self._defaults and "text_config" not in values and "llm_config" not in values:
-            self._defaults = _class_defaults(values, "")
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -128,13 +80,33 @@ class HuggingFaceConfig:
 AutoConfig = HuggingFaceConfig  # the name that the documented signatures use
 
 
-def _class_defaults(values: Mapping[str, Any], fallback: str) -> dict[str, Any]:
-    kind = values.get("model_type") or fallback
-    if fallback == "qwen2_5_vl_vision" or fallback == "qwen2_5_vl_text":
-        kind = fallback  # released files name the outer type in both parts
-    if kind == "qwen2_5_vl":  # a flat file: its own keys are the text's
-        kind = "qwen2_5_vl_text"
-    return dict(CLASS_DEFAULTS.get(kind if isinstance(kind, str) else "", {}))
+def _top_defaults(
+    values: Mapping[str, Any], outer: Composite | None, facts: RoomFacts
+) -> dict[str, Any]:
+    """What transformers' class answers for keys that the top of a file leaves out."""
+    if outer is None:
+        return _class_defaults(values.get("model_type"), facts)
+    if outer.flat and "text_config" not in values:
+        return {**_class_defaults(outer.text, facts), **outer.defaults}
+    return dict(outer.defaults)
+
+
+def _part_defaults(
+    key: str, part: Mapping[str, Any], outer: Composite | None, facts: RoomFacts
+) -> dict[str, Any]:
+    """The same for a part, by the model_type that it names, or that the outer one implies."""
+    kind = part.get("model_type")
+    implied = {"text_config": outer.text, "vision_config": outer.vision} if outer else {}
+    if outer is not None and (kind is None or key in outer.fixed):
+        kind = implied.get(key)
+    known = _class_defaults(kind, facts)
+    return known if kind is None else {"model_type": kind, **known}
+
+
+def _class_defaults(kind: Any, facts: RoomFacts) -> dict[str, Any]:
+    if kind not in facts.class_defaults:
+        facts = find_facts((), kind)
+    return dict(facts.class_defaults.get(kind, {}))
 
 
 def read_config(folder: Path) -> HuggingFaceConfig:
@@ -182,6 +154,23 @@ def text_config(config: Any) -> Any:
     return lookup(config, "llm_config", "text_config", default=config)
 
 
+def require_vision_config(config: Any) -> Any:
+    """The part that describes the tower. Raises: ConfigError if there is none."""
+    vision = lookup(config, "vision_config")
+    if vision is None:
+        kind = lookup(config, "model_type", default="the configuration")
+        raise ConfigError(f"{kind}: config.json lacks 'vision_config'; is it a text-only model?")
+    return vision
+
+
+def activation_name(config: Any, *names: str, default: str) -> str:
+    """The name of an activation. Raises: ConfigError for one that we do not have."""
+    name = lookup(config, *names, default=default)
+    if name not in ACTIVATIONS:
+        raise ConfigError(f"{names[0]} {name!r}; supported: {', '.join(ACTIVATIONS)}")
+    return name
+
+
 def rope_dictionary(config: Any) -> dict[str, Any]:
     """`rope_parameters` if it is a non-empty dict, else `rope_scaling`, else {}."""
     for name in ("rope_parameters", "rope_scaling"):
@@ -189,6 +178,26 @@ def rope_dictionary(config: Any) -> dict[str, Any]:
         if isinstance(value, Mapping) and value:
             return dict(value)
     return {}
+
+
+def check_rope_keys(config: Any, also: Collection[str] = ()) -> None:
+    """Raises: ConfigError for a key of the rope dictionary that nobody reads.
+
+    also: keys that the architecture reads, besides those of the dictionary's type. A type that we
+    do not have is not looked into.
+    Source: transformers 5.23 modeling_rope_utils.py, _validate_..._rope_parameters.
+    """
+    rope = rope_dictionary(config)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in _ROPE_KEYS:
+        return
+    known = {*_EVERY_ROPE_KEYS, *_ROPE_KEYS[kind], *also}
+    unread = [key for key, value in rope.items() if value is not None and key not in known]
+    if unread:
+        names = ", ".join(map(repr, sorted(unread)))
+        raise ConfigError(
+            f"rope_scaling of type {kind!r} says {names}, which this architecture does not have"
+        )
 
 
 def rope_theta(config: Any, default: float = 10000.0) -> float:
@@ -199,6 +208,7 @@ def rope_theta(config: Any, default: float = 10000.0) -> float:
 
 def axial_theta(vision_config: Any) -> float:
     """Base of a tower's row and column angles. Raises: ConfigError for another type of rope."""
+    check_rope_keys(vision_config)
     kind = rope_dictionary(vision_config).get("rope_type", "axial")
     if kind not in ("axial", "default"):
         raise ConfigError(f"vision rope_type {kind!r} is not supported; supported: axial")

@@ -10,7 +10,7 @@ import enum
 import functools
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 
@@ -26,9 +26,10 @@ from mlx_vlm_pipes.contexts import (
     TokenBuffer,
 )
 from mlx_vlm_pipes.dtypes import Device, DeviceRef, DType
-from mlx_vlm_pipes.errors import ConfigError, InputError
+from mlx_vlm_pipes.errors import ConfigError, InputError, UnknownAdapter
 from mlx_vlm_pipes.log_probabilities import LogProbabilities, LogProbabilitiesMixin
-from mlx_vlm_pipes.session import InferenceSession, Model, require_device
+from mlx_vlm_pipes.model_device import StepsOnDevice, require_device
+from mlx_vlm_pipes.session import InferenceSession, Model
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -41,7 +42,7 @@ __all__ = [
     "AlwaysSignalBuffersMixin", "ArchConfigWithKVCache", "Buffer", "EOSTracker", "ImageMetadata",
     "InferenceSession", "LayerWork", "LogProbabilities", "LogProbabilitiesMixin", "Model",
     "ModelInputs", "ModelOutputs", "Phase", "PipelineModel", "PipelineModelWithKVCache",
-    "RaggedInputs", "ReturnHiddenStates", "ReturnLogits", "SamplingParams",
+    "RaggedInputs", "ReturnHiddenStates", "ReturnLogits", "SamplingParams", "StepMode",
     "TextAndVisionContext", "TextContext", "TokenBuffer", "VisionInputs",
 ]  # fmt: skip
 
@@ -61,7 +62,10 @@ class ReturnLogits(str, enum.Enum):
 
 
 class ReturnHiddenStates(str, enum.Enum):
-    """Which hidden states `execute` returns beside the logits (spec, section 1.7)."""
+    """Which hidden states `execute` returns beside the logits (spec, section 1.7).
+
+    EAGLE3: of all tokens, the outputs of the model's `eagle_layers` side by side, [T, k * E].
+    """
 
     NONE = "none"
     LAST = "last"
@@ -79,6 +83,19 @@ class Phase(enum.Enum):
 
     PREFILL = "prefill"
     DECODE = "decode"
+
+
+@dataclass(frozen=True)
+class StepMode:
+    """How a step runs: its phase, and which adapter its tokens take.
+
+    lora_ids int32 [G]: a slot for each group of adjacent tokens; lora_grouped_offsets uint32
+    [G + 1]: where the groups begin and end. None: the base model.
+    """
+
+    phase: Phase = Phase.PREFILL
+    lora_ids: Buffer | None = None
+    lora_grouped_offsets: Buffer | None = None
 
 
 @dataclass(kw_only=True)
@@ -125,6 +142,11 @@ class RaggedInputs(ModelInputs, Generic[PerDeviceT]):
     tokens: Buffer
     input_row_offsets: PerDeviceT
     return_n_logits: Buffer
+    lora_grouped_offsets: Buffer | None
+
+    @property
+    def mode(self) -> StepMode:
+        return StepMode(self.phase, self.lora_ids, self.lora_grouped_offsets)
 
     def active_tokens(self) -> list[list[int]]:
         flat: list[int] = np.array(self.tokens).tolist()
@@ -132,7 +154,19 @@ class RaggedInputs(ModelInputs, Generic[PerDeviceT]):
         return [flat[begin:end] for begin, end in itertools.pairwise(bounds)]
 
 
-class VisionInputs(RaggedInputs[PerDeviceT]):
+@dataclass(kw_only=True)
+class LoRAGroups(ModelInputs):
+    """The documented LoRA inputs of `Llama3Inputs`, for rooms whose documentation lists none."""
+
+    lora_grouped_offsets: Buffer | None = None
+    num_active_loras: Buffer | None = None
+    lora_end_idx: Buffer | None = None
+    batch_seq_len: Buffer | None = None
+    lora_ids_kv: Buffer | None = None
+    lora_grouped_offsets_kv: Buffer | None = None
+
+
+class VisionInputs(LoRAGroups, RaggedInputs[PerDeviceT]):
     """Ragged inputs with pictures: the tower's arguments, or the vision rows it made before.
 
     vision_fields: names of the fields that the tower takes, in the order of its arguments.
@@ -205,28 +239,13 @@ class ArchConfigWithKVCache(ABC):
     def get_max_seq_len(self) -> int: ...
 
 
-_STEPS = (
-    "load_model", "prepare_initial_token_inputs", "execute", "encode_images",
-    "prepare_next_token_inputs",
-)  # fmt: skip
-
-
-def _on_own_device(step: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(step)
-    def run(self: PipelineModel, *arguments: Any, **named: Any) -> Any:
-        with self.device.active():
-            return step(self, *arguments, **named)
-
-    return run
-
-
-class PipelineModel(ABC, Generic[ContextT]):
+class PipelineModel(StepsOnDevice, ABC, Generic[ContextT]):
     """One architecture, loaded. The engine calls prepare, execute, prepare_next, execute, ...
 
     device: the one of `devices`; weights are loaded and steps run there.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # the documented ones, and ours by keyword only
         self,
         pipeline_config: PipelineConfig,
         session: InferenceSession,
@@ -236,7 +255,15 @@ class PipelineModel(ABC, Generic[ContextT]):
         adapter: WeightsAdapter | None = None,
         return_logits: ReturnLogits = ReturnLogits.LAST_TOKEN,
         return_hidden_states: ReturnHiddenStates = ReturnHiddenStates.NONE,
+        *,
+        eagle_layers: Sequence[int] | None = None,
     ) -> None:
+        """Load the model. With `ModelConfig.enable_echo` it returns all logits.
+
+        eagle_layers: the decoder layers, counted from 0, whose outputs `EAGLE3` returns, in this
+        order: after the layer, and for the last one before the final norm. A negative one counts
+        from the last, as Python's indices do.
+        """
         pipeline_config.require_supported()
         self.device = require_device(devices, session, pipeline_config.model.devices)
         pipeline_config.model.resolve(weights)
@@ -247,18 +274,13 @@ class PipelineModel(ABC, Generic[ContextT]):
         self.kv_cache_config = kv_cache_config
         self.weights = weights
         self.adapter = adapter
-        self.return_logits = return_logits
+        echo = pipeline_config.model.enable_echo
+        self.return_logits = ReturnLogits.ALL if echo else return_logits
         self.return_hidden_states = return_hidden_states
+        self.eagle_layers = eagle_layers
         self.max_seq_len = self.calculate_max_seq_len(pipeline_config, self.huggingface_config)
         with self.device.active():
             self.install(session)
-
-    def __init_subclass__(cls, **keywords: Any) -> None:
-        """A room's steps run on the model's device, whatever MLX's default is."""
-        super().__init_subclass__(**keywords)
-        for name in _STEPS:
-            if name in vars(cls):
-                setattr(cls, name, _on_own_device(vars(cls)[name]))
 
     def install(self, session: InferenceSession) -> None:
         """Load the networks: the constructor's last act. A model without its own loads nothing."""
@@ -325,6 +347,11 @@ class PipelineModel(ABC, Generic[ContextT]):
     ) -> ModelInputs:
         """Inputs of the decode step after `prev`; next_tokens [B], not synchronised."""
 
+    def as_replicas(self, contexts: Sequence[ContextT]) -> list[Sequence[ContextT]]:
+        """A batch as `prepare_initial_token_inputs` takes it, all rows in the first replica."""
+        others = self.pipeline_config.model.data_parallel_degree - 1
+        return [contexts, *([] for _ in range(others))]
+
     def encode_images(self, images: Sequence[ImageMetadata]) -> list[Buffer]:
         """Vision rows [M_i, E] of each image, independent of its neighbours. Lazy.
 
@@ -368,6 +395,9 @@ class TextSide(Protocol):
     def adapters(self) -> tuple[str, ...]: ...
 
     @property
+    def adapter_ranks(self) -> tuple[int, ...]: ...
+
+    @property
     def traces(self) -> int: ...
 
 
@@ -402,6 +432,18 @@ class PipelineModelWithKVCache(PipelineModel[ContextT]):
     def adapters(self) -> tuple[str, ...]:
         """Names of the loaded LoRA adapters; their slots count from 1."""
         return self.language.adapters
+
+    def adapter_slot(self, name: str) -> int:
+        """The slot of a LoRA adapter; 0 for the base model (no name).
+
+        Raises: UnknownAdapter, listing the adapters there are.
+        """
+        if not name:
+            return 0
+        if name not in self.adapters:
+            loaded = ", ".join(self.adapters) or "none"
+            raise UnknownAdapter(f"no adapter {name!r}; loaded: {loaded}")
+        return self.adapters.index(name) + 1
 
     @classmethod
     @abstractmethod

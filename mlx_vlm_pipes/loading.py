@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from mlx_vlm_pipes.architectures.registry import Room, find_room
 from mlx_vlm_pipes.checkpoint.encoding import dominant_type
@@ -39,30 +40,27 @@ def load(  # noqa: PLR0913  # the options a user may say, all but one by keyword
     kv_bits: int | None = None,
     engine: EngineConfig | None = None,
     compile: bool = True,
+    vision_config_overrides: Mapping[str, Any] | None = None,
 ) -> Pipeline:
     """Open a checkpoint: a folder, a hub id, or (None) the small model in the package.
 
     Args: dtype "auto" is the checkpoint's own on a GPU and float32 on a CPU; device "cpu" or
     "gpu"; adapter a LoRA folder, or several (`name=folder`), of which each request names one;
-    max_length in tokens; kv_bits 8 or 4 quantises the KV cache.
+    max_length in tokens; kv_bits 8 or 4 quantises the KV cache; vision_config_overrides wins over
+    config.json (InternVL: max_dynamic_patch, min_dynamic_patch, tiles of a picture).
     Raises: CheckpointError, one line saying what is wrong with the checkpoint.
     """
     folder = resolve_folder(path, revision)
     config = read_config(folder)
     room = find_room(config)
-    processor = room.processor_class()(folder, config.to_dict())
+    overrides = dict(vision_config_overrides or {})
+    processor = room.processor_class()(folder, config.to_dict(), overrides)
     lora = lora_config(adapter)
-    chosen = select_device(device)
+    chosen, cache = select_device(device), KVCacheConfig(bits=kv_bits)
+    options = LoadOptions(dtype, chosen, max_length, cache, compile, lora, overrides)
     worker = OwnerThread(chosen)
     try:
-        model = worker.call(
-            lambda: load_model(
-                room,
-                folder,
-                config,
-                LoadOptions(dtype, chosen, max_length, KVCacheConfig(bits=kv_bits), compile, lora),
-            )
-        )
+        model = worker.call(lambda: load_model(room, folder, config, options))
         vocab = text_config(config).vocab_size
         return Pipeline(model, processor, Engine(worker, model, engine, vocab))
     except BaseException:
@@ -80,6 +78,7 @@ class LoadOptions:
     kv_cache: KVCacheConfig = field(default_factory=KVCacheConfig)
     compile: bool = True
     lora: LoRAConfig | None = None
+    vision_config_overrides: dict[str, Any] = field(default_factory=dict)
 
 
 def lora_config(adapter: str | Path | Sequence[str | Path] | None) -> LoRAConfig | None:
@@ -131,6 +130,7 @@ def model_config_for(
         device_specs=[DeviceSpec(device.id, device.label)],
         max_length=options.max_length,
         kv_cache=options.kv_cache,
+        vision_config_overrides=options.vision_config_overrides,
         huggingface_config=config,
     ).resolve(weights)
 

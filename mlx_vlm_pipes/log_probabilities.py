@@ -69,7 +69,8 @@ class LogProbabilitiesMixin:
     ) -> list[LogProbabilities | None]:
         """One entry per row, None where top_n is 0.
 
-        Raises: InputError for echo without logits of all active tokens (set enable_echo).
+        Raises: InputError for echo without logits of all active tokens (ReturnLogits.ALL, or
+        ModelConfig.enable_echo).
         """
         del session
         active = model_inputs.active_tokens()
@@ -98,6 +99,6 @@ def _echo_logits(outputs: StepOutputs, row: int, active: Sequence[int]) -> mx.ar
     if have != len(active):
         raise InputError(
             f"echo needs logits of all {len(active)} tokens of row {row}, there are {have}; "
-            "load the model with enable_echo"
+            "build the model with ModelConfig(enable_echo=True) or return_logits=ReturnLogits.ALL"
         )
     return outputs.logits[begin : begin + have]

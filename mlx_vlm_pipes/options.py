@@ -94,8 +94,8 @@ class PromptOptions(TypedDict, total=False):
     fps: Annotated[
         float, Option("frames a second of a list of frames, or to take from a file", 2.0, above=0)
     ]
-    min_pixels: Annotated[int | None, Option("smallest size of a picture (Qwen2.5-VL)", low=1)]
-    max_pixels: Annotated[int | None, Option("largest size of a picture (Qwen2.5-VL)", low=1)]
+    min_pixels: Annotated[int | None, Option("smallest size of a picture, where any goes", low=1)]
+    max_pixels: Annotated[int | None, Option("largest size of a picture, where any goes", low=1)]
     num_frames: Annotated[int | None, Option("frames to take from a file, instead of fps", low=1)]
 
 

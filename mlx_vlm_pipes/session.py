@@ -10,8 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_vlm_pipes.dtypes import Device, DeviceRef
-from mlx_vlm_pipes.errors import ConfigError
+from mlx_vlm_pipes.dtypes import Device
 
 
 class Model:
@@ -50,30 +49,3 @@ class InferenceSession:
         mx.eval(parameters)
         module.eval()
         return Model(module, dict(tree_flatten(parameters)))
-
-
-def require_device(
-    devices: Sequence[Device], session: InferenceSession, declared: Sequence[DeviceRef]
-) -> Device:
-    """The one device that a model runs on, which is there and which all agree about.
-
-    declared: what the configuration says. Raises: ConfigError for no device, one that MLX does
-    not have here, or one that session or configuration contradict; NotImplementedError for
-    several.
-    """
-    if not devices:
-        raise ConfigError("devices is empty; give the one device that the model is to run on")
-    if len(devices) > 1:
-        raise NotImplementedError(f"{len(devices)} devices; one unified-memory device is run")
-    (device,) = devices
-    if not device.is_available:
-        raise ConfigError(f"devices has {device}, which MLX does not have here; use another one")
-    if session.devices and device not in session.devices:
-        known = ", ".join(map(str, session.devices))
-        raise ConfigError(f"devices has {device}, the session has {known}; give both the same")
-    if list(declared) != [DeviceRef.from_device(device)]:
-        said = ", ".join(map(str, declared)) or "none"
-        raise ConfigError(
-            f"devices has {device}, the model's device_specs say {said}; give both the same"
-        )
-    return device

@@ -208,7 +208,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "broken tokenizer": (write("tokenizer.json", "[1, 2"), "processor", "not a tokenizer"),
     "no image token": (rename_token("<image>", "<picture>"), "processor", "<image>"),
     "image token elsewhere": (
-        keys("config.json", image_token_id=7), "tokenizer", "token 7 is the image placeholder",
+        keys("config.json", image_token_id=7), "processor", "image_token_id is 7",
     ),
     "end token beyond": (
         lambda f: [

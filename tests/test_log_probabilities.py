@@ -6,10 +6,16 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_vlm_pipes import Pipeline
 from mlx_vlm_pipes.contexts import TextContext, TokenBuffer
+from mlx_vlm_pipes.dtypes import default_device
+from mlx_vlm_pipes.engine.engine import Engine
+from mlx_vlm_pipes.engine.state import EngineConfig
+from mlx_vlm_pipes.engine.worker import OwnerThread
 from mlx_vlm_pipes.errors import InputError
 from mlx_vlm_pipes.interfaces import ReturnLogits
 from tests.architectures.driving import load, new_cache
+from tests.engine.driving import FAMILIES, Driven, fixture_requests
 from tests.fixtures_helper import FIXTURES, reference
 
 FOLDER = FIXTURES / "llama-tied"
@@ -45,7 +51,34 @@ def test_echo_needs_all_logits() -> None:
     model = load(FOLDER, ReturnLogits.LAST_TOKEN)
     context = TextContext(max_length=99, tokens=TokenBuffer(np.array([1, 2, 3])))
     inputs = model.prepare_initial_token_inputs([[context]], new_cache(model))
-    with pytest.raises(InputError, match="all 3 tokens of row 0, there are 1"):
+    with pytest.raises(InputError, match=r"all 3 tokens of row 0, there are 1; .*enable_echo=True"):
         model.compute_log_probabilities(
             model.session, inputs, model.execute(inputs), mx.array([1]), [1], [True]
         )
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_pipeline_over_a_model_with_enable_echo(name: str) -> None:
+    """All logits of every prompt, the engine's slices and batches as with a model of load()."""
+    folder, worker = FIXTURES / name, OwnerThread(default_device())
+    facts, arrays = reference(folder)
+    model = worker.call(lambda: load(folder, ReturnLogits.LAST_TOKEN, enable_echo=True))
+    assert model.return_logits is ReturnLogits.ALL
+    vocab = model.language.decoder.config.vocab_size
+    engine = Engine(worker, model, EngineConfig(prefill_chunk=7), vocab)
+    prompts = fixture_requests(folder)
+    names = [n for n, request in prompts.items() if not request["videos"]][:3]
+    requests = [prompts[n] | {"prompt_logprobs": n == names[1]} for n in names]
+    for request in requests:
+        request["prompt" if request["raw"] else "messages"] = request.pop("prompt")
+    pipe = Pipeline(model, Driven(folder).processor, engine)
+    answers = pipe.generate_batch(requests, max_tokens=facts["max_new"])
+    logits = pipe.logits(**prompts[names[0]])
+    pipe.close()
+    for one, answer in zip(names, answers, strict=True):
+        assert answer.tokens == arrays[f"{one}/greedy"].tolist()
+    wanted = arrays[f"{names[0]}/logits"]
+    assert np.abs(logits - wanted).max() < 2e-5 * np.abs(wanted).max()
+    ids = arrays[f"{names[1]}/input_ids"]
+    scores = log_softmax(arrays[f"{names[1]}/logits"])[np.arange(len(ids) - 1), ids[1:]]
+    assert answers[1].prompt_logprobs.token_log_probabilities == pytest.approx(scores, abs=5e-4)

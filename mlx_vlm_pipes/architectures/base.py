@@ -18,6 +18,7 @@ from mlx_vlm_pipes.checkpoint.state import LANGUAGE, StateDict, part, tower_stat
 from mlx_vlm_pipes.config import KVCacheConfig, KVCacheParams, PipelineConfig
 from mlx_vlm_pipes.contexts import ImageMetadata, TextAndVisionContext, TextContext
 from mlx_vlm_pipes.dtypes import DeviceRef, DType
+from mlx_vlm_pipes.errors import ConfigError
 from mlx_vlm_pipes.hf_config import AutoConfig
 from mlx_vlm_pipes.interfaces import (
     Buffer,
@@ -39,14 +40,15 @@ from mlx_vlm_pipes.interfaces import (
 )
 from mlx_vlm_pipes.kv_cache import KVCacheInputs
 from mlx_vlm_pipes.nn.decoder import DecoderConfig
-from mlx_vlm_pipes.nn.language_model import LanguageModel
+from mlx_vlm_pipes.nn.language_model import LanguageModel, captured_layers
+from mlx_vlm_pipes.nn.lora_groups import group_fields, next_group_fields
 from mlx_vlm_pipes.nn.ragged import (
     active_images,
     flat_tokens,
     image_token_indices,
     require_image_rows,
+    require_replicas,
     row_offsets,
-    single_replica,
     step_phase,
 )
 from mlx_vlm_pipes.weights.layout import Layout, Transform
@@ -110,7 +112,8 @@ class CheckpointModel(LogProbabilitiesMixin, PipelineModelWithKVCache[ContextT])
     def load_parts(self, session: InferenceSession) -> list[Model]:
         """Read the weights through the adapter; the tower, if any, and the language model.
 
-        Raises: WeightsError naming missing, unexpected and mis-shaped tensors.
+        Raises: ConfigError for eagle_layers that there are not; WeightsError naming missing,
+        unexpected and mis-shaped tensors.
         """
         config, changes = self.read_config(self.pipeline_config)
         state = canonical_state(
@@ -118,6 +121,9 @@ class CheckpointModel(LogProbabilitiesMixin, PipelineModelWithKVCache[ContextT])
         )
         tower, decoder_config = self.blueprint(
             config, self.pipeline_config, state, self.return_logits, self.return_hidden_states
+        )
+        captured = captured_layers(
+            self.return_hidden_states, self.eagle_layers, decoder_config.num_layers
         )
         parts = []
         if tower is not None:
@@ -129,6 +135,7 @@ class CheckpointModel(LogProbabilitiesMixin, PipelineModelWithKVCache[ContextT])
             self.kv_params,
             self.return_logits,
             self.return_hidden_states,
+            captured=captured,
             compile=session.compile and self.pipeline_config.model.use_subgraphs,
         )
         loads = [module.parameters() for module in (tower, decoder) if module is not None]
@@ -136,20 +143,35 @@ class CheckpointModel(LogProbabilitiesMixin, PipelineModelWithKVCache[ContextT])
         self.weight_bytes = sum(array.nbytes for _, array in arrays)
         return [*parts, Model(self.language, loaded.weights)]
 
+    def lora_fields(self, contexts: Sequence[TextContext]) -> dict[str, Buffer]:
+        """The LoRA inputs that the contexts' model_name asks for; none where none is loaded.
+
+        Raises: UnknownAdapter, listing the adapters there are.
+        """
+        slots = [self.adapter_slot(context.model_name) for context in contexts]
+        lora = self.pipeline_config.lora
+        if lora is None or not self.adapters:
+            return {}
+        lengths = [context.tokens.active_length for context in contexts]
+        return group_fields(slots, lengths, self.language.adapter_ranks, lora.max_num_loras)
+
 
 def announce(kv_cache_inputs: KVCacheInputs | None, contexts: Sequence[TextContext]) -> None:
-    """Tell the cache inputs, if any, how many tokens of each row the coming step runs.
+    """Tell the cache inputs, if any, how many tokens of each row the coming step runs, and which
+    of a row's tokens see each other both ways.
 
     Raises: InputError for another number of rows.
     """
     if kv_cache_inputs is not None:
-        kv_cache_inputs.expect([context.tokens.active_length for context in contexts])
+        lengths = [context.tokens.active_length for context in contexts]
+        kv_cache_inputs.expect(lengths, [context.whole_spans for context in contexts])
 
 
 def following(prev: RaggedT, next_tokens: Buffer, **changes: Any) -> RaggedT:
     """The inputs of the decode step after `prev`: one token a row, not synchronised."""
     if prev.kv_cache_inputs is not None:
         prev.kv_cache_inputs.expect([1] * next_tokens.shape[0])
+    changes |= next_group_fields(prev)
     offsets = mx.arange(next_tokens.shape[0] + 1, dtype=mx.uint32)
     listed = [offsets] if isinstance(prev.input_row_offsets, list) else offsets
     return replace(
@@ -175,6 +197,11 @@ class VisionLanguageModel(
     language_model: Model
 
     def install(self, session: InferenceSession) -> None:
+        degree = self.pipeline_config.model.data_parallel_degree
+        if degree != 1:
+            raise ConfigError(
+                f"data_parallel_degree {degree}; {type(self).__name__} runs one replica, use 1"
+            )
         self.vision_model, self.language_model = self.load_model(session)
 
     def load_model(self, session: InferenceSession) -> tuple[Model, Model]:
@@ -248,10 +275,10 @@ class VisionLanguageModel(
         """Ragged inputs; pictures with tokens among the active ones are encoded in this step.
 
         image_embeddings [M, E]: the vision rows of exactly these pictures, encoded before.
-        Raises: ConfigError for more than one replica, ImageTokenMismatch for a picture with more
-        or fewer placeholders than vision rows, and what the room's `pack` raises.
+        Raises: ConfigError for more than one replica, UnknownAdapter, ImageTokenMismatch for a
+        picture with more or fewer placeholders than vision rows, and what the room's `pack` raises.
         """
-        single_replica(replica_batches)
+        require_replicas(replica_batches)
         contexts = replica_batches[0]
         images = active_images(contexts)
         has_pixels = bool(images) and image_embeddings is None
@@ -262,6 +289,7 @@ class VisionLanguageModel(
             "input_row_offsets": self._per_device(row_offsets(contexts)),
             "return_n_logits": mx.array([return_n_logits], dtype=mx.int64),
             "image_embeddings": image_embeddings,
+            **self.lora_fields(contexts),
         }
         if images or image_embeddings is not None:
             indices = mx.array(image_token_indices(contexts))
@@ -291,7 +319,7 @@ class VisionLanguageModel(
             rows,
             None if indices is None else one_device(indices),
             self.positions(inputs),
-            inputs.phase,
+            inputs.mode,
         )
 
     def prepare_next_token_inputs(

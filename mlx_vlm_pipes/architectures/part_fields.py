@@ -11,8 +11,8 @@ T = TypeVar("T")
 class PartField(Generic[T]):
     """A dataclass field without a place of its own: reading and writing go to a part.
 
-    Whatever is set on the outer configuration is then what the part's user reads. The field that
-    holds the part must be declared above it.
+    Whatever is set on the outer configuration is then what the part's user reads. The class must
+    also be a `WithPartFields`.
 
     Args: part, name: of the part, and of its field; read, write: from the part's value to the
     outer one's and back, where their types differ.
@@ -40,4 +40,15 @@ class PartField(Generic[T]):
 
     def __set__(self, config: object, value: T) -> None:
         stored = value if self._write is None else self._write(value)
-        setattr(vars(config)[self._part], self._name, stored)
+        if self._part in vars(config):
+            setattr(vars(config)[self._part], self._name, stored)
+        else:  # the constructor sets the fields in their order, and may come to the part later
+            vars(config).setdefault("_waiting", []).append((self._part, self._name, stored))
+
+
+class WithPartFields:
+    """A dataclass with PartFields; what its constructor was given goes to the parts."""
+
+    def __post_init__(self) -> None:
+        for part, name, value in vars(self).pop("_waiting", ()):
+            setattr(vars(self)[part], name, value)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
+from mlx_vlm_pipes.architectures.facts import NO_FACTS, RoomFacts
 from mlx_vlm_pipes.errors import UnsupportedModel
-from mlx_vlm_pipes.hf_config import lookup
 
 _ROOMS = "mlx_vlm_pipes.architectures"
 # room: (model class, processor class)
@@ -49,6 +50,8 @@ _NAMES = {
     "Qwen3VLForConditionalGeneration": "qwen3_vl",
     "qwen3_vl": "qwen3_vl",
 }
+# model_type of a part of other architectures' config.json: room
+_PARTS = {"qwen2": "llama3", "qwen3": "qwen3"}
 
 
 @dataclass(frozen=True)
@@ -72,15 +75,34 @@ class Room:
         """The module with the room's layouts."""
         return import_module(f"{_ROOMS}.{self.name}.weight_adapters")
 
+    def facts(self) -> RoomFacts:
+        return _facts(self.name)
+
+
+def find_facts(names: Sequence[Any], model_type: Any) -> RoomFacts:
+    """The facts of the room that config.json names; none for a name that we do not know.
+
+    Args: names, what `architectures` lists.
+    """
+    for name in (*names, model_type):
+        room = (_NAMES.get(name) or _PARTS.get(name)) if isinstance(name, str) else None
+        if room is not None:
+            return _facts(room)
+    return NO_FACTS
+
+
+def _facts(room: str) -> RoomFacts:
+    return import_module(f"{_ROOMS}.{room}.facts").FACTS
+
 
 def find_room(huggingface_config: Any) -> Room:
     """The room for a configuration, by `architectures` first, then `model_type`.
 
     Raises: UnsupportedModel naming what was found and what there is.
     """
-    found = lookup(huggingface_config, "architectures", default=[])
+    found = getattr(huggingface_config, "architectures", None)
     names = [n for n in found if isinstance(n, str)] if isinstance(found, (list, tuple)) else []
-    kind = lookup(huggingface_config, "model_type")
+    kind = getattr(huggingface_config, "model_type", None)
     for name in (*names, kind):
         if isinstance(name, str) and name in _NAMES:
             room = _NAMES[name]

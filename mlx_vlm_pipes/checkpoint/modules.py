@@ -115,6 +115,7 @@ def load_decoder(
             check_against_base(lora, {LANGUAGE + path: size for path, size in shapes.items()})
         attach_loras(decoder, state.loras, LANGUAGE, compute_dtype(decoder))
         decoder.adapter_names = tuple(lora.name for lora in state.loras)
+        decoder.adapter_ranks = tuple(lora.rank for lora in state.loras)
     decoder.fuse()
     session.load(decoder)
     return decoder, Model(decoder, canonical_arrays(decoder))

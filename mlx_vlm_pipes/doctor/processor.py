@@ -11,15 +11,11 @@ from mlx_vlm_pipes.checkpoint.state import LANGUAGE
 from mlx_vlm_pipes.doctor.report import Checkup
 from mlx_vlm_pipes.doctor.tensors import Tensors
 from mlx_vlm_pipes.errors import InputError, PipesError
-from mlx_vlm_pipes.processing.base import TextProcessor, VisionProcessor
+from mlx_vlm_pipes.processing.base import TextProcessor
 from mlx_vlm_pipes.processing.chat_template import find_template
 from mlx_vlm_pipes.processing.tokenizer import Tokenizer
 from mlx_vlm_pipes.processing.types import PromptRequest
 
-_TOKEN_KEYS = {
-    "image": ("image_token_id", "image_token_index", "img_context_token_id"),
-    "video": ("video_token_id", "video_token_index"),
-}
 _PROMPT = "Is this template in order?"
 
 
@@ -38,7 +34,7 @@ def examine_processor(
             return  # found above
     _look_at_tokens(tokenizer, tensors, checkup)
     if processor is not None:
-        _look_at_ids(processor, values, tensors, checkup)
+        _look_at_ends(processor, tensors, checkup)
     _look_at_template(folder, tokenizer, processor, checkup)
 
 
@@ -66,10 +62,8 @@ def _look_at_tokens(tokenizer: Tokenizer, tensors: Tensors | None, checkup: Chec
         checkup.warn("tokenizer", f"special tokens that it lacks: {', '.join(missing)}")
 
 
-def _look_at_ids(
-    processor: TextProcessor, values: Mapping[str, Any], tensors: Tensors | None, checkup: Checkup
-) -> None:
-    """End tokens and placeholders: the same numbers in config.json and tokenizer."""
+def _look_at_ends(processor: TextProcessor, tensors: Tensors | None, checkup: Checkup) -> None:
+    """End tokens: there are some, and the model can make them."""
     rows = _rows(tensors)
     ends = processor.eos_token_ids
     if not ends:
@@ -77,19 +71,6 @@ def _look_at_ids(
     beyond = [token for token in ends if rows is not None and token >= rows]
     if beyond:
         checkup.error("tokenizer", f"end token {beyond[0]} lies beyond the {rows} embedding rows")
-    if not isinstance(processor, VisionProcessor):
-        return
-    own = {"image": processor.tokens.ids[0]}
-    if "video" in processor.tokens.markers and len(processor.tokens.ids) > 1:
-        own["video"] = processor.tokens.ids[1]
-    for kind, number in own.items():
-        said = next((values[k] for k in _TOKEN_KEYS[kind] if values.get(k) is not None), None)
-        if said is not None and said != number:
-            checkup.error(
-                "tokenizer",
-                f"config.json says that token {said!r} is the {kind} placeholder, the tokenizer"
-                f" has it at {number}",
-            )
 
 
 def _look_at_template(

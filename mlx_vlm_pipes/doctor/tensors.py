@@ -35,7 +35,6 @@ from mlx_vlm_pipes.weights.quantized import settings_for
 from mlx_vlm_pipes.weights.safetensors import INDEX_NAME, clip, read_index
 
 _UNLOADABLE = (DType.float64, DType.float8_e5m2)
-_CONNECTORS = ("merger.", "connector.", "multi_modal_projector.")
 _CAUSE = "likely cause: "
 
 
@@ -118,7 +117,7 @@ def examine_tensors(
         ".scale" in name or "weight_scale" in name for name in infos
     ):
         checkup.warn("quantization", "config.json declares it, but no tensor is packed")
-    _sum_up(state, infos, checkup)
+    _sum_up(state, infos, room.facts().connectors, checkup)
     _look_at_head(state, config, checkup)
     is_gptq = isinstance(declared, QuantizationConfig) and declared.quant_method == "gptq"
     _compare(room, pipeline, state, checkup, dummies=is_gptq)
@@ -141,28 +140,34 @@ def describe_quantization(
     return text if method == "mlx" else f"{text} (repacked from {method} at load)"
 
 
-def _sum_up(state: StateDict, infos: Mapping[str, TensorInfo], checkup: Checkup) -> None:
+def _sum_up(
+    state: StateDict,
+    infos: Mapping[str, TensorInfo],
+    connectors: tuple[str, ...],
+    checkup: Checkup,
+) -> None:
     """Parameters and bytes of text, vision and connector."""
     elements: dict[str, int] = {}
     sizes: dict[str, int] = {}
     for name, weight in state.items():
-        elements[part_of(name)] = elements.get(part_of(name), 0) + _elements(name, weight, state)
+        where = part_of(name, connectors)
+        elements[where] = elements.get(where, 0) + _elements(name, weight, state)
     for name, info in infos.items():
         layout = state.layout
         renamed = None if layout is None or layout.ignores(name) else layout.rename(name)
         if renamed is not None:
-            where = part_of(renamed[0])
+            where = part_of(renamed[0], connectors)
             sizes[where] = sizes.get(where, 0) + info.nbytes
     for where in ("text", "vision", "connector"):
         if where in elements:
             checkup.parts[where] = Part(elements[where], sizes.get(where, 0))
 
 
-def part_of(name: str) -> str:
-    """text, vision or connector, by canonical name."""
+def part_of(name: str, connectors: tuple[str, ...]) -> str:
+    """text, vision or connector, by canonical name; connectors: as in RoomFacts."""
     if name.startswith(LANGUAGE):
         return "text"
-    return "connector" if name.removeprefix(VISION).startswith(_CONNECTORS) else "vision"
+    return "connector" if name.removeprefix(VISION).startswith(connectors) else "vision"
 
 
 def _elements(name: str, weight: WeightData, state: StateDict) -> int:

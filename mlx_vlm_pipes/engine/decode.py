@@ -89,8 +89,9 @@ class Decode:
         self.jobs.sort(key=_slot)  # rows that stay keep their slots, so nothing is moved
         jobs = list(self.jobs)
         kv = cache_inputs(self._state.cache, [job.row for job in jobs])
-        contexts = [job.context for job in jobs]
-        inputs = self._state.model.prepare_initial_token_inputs([contexts], kv)
+        model = self._state.model
+        contexts = model.as_replicas([job.context for job in jobs])
+        inputs = model.prepare_initial_token_inputs(contexts, kv)
         return self._launch(inputs, kv, jobs)
 
     def _launch(self, inputs: ModelInputs, kv: KVCacheInputs, jobs: list[Job]) -> Flight:

@@ -99,8 +99,10 @@ class Prefill:
         room = config.running_chunk if others_wait else config.prefill_chunk
         group: list[tuple[Job, int]] = []
         for job in self.jobs:
-            size = self._state.slice_size(job.remaining_prompt, room, alone=not group)
-            if size < 1 or (job.wants_echo and group):
+            size = self._state.slice_size(job.context, room)
+            if size < 1 or (group and size > room):
+                break
+            if job.wants_echo and group:
                 break  # logits of all positions are returned for one row at a time
             group.append((job, size))
             room -= size
@@ -121,8 +123,7 @@ class Prefill:
             started = []
             for job, size in group:
                 self._state.reset_row(job)
-                own = self._state.slice_size(job.remaining_prompt, size, alone=True)
-                started += self._run_or_isolate([(job, own)])
+                started += self._run_or_isolate([(job, self._state.slice_size(job.context, size))])
             return started
         return self._finish(group)
 

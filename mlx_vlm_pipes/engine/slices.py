@@ -52,7 +52,7 @@ def run_slice(
         if image.start_idx < row.context.tokens.current_position
     ]
     inputs = model.prepare_initial_token_inputs(
-        [[row.context for row in rows]],
+        model.as_replicas([row.context for row in rows]),
         kv,
         return_n_logits,
         image_embeddings=mx.concatenate(features) if features else None,
@@ -78,7 +78,7 @@ def prompt_logits(state: EngineState, context: TextContext) -> np.ndarray:
     row = SliceRow(context, state.new_row(context, cache), features)
     pieces = []
     while tokens.active_length:
-        size = state.slice_size(tokens.active_length, config.prefill_chunk, alone=True)
+        size = state.slice_size(context, config.prefill_chunk)
         tokens.chunk(size)
         pieces.append(np.array(run_slice(model, cache, [row], size).logits))
         tokens.advance_chunk()

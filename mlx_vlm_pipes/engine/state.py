@@ -117,14 +117,14 @@ class EngineState:
                 "(max_batch_input_tokens) are run; shorten it, raise the limit, or let it be cut"
             )
 
-    def slice_size(self, left: int, room: int, *, alone: bool) -> int:
-        """Tokens of a prompt with `left` to go that a slice with `room` takes.
-
-        alone: nothing else is in the slice; a prompt that may not be cut then goes whole.
-        """
-        if self.config.enable_chunked_prefill:
-            return min(left, room)
-        return left if alone or left <= room else 0
+    def slice_size(self, context: TextContext, room: int) -> int:
+        """Tokens of a prompt's next slice: at most `room`, more for what may not be cut."""
+        begin = context.tokens.processed_length
+        left = len(context.tokens) - begin
+        if not self.config.enable_chunked_prefill:
+            return left
+        size = min(left, room)
+        return context.uncut(begin, begin + size) - begin if size > 0 else 0
 
     def capacity_needed(self, context: TextContext) -> int:
         """Cache capacity of a request at its longest, in tokens.
@@ -151,23 +151,11 @@ class EngineState:
         longest = max(job.capacity for job in jobs)
         return row_bucket(len(jobs)) * longest * self.model.kv_params.bytes_per_token
 
-    def adapter_slot(self, name: str) -> int:
-        """The slot of a LoRA adapter; 0 for the base model (no name).
-
-        Raises: InputError naming the adapters there are.
-        """
-        if not name:
-            return 0
-        if name not in self.model.adapters:
-            loaded = ", ".join(self.model.adapters) or "none"
-            raise InputError(f"no adapter {name!r}; loaded: {loaded}")
-        return self.model.adapters.index(name) + 1
-
     def salt(self, context: TextContext, length: int) -> int:
         """Separates keys made with another LongRoPE table or another adapter."""
         edge = self.model.cache_break_length
         is_long = edge is not None and length > edge
-        return int(is_long) + 2 * self.adapter_slot(context.model_name)
+        return int(is_long) + 2 * self.model.adapter_slot(context.model_name)
 
     # ---- rows
 
@@ -175,7 +163,6 @@ class EngineState:
         """An empty row for a request's tokens, of the batch's cache or of another one."""
         row = (cache or self.cache).new_row()
         row.planned_length = len(context.tokens)
-        row.adapter = self.adapter_slot(context.model_name)
         return row
 
     def row_from_prefix(self, job: Job) -> CacheRow:
@@ -185,10 +172,11 @@ class EngineState:
             return row
         length, stored = self.prefixes.match(job.keys)
         length = min(length, len(tokens) - 1)  # one token must run to give logits
+        length = job.context.uncut(-1, length)
         if stored is None or length < 1:
             return row
         copied = stored.copy(length, capacity_bucket(len(tokens) + 1))
-        copied.planned_length, copied.adapter = row.planned_length, row.adapter
+        copied.planned_length = row.planned_length
         tokens.skip_processing(length)
         job.cached_tokens = length
         self.stats.cached_tokens += length

@@ -3,6 +3,7 @@
 from mlx_vlm_pipes.kv_cache.cache import (
     CacheRow,
     KVCache,
+    Span,
     capacity_bucket,
     row_bucket,
 )
@@ -27,7 +28,7 @@ from mlx_vlm_pipes.kv_cache.storage import (
 
 __all__ = [
     "CacheFormat", "CacheRow", "KVCache", "KVCacheInputs", "KVCacheInputsPerDevice", "Layer",
-    "Pages", "PlainFormat", "QuantizedFormat", "RowCacheInputs", "cache_format", "cache_inputs",
-    "capacity_bucket", "from_pages", "increment_cache_lengths", "pages_for", "row_bucket",
-    "rows_of", "write_decode", "write_pages",
+    "Pages", "PlainFormat", "QuantizedFormat", "RowCacheInputs", "Span", "cache_format",
+    "cache_inputs", "capacity_bucket", "from_pages", "increment_cache_lengths", "pages_for",
+    "row_bucket", "rows_of", "write_decode", "write_pages",
 ]  # fmt: skip

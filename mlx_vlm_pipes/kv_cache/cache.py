@@ -34,6 +34,9 @@ def row_bucket(rows: int) -> int:
     return next((b for b in _ROW_BUCKETS if b >= rows), -(-rows // 64) * 64)
 
 
+Span = tuple[int, int]  # begin and end of positions in a sequence
+
+
 class CacheRow:
     """One sequence's keys and values. `length` counts the cached tokens."""
 
@@ -42,8 +45,7 @@ class CacheRow:
         self.uncounted = 0  # tokens that a step has written behind `length`, not counted yet
         self.planned_length = 0  # tokens that prefill will reach in all, where it is chunked
         # positions whose tokens see each other both ways: all of a span in one step
-        self.whole_spans: Sequence[tuple[int, int]] = ()
-        self.adapter = 0  # LoRA adapter that makes these keys and values; 0 is the base model
+        self.whole_spans: Sequence[Span] = ()
         self.slot: int | None = None  # index in the batch arrays; None while staged
         self.format = format
         self._params = params

@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 import mlx.core as mx
 
 from mlx_vlm_pipes.errors import InputError
-from mlx_vlm_pipes.kv_cache.cache import CacheRow, KVCache
+from mlx_vlm_pipes.kv_cache.cache import CacheRow, KVCache, Span
 from mlx_vlm_pipes.kv_cache.pages import page_table, pages_for, to_pages
 
 A = TypeVar("A")
@@ -56,7 +56,9 @@ class KVCacheInputsPerDevice(Generic[A, B]):
     def kv_scales(self) -> A | None:
         return self._kv_scales
 
-    def expect(self, active_lengths: Sequence[int]) -> None:
+    def expect(
+        self, active_lengths: Sequence[int], whole_spans: Sequence[Sequence[Span]] = ()
+    ) -> None:
         """Announce the coming step's active tokens of each row. Given arrays say it themselves."""
 
     def flatten(self) -> list[A | B]:
@@ -107,13 +109,17 @@ class RowCacheInputs(KVCacheInputsPerDevice[mx.array, mx.array]):
     def kv_scales(self) -> None:
         return None
 
-    def expect(self, active_lengths: Sequence[int]) -> None:
+    def expect(
+        self, active_lengths: Sequence[int], whole_spans: Sequence[Sequence[Span]] = ()
+    ) -> None:
         """Announce the coming step: row i has active_lengths[i] tokens.
 
         Raises: InputError for another number of rows.
         """
         self._require_rows(len(active_lengths))
         self._expected = list(active_lengths)
+        for row, spans in zip(self.rows, whole_spans, strict=bool(whole_spans)):
+            row.whole_spans = spans
 
     def count(self, active_lengths: Sequence[int]) -> None:
         """Count what the step has written: all rows, or none where one raises InputError."""
@@ -175,13 +181,17 @@ class KVCacheInputs(Generic[A, B]):
     def flatten(self) -> list[A | B]:
         return [array for device in self.inputs for array in device.flatten()]
 
-    def expect(self, active_lengths: Sequence[int]) -> None:
+    def expect(
+        self, active_lengths: Sequence[int], whole_spans: Sequence[Sequence[Span]] = ()
+    ) -> None:
         """Announce the coming step's active tokens of each row; prepare_* calls it.
+
+        whole_spans: for each row the positions whose tokens see each other both ways.
 
         Raises: InputError for another number of rows.
         """
         for device in self.inputs:
-            device.expect(active_lengths)
+            device.expect(active_lengths, whole_spans)
 
     def __iter__(self) -> Iterator[KVCacheInputsPerDevice[A, B]]:
         return iter(self.inputs)

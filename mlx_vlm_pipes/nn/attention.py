@@ -11,11 +11,10 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 import numpy as np
 
-from mlx_vlm_pipes.kv_cache import CacheFormat, Layer, PlainFormat, QuantizedFormat
+from mlx_vlm_pipes.kv_cache import CacheFormat, Layer, PlainFormat, QuantizedFormat, Span
 
 TILE = 256  # tokens of a quantised cache that prefill dequantises at a time
 DECODE_TILE = 2048  # tokens whose scores a decode step holds at a time; nothing is dequantised
-Span = tuple[int, int]  # begin and end of positions in a sequence
 
 
 def merge_heads(x: mx.array) -> mx.array:

@@ -10,7 +10,7 @@ import numpy as np
 
 from mlx_vlm_pipes.config import KVCacheParams
 from mlx_vlm_pipes.errors import InputError
-from mlx_vlm_pipes.interfaces import ModelOutputs
+from mlx_vlm_pipes.interfaces import ModelOutputs, Phase, StepMode
 from mlx_vlm_pipes.kv_cache import (
     CacheRow,
     KVCache,
@@ -24,7 +24,7 @@ from mlx_vlm_pipes.kv_cache import (
 
 BUFFERS = (
     "(tokens, input_row_offsets, return_n_logits, *signal_buffers or data_parallel_splits, "
-    "kv_blocks, cache_lengths, lookup_table, max_lengths)"
+    "kv_blocks, cache_lengths, lookup_table, max_lengths[, lora_ids, lora_grouped_offsets])"
 )
 
 
@@ -36,10 +36,18 @@ class BufferStep:
     the rows of a cache, they get the new tokens as well, so that `increment_cache_lengths` and the
     next `prepare_*` go on from there. cache_lengths, lookup_table and the offsets are read on the
     host. For speed, hand `kv_cache_inputs` to `execute` instead.
+
+    `buffers` holds no LoRA inputs: where adapters are loaded, lora_ids and lora_grouped_offsets
+    follow behind it.
     """
 
-    def __init__(self, language: Callable[..., ModelOutputs], params: KVCacheParams) -> None:
-        self.language, self.params = language, params
+    def __init__(
+        self,
+        language: Callable[..., ModelOutputs],
+        params: KVCacheParams,
+        adapters: Sequence[str] = (),
+    ) -> None:
+        self.language, self.params, self.adapters = language, params, adapters
 
     def __call__(
         self,
@@ -52,31 +60,44 @@ class BufferStep:
         the other arrays of BUFFERS.
 
         Raises: TypeError for other arrays; InputError for arrays that contradict each other or
-        the model, and for a quantised cache.
+        the model, for a quantised cache, and without LoRA inputs where adapters are loaded.
         """
         first = (tokens, input_row_offsets, return_n_logits)
         if cache and isinstance(cache[0], KVCacheInputs):
             return self.language(*first, *cache)
         counts: list[int] = np.diff(np.array(input_row_offsets).astype(np.int64)).tolist()
-        step = _PagedStep(self.params, _cache_arrays(cache, len(counts)), counts)
-        outputs = self.language(*first, KVCacheInputs([step.inputs]))
+        arrays, groups = _cache_arrays(cache, len(counts))
+        if self.adapters and not groups:
+            raise InputError(
+                f"buffers of a model with adapters ({', '.join(self.adapters)}) need lora_ids and "
+                "lora_grouped_offsets behind them; append these, or use execute(inputs)"
+            )
+        step = _PagedStep(self.params, arrays, counts)
+        mode = StepMode(Phase.PREFILL, *groups)
+        outputs = self.language(*first, KVCacheInputs([step.inputs]), None, None, None, mode)
         step.write_back()
         return outputs
 
 
-def _cache_arrays(arrays: Sequence[Any], rows: int) -> Sequence[mx.array]:
-    """The four cache arrays, behind signal buffers (uint8) or data_parallel_splits (int64).
+def _cache_arrays(
+    arrays: Sequence[Any], rows: int
+) -> tuple[Sequence[mx.array], Sequence[mx.array]]:
+    """The four cache arrays, behind signal buffers (uint8) or data_parallel_splits (int64), and
+    the LoRA inputs behind them, if any.
 
     The splits say where each replica's rows end; all rows are run on the one device.
     """
-    middle, cache = arrays[:-4], arrays[-4:]
-    is_flat = len(cache) == 4 and all(isinstance(a, mx.array) for a in arrays)
-    if not is_flat or cache[0].ndim != 6 or any(a.ndim != 1 for a in middle):
+    is_flat = all(isinstance(a, mx.array) for a in arrays)
+    pages = [i for i, a in enumerate(arrays) if is_flat and a.ndim == 6]
+    begin = pages[0] if len(pages) == 1 else 0
+    middle, cache, groups = arrays[:begin], arrays[begin : begin + 4], arrays[begin + 4 :]
+    fits = len(pages) == 1 and len(cache) == 4 and len(groups) in (0, 2)
+    if not fits or any(a.ndim != 1 for a in (*middle, *groups)):
         raise TypeError(f"the model takes {BUFFERS}, all of them arrays, or a KVCacheInputs")
     for array in middle:
         if array.dtype != mx.uint8 and int(array[-1].item()) != rows:
             raise InputError(f"data_parallel_splits end at {array[-1].item()} for {rows} rows")
-    return cache
+    return cache, groups
 
 
 class _PagedStep:
@@ -101,7 +122,7 @@ class _PagedStep:
             self.pages.append(pages)
         if self.source is not None:
             for row, own in zip(rows, self.source.rows, strict=True):
-                row.planned_length, row.adapter = own.planned_length, own.adapter
+                row.planned_length = own.planned_length
         self.inputs = RowCacheInputs(cache, rows)
 
     def _row(self, cache: KVCache, pages: list[int], length: int) -> CacheRow:

@@ -1,9 +1,9 @@
-"""The dense grouped-query decoder that all five architectures share.
+"""The dense grouped-query decoder that all architectures share.
 
 Two ways through the same weights: `prefill` takes ragged rows on a flat token axis, `decode` one
 token of every row. Hidden states are [T, E]: no batch axis, no padding.
 Source: transformers modeling_llama.py, modeling_granite.py, modeling_phi3.py, modeling_olmo.py,
-modeling_qwen2.py, modeling_qwen3.py (spec, section 4.2).
+modeling_qwen2.py, modeling_qwen3.py, modeling_qwen3_vl.py, modeling_gemma3.py (spec, section 4.2).
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_vlm_pipes.kv_cache import CacheFormat, CacheRow, Layer, write_decode
+from mlx_vlm_pipes.kv_cache import CacheFormat, CacheRow, Layer, Span, write_decode
 from mlx_vlm_pipes.nn.activations import activation
 from mlx_vlm_pipes.nn.attention import (
-    Span,
     decode_attention,
     merge_heads,
     prefill_attention,
@@ -112,6 +111,25 @@ class Added:
         if layer >= len(self.features):
             return h
         return h.at[self.places].add(self.features[layer].astype(h.dtype))
+
+
+class Capture:
+    """Outputs of some decoder layers, kept while the hidden states pass by (EAGLE3).
+
+    layers: indices in the order wanted.
+    """
+
+    def __init__(self, layers: Sequence[int]) -> None:
+        self.layers = layers
+        self._outputs: dict[int, mx.array] = {}
+
+    def keep(self, layer: int, h: mx.array) -> None:
+        if layer in self.layers:
+            self._outputs[layer] = h
+
+    def joined(self) -> mx.array:
+        """[T, layers * E], after each layer and before the final norm."""
+        return mx.concatenate([self._outputs[layer] for layer in self.layers], axis=-1)
 
 
 def last_tokens(rows: Sequence[PrefillRow], tail: int) -> mx.array:
@@ -408,6 +426,7 @@ class DenseDecoder(nn.Module):
         super().__init__()
         self.config = config
         self.adapter_names: tuple[str, ...] = ()  # LoRA slots from 1 on
+        self.adapter_ranks: tuple[int, ...] = ()
         self.rope = Rope(config.rope)
         self.sliding_rope = Rope(config.sliding_rope) if config.sliding_rope else self.rope
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -455,29 +474,43 @@ class DenseDecoder(nn.Module):
         slots: mx.array | None = None,
         tail: int | None = None,
         added: Added | None = None,
+        capture: Capture | None = None,
     ) -> mx.array:
         """Embeddings [T, E] of ragged rows -> hidden states [T, E]; the rows' caches are written.
 
         slots int32 [T]: each token's LoRA adapter, 0 for the base model. tail: only the last
-        `tail` tokens of each row are wanted, [B * tail, E]; the last layer skips the others.
+        `tail` tokens of each row are wanted, [B * tail, E]; the last layer skips the others, also
+        for `capture`.
         """
         last = len(self.layers) - 1
         for i, layer in enumerate(self.layers[:-1]):
             h = layer.prefill(h, rows, slots)
             h = h if added is None else added.after(i, h)
+            if capture is not None:
+                capture.keep(i, h)
         if added is None or len(added.features) <= last:
-            return self.layers[last].prefill(h, rows, slots, tail)
-        h = added.after(last, self.layers[last].prefill(h, rows, slots))
-        return h if tail is None else h[last_tokens(rows, tail)]
+            h = self.layers[last].prefill(h, rows, slots, tail)
+        else:
+            h = added.after(last, self.layers[last].prefill(h, rows, slots))
+            h = h if tail is None else h[last_tokens(rows, tail)]
+        if capture is not None:
+            capture.keep(last, h)
+        return h
 
     def decode(
-        self, h: mx.array, layers: Sequence[Layer], step: DecodeStep
+        self,
+        h: mx.array,
+        layers: Sequence[Layer],
+        step: DecodeStep,
+        capture: Capture | None = None,
     ) -> tuple[mx.array, list[Layer]]:
         """Embeddings [B, E] of one token a row -> hidden states [B, E] and the written caches."""
         written = []
-        for layer, cached in zip(self.layers, layers, strict=True):
+        for i, (layer, cached) in enumerate(zip(self.layers, layers, strict=True)):
             h, cached = layer.decode(h, cached, step)
             written.append(cached)
+            if capture is not None:
+                capture.keep(i, h)
         return h, written
 
     def logits(self, h: mx.array) -> mx.array:

@@ -11,11 +11,21 @@ import numpy as np
 from mlx_vlm_pipes.config import KVCacheParams
 from mlx_vlm_pipes.dtypes import DeviceRef
 from mlx_vlm_pipes.errors import ConfigError, InputError
-from mlx_vlm_pipes.interfaces import ModelOutputs, Phase, ReturnHiddenStates, ReturnLogits
-from mlx_vlm_pipes.kv_cache import KVCacheInputs, Layer, RowCacheInputs, cache_format, rows_of
-from mlx_vlm_pipes.nn.attention import Span, decode_mask
-from mlx_vlm_pipes.nn.decoder import Added, DecodeStep, DenseDecoder, PrefillRow, last_tokens
+from mlx_vlm_pipes.interfaces import ModelOutputs, Phase, ReturnHiddenStates, ReturnLogits, StepMode
+from mlx_vlm_pipes.kv_cache import KVCacheInputs, Layer, RowCacheInputs, Span, cache_format, rows_of
+from mlx_vlm_pipes.nn.attention import decode_mask
+from mlx_vlm_pipes.nn.decoder import (
+    Added,
+    Capture,
+    DecodeStep,
+    DenseDecoder,
+    PrefillRow,
+    last_tokens,
+)
+from mlx_vlm_pipes.nn.lora_groups import token_slots
 from mlx_vlm_pipes.nn.ragged import merge_image_features, placed_features
+
+PREFILL = StepMode()
 
 
 def can_compile(device: DeviceRef) -> bool:
@@ -23,10 +33,35 @@ def can_compile(device: DeviceRef) -> bool:
     return device.is_gpu() or shutil.which("g++") is not None or shutil.which("c++") is not None
 
 
+def captured_layers(
+    kind: ReturnHiddenStates, eagle_layers: Sequence[int] | None, count: int
+) -> tuple[int, ...]:
+    """The decoder layers whose outputs are returned, counted from 0, of `count` layers.
+
+    Raises: ConfigError naming eagle_layers, where EAGLE3 has none, others have some, or a layer
+    does not exist.
+    """
+    layers = tuple(eagle_layers or ())
+    if kind is not ReturnHiddenStates.EAGLE3:
+        if eagle_layers is not None:
+            raise ConfigError(
+                f"eagle_layers with return_hidden_states {kind.value!r}; they go with 'eagle3' only"
+            )
+        return ()
+    wrong = [layer for layer in layers if not -count <= layer < count]
+    if wrong or not layers:
+        raise ConfigError(
+            f"eagle_layers {list(layers) or 'missing'} for return_hidden_states 'eagle3'; list "
+            f"decoder layers from 0 to {count - 1}, or from -{count} to -1"
+        )
+    return tuple(layer % count for layer in layers)
+
+
 class LanguageModel:
     """A decoder and its compiled step. Holds weights only; the cache comes with each call.
 
-    adapters names the LoRA adapters that the decoder carries, in the order of their slots from 1.
+    adapters and adapter_ranks: names and ranks of its LoRA adapters, in the order of their slots.
+    captured: the layers whose outputs are the hidden states of EAGLE3, from `captured_layers`.
     traces counts how often the compiled decode step was traced: once per (slots, capacity) bucket.
     """
 
@@ -37,14 +72,14 @@ class LanguageModel:
         return_logits: ReturnLogits,
         return_hidden_states: ReturnHiddenStates = ReturnHiddenStates.NONE,
         *,
+        captured: Sequence[int] = (),
         compile: bool = True,
     ) -> None:
-        if return_hidden_states is ReturnHiddenStates.EAGLE3:
-            raise ConfigError("return_hidden_states 'eagle3' needs a list of layers; none is set")
         self.decoder = decoder
         self.return_logits = return_logits
         self.return_hidden_states = return_hidden_states
-        self.adapters = decoder.adapter_names
+        self._captured = captured
+        self.adapters, self.adapter_ranks = decoder.adapter_names, decoder.adapter_ranks
         self.traces = 0
         self._format = cache_format(kv_params)
         self._compiled = compile and can_compile(kv_params.devices[0])
@@ -64,13 +99,13 @@ class LanguageModel:
         image_embeddings: mx.array | None = None,
         image_token_indices: mx.array | None = None,
         position_ids: mx.array | None = None,
-        phase: Phase = Phase.PREFILL,
+        mode: StepMode = PREFILL,
     ) -> ModelOutputs:
         """One step over the active tokens of every row.
 
         Args: tokens int [T]; input_row_offsets [B + 1]; return_n_logits [1]; image_embeddings
         [M, (1 + feature_layers) * E], the rows and behind them what each of the first layers adds,
-        with image_token_indices [M]; position_ids [axes, T] for M-RoPE; phase, as the inputs say
+        with image_token_indices [M]; position_ids [axes, T] for M-RoPE; mode, as the inputs say
         it.
         """
         kv = rows_of(kv_cache_inputs)
@@ -79,8 +114,8 @@ class LanguageModel:
             return self._no_rows(tokens)
         # Some of the rows that lie in the batch go prefill's way: placing them alone would push
         # the others out.
-        if phase is Phase.DECODE and kv.cache.can_place(kv.rows):
-            hidden, logits = self._decode(tokens, kv, position_ids)
+        if mode.phase is Phase.DECODE and kv.cache.can_place(kv.rows):
+            hidden, logits = self._decode(tokens, kv, position_ids, mode)
             kv.wrote([1] * len(kv.rows))
             return self._one_token_outputs(hidden, logits)
         h = self.decoder.embed(tokens)
@@ -91,14 +126,16 @@ class LanguageModel:
             h, added = self._merge(h, image_embeddings, image_token_indices)
         h = self.decoder.scale_embeddings(h)
         bounds = np.array(input_row_offsets).astype(np.int64)
-        slots = self._slots([row.adapter for row in kv.rows], np.diff(bounds))
+        slots = token_slots(mode, tokens.shape[0], self.adapters)
         tail = self._tail(bounds, return_n_logits)
         rows = self._prefill_rows(kv, bounds, position_ids)
-        if self.return_hidden_states in (ReturnHiddenStates.ALL, ReturnHiddenStates.ALL_NORMALIZED):
-            h = self.decoder.prefill(h, rows, slots, added=added)
+        capture = Capture(self._captured) if self._captured else None
+        if self._wants_all_tokens():
+            h = self.decoder.prefill(h, rows, slots, None, added, capture)
             picked = h if tail is None else h[last_tokens(rows, tail)]
         else:
-            picked = h = self.decoder.prefill(h, rows, slots, tail, added)
+            picked = h = self.decoder.prefill(h, rows, slots, tail, added, capture)
+        h = h if capture is None else capture.joined()
         kv.wrote(np.diff(bounds).tolist())
         return self._outputs(h, picked, bounds, tail)
 
@@ -119,6 +156,12 @@ class LanguageModel:
         own, *more = mx.split(rows, parts, axis=1) if parts > 1 else [rows]
         return merge_image_features(h, own, places), Added(places, more) if more else None
 
+    def _wants_all_tokens(self) -> bool:
+        """Whether the last layer's output is returned for all tokens of a step."""
+        every = (ReturnHiddenStates.ALL, ReturnHiddenStates.ALL_NORMALIZED)
+        is_captured = self.decoder.config.num_layers - 1 in self._captured
+        return is_captured or self.return_hidden_states in every
+
     def _tail(self, bounds: np.ndarray, return_n_logits: mx.array) -> int | None:
         """How many last tokens of each row get logits, None for all of them.
 
@@ -133,12 +176,6 @@ class LanguageModel:
         if shortest < tail:
             raise InputError(f"return_n_logits {tail} for a row of {shortest} active tokens")
         return tail
-
-    def _slots(self, rows: list[int], counts: np.ndarray | int = 1) -> mx.array | None:
-        """Each token's adapter, int32 [T]; None where no adapter is loaded."""
-        if not self.adapters:
-            return None
-        return mx.array(np.repeat(np.array(rows, np.int32), counts))
 
     def _prefill_rows(
         self, kv: RowCacheInputs, bounds: np.ndarray, position_ids: mx.array | None
@@ -159,9 +196,14 @@ class LanguageModel:
         return rows
 
     def _decode(
-        self, tokens: mx.array, kv: RowCacheInputs, position_ids: mx.array | None
+        self,
+        tokens: mx.array,
+        kv: RowCacheInputs,
+        position_ids: mx.array | None,
+        mode: StepMode,
     ) -> tuple[mx.array, mx.array]:
-        """The compiled step: hidden states [B, E] and logits [B, V], batch arrays updated."""
+        """The compiled step: hidden states [B, E], or the captured ones [B, layers * E], and
+        logits [B, V]; batch arrays updated."""
         cache, count = kv.cache, len(kv.rows)
         cache.place(kv.rows)
         tokens = tokens.astype(mx.uint32)  # what argmax gives; another type would be traced again
@@ -172,8 +214,7 @@ class LanguageModel:
             tokens = mx.concatenate([tokens, idle])
             if position_ids is not None:
                 positions = mx.concatenate([positions, idle.astype(mx.int32)])
-        idle_rows = [0] * (cache.slots - count)
-        slots = self._slots([row.adapter for row in kv.rows] + idle_rows)
+        slots = token_slots(mode, cache.slots, self.adapters)
         extra = () if slots is None else (slots,)
         out = self._step(tokens, lengths, positions, *extra, *cache.take())
         cache.give(out[2:])
@@ -198,13 +239,17 @@ class LanguageModel:
             slots=slots,
         )
         h = decoder.scale_embeddings(decoder.embed(tokens))
-        h, written = decoder.decode(h, layers, step)
-        return h, decoder.logits(h), *(a for layer in written for a in layer)
+        capture = Capture(self._captured) if self._captured else None
+        h, written = decoder.decode(h, layers, step, capture)
+        hidden = h if capture is None else capture.joined()
+        return hidden, decoder.logits(h), *(a for layer in written for a in layer)
 
     def _no_rows(self, tokens: mx.array) -> ModelOutputs:
         """An empty batch: logits [0, V]."""
         logits = mx.zeros((0, self.decoder.config.vocab_size), mx.float32)
-        return self._one_token_outputs(self.decoder.embed(tokens), logits)
+        width = self.decoder.config.hidden_size * max(1, len(self._captured))
+        hidden = mx.zeros((0, width), self.decoder.embed(tokens).dtype)
+        return self._one_token_outputs(hidden, logits)
 
     def _one_token_outputs(self, hidden: mx.array, logits: mx.array) -> ModelOutputs:
         """Every row has one active token, so all the ways of returning logits coincide."""
@@ -232,7 +277,7 @@ class LanguageModel:
 
     def _hidden(self, h: mx.array, last: mx.array) -> mx.array | None:
         kind = self.return_hidden_states
-        if kind is ReturnHiddenStates.ALL:
+        if kind in (ReturnHiddenStates.ALL, ReturnHiddenStates.EAGLE3):
             return h
         if kind is ReturnHiddenStates.ALL_NORMALIZED:
             return self.decoder.norm(h)

@@ -17,10 +17,17 @@ from mlx_vlm_pipes.interfaces import Phase
 DROP = np.iinfo(np.int32).min  # an image row that has no place among the active tokens
 
 
-def single_replica(replica_batches: Sequence[Sequence[TextContext]], degree: int = 1) -> None:
+def require_replicas(replica_batches: Sequence[Sequence[TextContext]], degree: int = 1) -> None:
     """Raises: ConfigError unless there are exactly `degree` replicas."""
     if len(replica_batches) != degree:
-        raise ConfigError(f"{len(replica_batches)} replica batches, expected {degree}")
+        raise ConfigError(
+            f"{len(replica_batches)} replica batches, expected {degree} (data_parallel_degree)"
+        )
+
+
+def replica_splits(replica_batches: Sequence[Sequence[TextContext]]) -> mx.array:
+    """int64 [replicas + 1]: replica i is rows splits[i]:splits[i + 1]."""
+    return mx.array(np.cumsum([0, *map(len, replica_batches)]).astype(np.int64))
 
 
 def flat_tokens(contexts: Sequence[TextContext]) -> mx.array:

@@ -12,10 +12,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, ClassVar, TypedDict
 
 import numpy as np
 
+from mlx_vlm_pipes.architectures.facts import RoomFacts
 from mlx_vlm_pipes.contexts import (
     EOSTracker,
     ImageMetadata,
@@ -39,7 +40,7 @@ from mlx_vlm_pipes.processing.tokenizer import Tokenizer
 from mlx_vlm_pipes.processing.transforms import image_hash
 from mlx_vlm_pipes.processing.types import MediaRecord, ProcessedPrompt, PromptRequest
 
-QWEN_ONLY = ("min_pixels", "max_pixels")
+MODEL_OPTIONS = ("min_pixels", "max_pixels")  # of a PromptRequest; not every model takes them
 MAX_RETRY_SECONDS = 0.5  # a template that fails this slowly gets no second form to try
 MAX_MEDIA_TOKENS = 2**18  # of one picture or clip; far beyond any model, short of a flood
 
@@ -94,14 +95,24 @@ class MediaTokens:
 class TextProcessor:
     """Tokenizer, chat template and end tokens; the processor of a model without vision.
 
-    Args: folder, the checkpoint; config, its parsed config.json; tokenizer, the folder's, where it
-    has been read already.
-    Raises: ProcessorError if the tokenizer or generation_config.json cannot be used.
+    Args: folder, the checkpoint; config, its parsed config.json; overrides,
+    `vision_config_overrides`, which win over config.json; tokenizer, the folder's, where it has
+    been read already.
+    Raises: ProcessorError if the tokenizer or generation_config.json cannot be used; ConfigError
+    for an override that the architecture does not have.
     """
 
+    facts: ClassVar[RoomFacts]
+    accepted_options: ClassVar[tuple[str, ...]] = ()  # which of MODEL_OPTIONS this model takes
+
     def __init__(
-        self, folder: Path, config: Mapping[str, Any], tokenizer: Tokenizer | None = None
+        self,
+        folder: Path,
+        config: Mapping[str, Any],
+        overrides: Mapping[str, Any] | None = None,
+        tokenizer: Tokenizer | None = None,
     ) -> None:
+        self.facts.check_overrides(overrides or {})
         self.folder = folder
         self.tokenizer = tokenizer or Tokenizer(folder)
         self.eos_token_ids = read_eos_token_ids(self.folder, config, self.tokenizer)
@@ -121,7 +132,7 @@ class TextProcessor:
                 f"{self.architecture} reads text only; it cannot take "
                 f"{len(media.images)} images and {len(media.videos)} videos"
             )
-        self.refuse(request, QWEN_ONLY)
+        self.refuse_options(request)
         if chat is None:
             text = str(request.prompt)
             ids = self.tokenize(text)
@@ -180,12 +191,12 @@ class TextProcessor:
             raise InputError("raw takes no system prompt; write it into the text")
         return request.raw
 
-    def refuse(self, request: PromptRequest, names: Sequence[str]) -> None:
-        given = [name for name in names if getattr(request, name) is not None]
+    def refuse_options(self, request: PromptRequest) -> None:
+        """Raises: InputError for options that this model does not take."""
+        refused = [name for name in MODEL_OPTIONS if name not in self.accepted_options]
+        given = [name for name in refused if getattr(request, name) is not None]
         if given:
-            raise InputError(
-                f"{' and '.join(given)}: only Qwen2.5-VL takes them, not {self.architecture}"
-            )
+            raise InputError(f"{' and '.join(given)}: not for {self.architecture}; leave it out")
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids with the tokenizer's special tokens, but no second BOS."""
@@ -227,17 +238,16 @@ class VisionProcessor(TextProcessor, ABC):
     changes pixels.
     """
 
-    refused_options: Sequence[str] = QWEN_ONLY
-
     def __init__(
         self,
         folder: Path,
         config: Mapping[str, Any],
+        overrides: Mapping[str, Any] | None,
         tokenizer: Tokenizer,
         tokens: MediaTokens,
         digest: str,
     ) -> None:
-        super().__init__(folder, config, tokenizer)
+        super().__init__(folder, config, overrides, tokenizer)
         self.tokens = tokens
         self.digest = digest
 
@@ -280,7 +290,7 @@ class VisionProcessor(TextProcessor, ABC):
     def check(self, request: PromptRequest, num_videos: int) -> None:
         """Raises: InputError for options, or clips, that the family does not take."""
         del num_videos  # for the families that take none
-        self.refuse(request, self.refused_options)
+        self.refuse_options(request)
 
     def forms(self, messages: list[Message]) -> list[list[Message]]:
         """The messages in the forms that templates may want, best first."""

@@ -38,10 +38,13 @@ class GridProcessor(VisionProcessor):
     ClipSettings.
     """
 
+    accepted_options = ("min_pixels", "max_pixels")
+
     def __init__(
         self,
         folder: Path,
         config: Mapping[str, Any],
+        overrides: Mapping[str, Any] | None,
         image: PatchDefaults,
         video: PatchDefaults,
         max_video_tokens: int,
@@ -60,7 +63,7 @@ class GridProcessor(VisionProcessor):
             {"image": (self.image_token,), "video": (self.video_token,)},
             (self.image_token_id, self.video_token_id),
         )
-        super().__init__(folder, config, tokenizer, tokens, type(self).__name__)
+        super().__init__(folder, config, overrides, tokenizer, tokens, type(self).__name__)
 
     def check_patches(self, patch: int, merge: int, step: int) -> None:
         """Raises: ProcessorError unless pictures and clips are cut as the model's config says."""

@@ -49,6 +49,12 @@ class Settings:
         value = self.get(key)
         return default if value is None else self.checked_int(key, value, low, high)
 
+    def agree(self, key: str, value: int) -> None:
+        """Raises: ProcessorError if the file says another number than config.json implies."""
+        said = self.integer(key, value, high=MAX_COUNT)
+        if said != value:
+            raise self.error(key, said, f"{value}, as config.json implies")
+
     def number(self, key: str, default: float) -> float:
         value = self.get(key)
         if value is None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -51,8 +51,11 @@ def _value_table(settings: PixelSettings) -> np.ndarray:
     return table
 
 
-def cut_tiles(tiles: np.ndarray, patch: int) -> np.ndarray:
-    """[N, 3, S, S] -> [N, S/p, S/p, 3, p, p], a view in the same dtype. p must divide S."""
+def cut_tiles(tiles: Any, patch: int) -> Any:
+    """[N, 3, S, S] -> [N, S/p, S/p, 3, p, p], a view in the same dtype. p must divide S.
+
+    Takes and gives an array of numpy, or of MLX.
+    """
     count, channels, height, width = tiles.shape
     grid = tiles.reshape(count, channels, height // patch, patch, width // patch, patch)
     return grid.transpose(0, 2, 4, 1, 3, 5)

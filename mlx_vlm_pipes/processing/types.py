@@ -22,8 +22,9 @@ class PromptRequest:
     whatever `images.load_image` and `video.load_clip` take; they fill the `{"type": "image"}`
     parts that carry no picture, in order. raw: take a text prompt verbatim, placeholders included.
     fps: frames a second that a list of frames holds, and that are sampled from a video file.
-    min_pixels, max_pixels: limits of one picture or frame (Qwen2.5-VL). num_frames: how many
-    frames to take from a video file, instead of `fps`. local_files: whether text may name files.
+    min_pixels, max_pixels: limits of one picture or frame, of models that take any size.
+    num_frames: how many frames to take from a video file, instead of `fps`. local_files: whether
+    text may name files.
     template_variables: further names that the chat template reads (`tools`, `enable_thinking`).
     Raises: InputError if images or videos is not a list or tuple, or an option is out of bounds.
     """
@@ -52,7 +53,7 @@ class PromptRequest:
 class MediaRecord:
     """What the model saw of one picture or clip. Sizes are (width, height) in pixels.
 
-    grid: rows and columns of frames or patches (Qwen2.5-VL: time, rows, columns in patches).
+    grid: rows and columns of frames or patches, or time, rows and columns in patches.
     start_idx, end_idx: half-open token range from its first to its last placeholder.
     """
 
@@ -91,7 +92,7 @@ class ProcessedPrompt:
 
     @property
     def pixel_values_videos(self) -> np.ndarray | None:
-        """float32 patches of the clips (Qwen2.5-VL); None elsewhere."""
+        """float32 patches of the clips, where they are kept apart; None elsewhere."""
         return self.hf_arrays.get("pixel_values_videos")
 
     @property

@@ -42,7 +42,7 @@ from tests.api.driving import (
     step,
     with_config,
 )
-from tests.api.lora_contract import SLOTS, Adapted, LoRAContract, same
+from tests.api.lora_contract import MERGED_BAR, SLOTS, Adapted, LoRAContract, same
 from tests.fixtures_helper import FIXTURES, reference
 
 
@@ -130,7 +130,7 @@ class TestLoRA(LoRAContract):
             lora_grouped_offsets=mx.array([0, half, row.tokens.active_length], mx.uint32),
         )
         got = np.array(model.execute(inputs).logits)
-        assert relative(got[:half], adapted.merged["a"][0][:half]) < 1e-4
+        assert relative(got[:half], adapted.merged["a"][0][:half]) < MERGED_BAR
         assert relative(got[half:], adapted.merged["a"][0][half:]) > 0.01
 
 

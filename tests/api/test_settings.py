@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from mlx_vlm_pipes import EngineConfig, load
+from mlx_vlm_pipes.architectures.internvl.processing import InternVLProcessor
 from mlx_vlm_pipes.architectures.llama3 import Llama3Config, Llama3Model
 from mlx_vlm_pipes.config import KVCacheConfig, ModelConfig, PipelineConfig, RuntimeConfig
 from mlx_vlm_pipes.contexts import SamplingParams
@@ -25,6 +26,7 @@ from mlx_vlm_pipes.errors import ConfigError, InputError, OutOfBudget
 from mlx_vlm_pipes.hf_config import HuggingFaceConfig
 from mlx_vlm_pipes.interfaces import Phase, ReturnHiddenStates
 from mlx_vlm_pipes.nn.language_model import can_compile
+from mlx_vlm_pipes.processing.types import PromptRequest
 from mlx_vlm_pipes.quantization import QuantizationEncoding
 from tests.api.driving import STEPS, build, cpu, pipeline_config, prefill, relative, save
 from tests.api.test_internvl import ROOM as INTERNVL
@@ -239,13 +241,16 @@ def test_hidden_states_of_another_model_are_refused() -> None:
 
 
 def test_max_dynamic_patch_of_vision_config_overrides() -> None:
-    """Fewer tiles: the estimate follows, and so do the pictures of the pipeline."""
+    """Fewer tiles: the estimate follows (test_internvl.py), and so does the processor."""
     picture = np.random.default_rng(0).integers(0, 256, (60, 180, 3), np.uint8)
     counts = []
     for overrides in ({}, {"max_dynamic_patch": 1}):
-        pipe = load(INTERNVL.folder, dtype="float32", vision_config_overrides=overrides)
-        counts.append(pipe.encode("What?", images=[picture]).pixel_values.shape[0])
-        pipe.close()
+        config = pipeline_config(INTERNVL.folder, vision_config_overrides=overrides).model
+        processor = InternVLProcessor(
+            INTERNVL.folder, INTERNVL.config_json, config.vision_config_overrides
+        )
+        processed = processor.process(PromptRequest("What?", [picture]))
+        counts.append(sum(len(image.pixel_values) for image in processed.images))
     assert counts[0] > 1 == counts[1]
 
 

@@ -106,10 +106,12 @@ class VisionContract(Contract):
         assert isinstance(model.vision_model, Model)
         rows = model.vision_model(*self.vision_arguments(inputs))
         assert rows.shape[0] == self.only(inputs.image_token_indices).shape[0]
-        assert rows.shape[1] == self.room.text_json["hidden_size"]
+        assert rows.shape[1] == (1 + self.features) * self.room.text_json["hidden_size"]
         outputs = model.language_model(*self.language_arguments(inputs, rows))
         for prompt, got in zip(self.room.prompts, row_logits(outputs), strict=True):
             assert relative(got, self.room.logits(prompt)) < BAR
+
+    features: ClassVar[int] = 0  # rows beside each vision row, for the first layers
 
     def vision_arguments(self, inputs: Any) -> list[mx.array]:
         raise NotImplementedError

@@ -15,7 +15,7 @@ from mlx_vlm_pipes.config import ModelConfig, PipelineConfig
 from mlx_vlm_pipes.contexts import TextAndVisionContext
 from mlx_vlm_pipes.dtypes import DeviceRef, DeviceSpec
 from mlx_vlm_pipes.hf_config import HuggingFaceConfig
-from mlx_vlm_pipes.interfaces import InferenceSession, ReturnLogits
+from mlx_vlm_pipes.interfaces import InferenceSession, ReturnHiddenStates, ReturnLogits
 from mlx_vlm_pipes.kv_cache import KVCache, KVCacheInputs, cache_inputs, increment_cache_lengths
 from mlx_vlm_pipes.nn.ragged import active_images
 from mlx_vlm_pipes.weights import find_weight_files, load_weights
@@ -44,14 +44,21 @@ def changed(config: dict[str, Any], part: str = "", **values: Any) -> dict[str, 
 
 
 @functools.cache
-def load(path: Path, mode: ReturnLogits = ReturnLogits.ALL) -> Any:
-    """The model of a checkpoint folder, float32 on the CPU."""
+def load(
+    path: Path,
+    mode: ReturnLogits = ReturnLogits.ALL,
+    hidden: ReturnHiddenStates = ReturnHiddenStates.NONE,
+    eagle_layers: tuple[int, ...] | None = None,
+    **options: Any,
+) -> Any:
+    """The model of a checkpoint folder, float32 on the CPU; options are ModelConfig's."""
     files, device = find_weight_files(path), DeviceRef.CPU().to_device()
     config = ModelConfig(
         model_path=str(path),
         weight_path=files,
         quantization_encoding="float32",
         device_specs=[DeviceSpec.cpu()],
+        **options,
     )
     return find_room(config.huggingface_config).model_class()(
         PipelineConfig(model=config),
@@ -60,6 +67,8 @@ def load(path: Path, mode: ReturnLogits = ReturnLogits.ALL) -> Any:
         config.kv_cache,
         load_weights(files),
         return_logits=mode,
+        return_hidden_states=hidden,
+        eagle_layers=eagle_layers,
     )
 
 

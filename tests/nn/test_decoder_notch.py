@@ -17,9 +17,8 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_vlm_pipes.config import KVCacheParams
 from mlx_vlm_pipes.dtypes import DeviceRef, DType
 from mlx_vlm_pipes.errors import ConfigError, InputError
-from mlx_vlm_pipes.interfaces import Phase, ReturnLogits
-from mlx_vlm_pipes.kv_cache import KVCache, cache_inputs, increment_cache_lengths
-from mlx_vlm_pipes.nn.attention import Span
+from mlx_vlm_pipes.interfaces import Phase, ReturnLogits, StepMode
+from mlx_vlm_pipes.kv_cache import KVCache, Span, cache_inputs, increment_cache_lengths
 from mlx_vlm_pipes.nn.decoder import DecoderConfig, DenseDecoder
 from mlx_vlm_pipes.nn.language_model import LanguageModel
 from mlx_vlm_pipes.nn.rope import RopeSpec, frequency_axes
@@ -114,7 +113,7 @@ def logits(model: LanguageModel, cuts: Sequence[int], spans: Sequence[Span]) -> 
             kv,
             image_embeddings=rows if has_picture else None,
             image_token_indices=mx.arange(*PICTURE) - begin if has_picture else None,
-            phase=Phase.DECODE if end == begin + 1 else Phase.PREFILL,
+            mode=StepMode(Phase.DECODE if end == begin + 1 else Phase.PREFILL),
         )
         parts.append(np.array(out.logits))
         increment_cache_lengths(kv, [end - begin])

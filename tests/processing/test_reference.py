@@ -70,7 +70,11 @@ def ours(path, room, kind: str, tokens: list[str], settings: dict, config: dict 
 def test_idefics3(tmp_path, name, settings) -> None:
     if name == "smolvlm" and "rescale_factor" in settings:
         settings = {**settings, "image_std": [0.5, 0.25, 2.0], "do_rescale": False}
-    processor = ours(tmp_path, idefics3, "Idefics3Processor", folders.IDEFICS3_TOKENS, settings)
+    vision = {"image_size": 16, "patch_size": 8}
+    processor = ours(
+        tmp_path, idefics3, "Idefics3Processor", folders.IDEFICS3_TOKENS, settings,
+        {"model_type": "idefics3", "vision_config": vision},
+    )  # fmt: skip
     kind = {"idefics3": "Idefics3ImageProcessorPil", "smolvlm": "SmolVLMImageProcessorPil"}[name]
     reference_processor = theirs(name, kind, settings)
     for image in images():
@@ -91,7 +95,13 @@ def test_idefics3(tmp_path, name, settings) -> None:
     ],
 )
 def test_pixtral(tmp_path, settings) -> None:
-    processor = ours(tmp_path, pixtral, "PixtralProcessor", folders.PIXTRAL_TOKENS, settings)
+    patch = settings["patch_size"]
+    config = {
+        "vision_config": {"patch_size": patch["height"] if isinstance(patch, dict) else patch}
+    }
+    processor = ours(
+        tmp_path, pixtral, "PixtralProcessor", folders.PIXTRAL_TOKENS, settings, config
+    )
     # 90x1 at a limit of 64 or less: transformers floors a side to 0 and fails; we keep a patch.
     usable = [image for image in images() if max(image.size) / min(image.size) < 30]
     expected = theirs("pixtral", "PixtralImageProcessorPil", settings)(usable, return_tensors="np")
@@ -109,7 +119,8 @@ def test_pixtral(tmp_path, settings) -> None:
     ],
 )
 def test_internvl(tmp_path, settings) -> None:
-    config = {"vision_config": {"patch_size": 7}}
+    side = settings["size"]["height"]
+    config = {"model_type": "internvl", "vision_config": {"patch_size": 7, "image_size": side}}
     processor = ours(
         tmp_path, internvl, "InternVLProcessor", folders.INTERNVL_TOKENS, settings, config
     )

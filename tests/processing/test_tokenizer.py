@@ -81,7 +81,7 @@ def test_text_model_refuses_pictures(tmp_path) -> None:
     processor = Llama3Processor(folder, {"architectures": ["LlamaForCausalLM"]})
     with pytest.raises(InputError, match="LlamaForCausalLM reads text only"):
         processor.process(PromptRequest("hi", images=[b""]))
-    with pytest.raises(InputError, match="only Qwen2"):
+    with pytest.raises(InputError, match="min_pixels: not for LlamaForCausalLM"):
         processor.process(PromptRequest("hi", min_pixels=4))
 
 

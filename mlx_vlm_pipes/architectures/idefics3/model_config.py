@@ -5,26 +5,25 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from mlx_vlm_pipes.architectures.idefics3.facts import FACTS
+from mlx_vlm_pipes.architectures.idefics3.sizes import FrameSizes
 from mlx_vlm_pipes.architectures.llama3.model_config import Llama3Config, NormMethod
+from mlx_vlm_pipes.architectures.part_fields import PartField, WithPartFields
+from mlx_vlm_pipes.architectures.vision_language_config import TwoPartConfig
 from mlx_vlm_pipes.checkpoint.state import expanded_scales
 from mlx_vlm_pipes.checkpoint.tie import declared_tied
-from mlx_vlm_pipes.config import (
-    KVCacheConfig,
-    KVCacheParams,
-    MAXModelConfig,
-    PipelineConfig,
-)
+from mlx_vlm_pipes.config import MAXModelConfig, PipelineConfig
 from mlx_vlm_pipes.dtypes import DeviceRef, DType
 from mlx_vlm_pipes.errors import ConfigError, UnsupportedModel
 from mlx_vlm_pipes.hf_config import (
     AutoConfig,
+    activation_name,
     lookup,
     optional_int,
     require_int,
     text_config,
 )
-from mlx_vlm_pipes.interfaces import ArchConfigWithKVCache, ReturnHiddenStates, ReturnLogits
-from mlx_vlm_pipes.nn.activations import activation
+from mlx_vlm_pipes.interfaces import ReturnHiddenStates, ReturnLogits
 from mlx_vlm_pipes.weights import WeightData
 
 if TYPE_CHECKING:
@@ -68,39 +67,28 @@ class Idefics3VisionConfig:
 
         Raises: ConfigError for sizes that do not divide, UnsupportedModel for another tower.
         """
-        vision = lookup(huggingface_config, "vision_config")
-        if vision is None:
-            raise ConfigError("idefics3: config.json lacks 'vision_config'")
+        sizes, vision = FrameSizes.read(huggingface_config), huggingface_config.vision_config
         _check_type("vision", vision, _VISION_TYPES)
         hidden = require_int(vision, "hidden_size")
         heads = require_int(vision, "num_attention_heads")
         if hidden % heads:
             raise ConfigError(f"vision hidden_size {hidden} does not divide among {heads} heads")
-        hidden_act = lookup(vision, "hidden_act", default="gelu_pytorch_tanh")
-        activation(hidden_act)  # refuse unknown ones here
-        config = cls(
+        return cls(
             dtype=pipeline_config.model.dtype,
             hidden_size=hidden,
             intermediate_size=optional_int(vision, "intermediate_size", default=3072),
-            image_size=require_int(vision, "image_size"),
-            patch_size=require_int(vision, "patch_size"),
+            image_size=sizes.image_size,
+            patch_size=sizes.patch_size,
             num_channels=optional_int(vision, "num_channels", default=3),
             num_attention_heads=heads,
             head_dim=hidden // heads,
             layer_norm_eps=float(lookup(vision, "layer_norm_eps", default=1e-6)),
-            hidden_act=hidden_act,
+            hidden_act=activation_name(vision, "hidden_act", default="gelu_pytorch_tanh"),
             num_hidden_layers=optional_int(vision, "num_hidden_layers", default=12),
             initializer_range=float(lookup(vision, "initializer_range", default=0.02)),
-            scale_factor=optional_int(huggingface_config, "scale_factor", default=2),
+            scale_factor=sizes.scale_factor,
             text_config_hidden_size=text_config_hidden_size,
         )
-        side = config.patches_per_side
-        if side == 0 or side % config.scale_factor:
-            raise ConfigError(
-                f"{side} patches a side do not divide by scale_factor {config.scale_factor}; "
-                "image_size, patch_size and scale_factor do not fit together"
-            )
-        return config
 
     @property
     def patches_per_side(self) -> int:
@@ -108,14 +96,19 @@ class Idefics3VisionConfig:
 
 
 @dataclass(kw_only=True)
-class Idefics3Config(ArchConfigWithKVCache):
+class Idefics3Config(WithPartFields, TwoPartConfig):
     """Tower, connector and decoder. scale_factor: patches a side that become one token."""
 
+    facts = FACTS
     devices: list[DeviceRef]
-    scale_factor: int
+    scale_factor: PartField[int] = PartField("vision_config", "scale_factor")  # noqa: RUF009  # a descriptor
     image_token_id: int
     vision_config: Idefics3VisionConfig
     text_config: Llama3Config
+
+    @property
+    def decoder(self) -> Llama3Config:
+        return self.text_config
 
     @property
     def image_seq_len(self) -> int:
@@ -123,15 +116,21 @@ class Idefics3Config(ArchConfigWithKVCache):
         return self.vision_config.patches_per_side**2 // self.scale_factor**2
 
     @classmethod
-    def initialize(
-        cls, pipeline_config: PipelineConfig, model_config: MAXModelConfig | None = None
+    def initialize_from_config(
+        cls,
+        pipeline_config: PipelineConfig,
+        huggingface_config: AutoConfig,
+        model_config: MAXModelConfig | None = None,
     ) -> Self:
-        """Raises: ConfigError or UnsupportedModel for what the two parts refuse."""
+        """From the outer configuration.
+
+        Raises: ConfigError or UnsupportedModel for what the two parts refuse.
+        """
         model_config = model_config or pipeline_config.model
         pipeline_config = replace(pipeline_config, model=model_config)
-        cfg = model_config.require_huggingface_config()
+        cfg = huggingface_config
         _check_type("text", text_config(cfg), _TEXT_TYPES)
-        text = Llama3Config.initialize_from_config(pipeline_config, text_config(cfg), model_config)
+        text = Llama3Config.initialize_from_config(pipeline_config, text_config(cfg))
         vision = Idefics3VisionConfig.initialize_from_config(pipeline_config, cfg, text.hidden_size)
         return cls(
             devices=model_config.devices,
@@ -164,35 +163,6 @@ class Idefics3Config(ArchConfigWithKVCache):
         self.text_config.quant_config = expanded_scales(huggingface_config, llm_state_dict)
         if declared_tied(huggingface_config, text):  # either part may say it
             self.text_config.tie_word_embeddings = True
-
-    @staticmethod
-    def calculate_max_seq_len(
-        pipeline_config: PipelineConfig, huggingface_config: AutoConfig
-    ) -> int:
-        """The decoder's limit, or the smaller one asked for. Raises: ConfigError above it."""
-        return Llama3Config.calculate_max_seq_len(pipeline_config, text_config(huggingface_config))
-
-    @staticmethod
-    def construct_kv_params(
-        huggingface_config: AutoConfig,
-        pipeline_config: PipelineConfig,
-        devices: list[DeviceRef],
-        kv_cache_config: KVCacheConfig,
-        cache_dtype: DType,
-    ) -> KVCacheParams:
-        return Llama3Config.construct_kv_params(
-            text_config(huggingface_config), pipeline_config, devices, kv_cache_config, cache_dtype
-        )
-
-    @staticmethod
-    def get_num_layers(huggingface_config: AutoConfig) -> int:
-        return Llama3Config.get_num_layers(huggingface_config)
-
-    def get_kv_params(self) -> KVCacheParams:
-        return self.text_config.get_kv_params()
-
-    def get_max_seq_len(self) -> int:
-        return self.text_config.get_max_seq_len()
 
 
 def _check_type(part: str, config: Any, known: tuple[str, ...]) -> None:

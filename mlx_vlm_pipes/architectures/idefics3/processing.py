@@ -15,11 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mlx_vlm_pipes.architectures.idefics3.facts import FACTS
+from mlx_vlm_pipes.architectures.idefics3.sizes import FrameSizes
 from mlx_vlm_pipes.errors import InputError
+from mlx_vlm_pipes.hf_config import HuggingFaceConfig
 from mlx_vlm_pipes.processing.base import (
     EncodedMedia,
     MediaTokens,
     VisionProcessor,
+    agreed_token_id,
     check_num_tokens,
 )
 from mlx_vlm_pipes.processing.messages import Message
@@ -90,16 +94,26 @@ class VideoSampling:
 class Idefics3Processor(VisionProcessor):
     """Frames of `frame_px` squared, `image_seq_len` tokens each; one ImageMetadata a frame."""
 
-    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
+    facts = FACTS
+
+    def __init__(
+        self,
+        folder: Path,
+        config: Mapping[str, Any],
+        overrides: Mapping[str, Any] | None = None,
+    ) -> None:
         tokenizer, files = Tokenizer(folder), ProcessorFiles.read(folder)
         self.settings = Idefics3Settings.read(files.image)
-        self.image_seq_len = files.processor.integer("image_seq_len", default_seq_len(config))
+        self.image_seq_len = FrameSizes.read(HuggingFaceConfig(config)).image_seq_len
+        files.processor.agree("image_seq_len", self.image_seq_len)
         self.sampling = read_sampling(files)
-        self.image_token_id = tokenizer.require_token_id(IMAGE)
+        self.image_token_id = agreed_token_id(
+            tokenizer, IMAGE, config, "image_token_id", "image_token_index"
+        )
         for token in (FAKE, GLOBAL):
             tokenizer.require_token_id(token)
         tokens = MediaTokens({"image": (IMAGE,), "video": (VIDEO,)}, (self.image_token_id,))
-        super().__init__(folder, config, tokenizer, tokens, f"idefics3|{self.settings}")
+        super().__init__(folder, config, overrides, tokenizer, tokens, f"idefics3|{self.settings}")
 
     def forms(self, messages: list[Message]) -> list[list[Message]]:
         """Clips are written as the text <video>: older templates know no part of type video."""
@@ -169,16 +183,6 @@ class Idefics3Processor(VisionProcessor):
         pixels = np.stack(frames)[None]
         mask = np.ones((1, len(frames), *pixels.shape[-2:]), np.int64)
         return {"pixel_values": pixels, "pixel_attention_mask": mask}
-
-
-def default_seq_len(config: Mapping[str, Any]) -> int:
-    """Tokens of a frame by the model's own sizes; 169 where these are not given."""
-    vision = Settings("config.json", config).section("vision_config") or Settings("config.json")
-    image, patch = vision.get("image_size"), vision.get("patch_size")
-    scale = config.get("scale_factor", 2)
-    if not (isinstance(image, int) and isinstance(patch, int) and isinstance(scale, int)):
-        return 169
-    return int((image // max(patch, 1)) ** 2 / max(scale, 1) ** 2)
 
 
 def longest_edge_size(size: tuple[int, int], longest: int) -> tuple[int, int]:

@@ -16,40 +16,16 @@ from mlx_vlm_pipes.nn.vision import pixel_shuffle
 MAX_PATCHES = 8192  # encoded at once: bounds the memory of long clips, keeps a GPU busy
 
 
-def real_frames(
-    pixel_values: np.ndarray, pixel_mask: np.ndarray | None, patch_size: int
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """The frames of a Hugging Face batch, without its all-zero padding frames.
+def patch_position_ids(rows: int, columns: int, side: int) -> np.ndarray:
+    """Rows of the position table, int32 [R * C]; side: rows and columns of the trained grid.
 
-    Args: pixel_values [B, N, C, S, S]; pixel_mask [B, N, S, S], nonzero where a pixel counts.
-    Returns: frames [M, C, S, S] and their patch mask, bool [M, S / p, S / p], or None without a
-    pixel mask. A patch counts if any of its pixels does.
+    The k-th of n patches lies at the fraction k / n of the frame, so its row is
+    floor(k * side / n): integers, because the reference's float32 boundaries go wrong at many
+    grids when computed naively.
     """
-    frames = pixel_values.reshape(-1, *pixel_values.shape[2:])
-    is_real = frames.any(axis=(1, 2, 3))
-    if pixel_mask is None:
-        return frames[is_real], None
-    mask = pixel_mask.reshape(-1, *pixel_mask.shape[2:])[is_real]
-    rows, columns = (size // patch_size for size in mask.shape[1:])
-    mask = mask[:, : rows * patch_size, : columns * patch_size]
-    blocks = mask.reshape(len(mask), rows, patch_size, columns, patch_size)
-    return frames[is_real], blocks.max(axis=(2, 4)).astype(np.bool_)
-
-
-def patch_position_ids(mask: np.ndarray, side: int) -> np.ndarray:
-    """Rows of the position table, int32 [N, R * C]; 0 for patches that do not count.
-
-    Args: mask bool [N, R, C]; side: rows and columns of the trained grid. The k-th of n patches
-    lies at the fraction k / n of the frame, so its row is floor(k * side / n): integers, because
-    the reference's float32 boundaries go wrong at many grids when computed naively.
-    """
-    rows, columns = mask.shape[1:]
-    count_h = np.maximum(mask[:, :, 0].sum(axis=1), 1)[:, None]
-    count_w = np.maximum(mask[:, 0, :].sum(axis=1), 1)[:, None]
-    row = np.minimum(np.arange(rows) * side // count_h, side - 1)  # [N, R]
-    column = np.minimum(np.arange(columns) * side // count_w, side - 1)  # [N, C]
-    ids = row[:, :, None] * side + column[:, None, :]
-    return np.where(mask, ids, 0).reshape(len(mask), -1).astype(np.int32)
+    row = np.arange(rows) * side // rows
+    column = np.arange(columns) * side // columns
+    return (row[:, None] * side + column).reshape(-1).astype(np.int32)
 
 
 class VisionEmbeddings(nn.Module):
@@ -62,15 +38,15 @@ class VisionEmbeddings(nn.Module):
         self.patch_embedding = nn.Linear(inner, config.hidden_size)  # a convolution, as a matrix
         self.position_embedding = nn.Embedding(self.side**2, config.hidden_size)
 
-    def __call__(self, pixel_values: mx.array, mask: np.ndarray) -> mx.array:
-        n, channels = pixel_values.shape[:2]
-        rows, columns = mask.shape[1:]
+    def __call__(self, pixel_values: mx.array) -> mx.array:
+        n, channels, height, width = pixel_values.shape
         p = self.patch_size
+        rows, columns = height // p, width // p
         x = pixel_values[:, :, : rows * p, : columns * p].astype(self.patch_embedding.weight.dtype)
         x = x.reshape(n, channels, rows, p, columns, p).transpose(0, 2, 4, 1, 3, 5)
         x = x.reshape(n, rows * columns, channels * p * p)  # [N, P, C * p * p]
-        ids = patch_position_ids(mask, self.side)
-        return self.patch_embedding(x) + self.position_embedding(mx.array(ids))
+        ids = mx.array(patch_position_ids(rows, columns, self.side))
+        return self.patch_embedding(x) + self.position_embedding(ids)
 
 
 class VisionAttention(nn.Module):
@@ -85,13 +61,13 @@ class VisionAttention(nn.Module):
         self.v_proj = nn.Linear(hidden, hidden)
         self.out_proj = nn.Linear(hidden, hidden)
 
-    def __call__(self, x: mx.array, mask: mx.array | None) -> mx.array:
+    def __call__(self, x: mx.array) -> mx.array:
         n, p, _ = x.shape
         q, k, v = (
             projection(x).reshape(n, p, self.num_heads, -1).transpose(0, 2, 1, 3)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )  # [N, H, P, D]
-        out = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.scale, mask=mask)
+        out = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.scale)
         return self.out_proj(out.transpose(0, 2, 1, 3).reshape(n, p, -1))
 
 
@@ -118,8 +94,8 @@ class VisionLayer(nn.Module):
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.mlp = VisionMLP(config)
 
-    def __call__(self, h: mx.array, mask: mx.array | None) -> mx.array:
-        h = h + self.self_attn(self.layer_norm1(h), mask)
+    def __call__(self, h: mx.array) -> mx.array:
+        h = h + self.self_attn(self.layer_norm1(h))
         return h + self.mlp(self.layer_norm2(h))
 
 
@@ -130,14 +106,14 @@ class VisionEncoder(nn.Module):
         super().__init__()
         self.layers = [VisionLayer(config) for _ in range(config.num_hidden_layers)]
 
-    def __call__(self, h: mx.array, mask: mx.array | None) -> mx.array:
+    def __call__(self, h: mx.array) -> mx.array:
         for layer in self.layers:
-            h = layer(h, mask)
+            h = layer(h)
         return h
 
 
 class VisionTransformer(nn.Module):
-    """The tower: pixels [N, C, H, W] and patch mask [N, R, C] -> [N, P, E]."""
+    """The tower: pixels [N, C, H, W] -> [N, P, E]."""
 
     def __init__(self, config: Idefics3VisionConfig) -> None:
         super().__init__()
@@ -145,10 +121,8 @@ class VisionTransformer(nn.Module):
         self.encoder = VisionEncoder(config)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
 
-    def __call__(self, pixel_values: mx.array, mask: np.ndarray) -> mx.array:
-        h = self.embeddings(pixel_values, mask)
-        keys = None if mask.all() else mx.array(mask.reshape(len(mask), 1, 1, -1))
-        return self.post_layernorm(self.encoder(h, keys))
+    def __call__(self, pixel_values: mx.array) -> mx.array:
+        return self.post_layernorm(self.encoder(self.embeddings(pixel_values)))
 
 
 class ModalityProjection(nn.Module):
@@ -187,11 +161,10 @@ class Idefics3Vision(nn.Module):
         self.vision_model = VisionTransformer(config)
         self.connector = Connector(config)
 
-    def __call__(self, pixel_values: mx.array, patch_mask: np.ndarray | None = None) -> mx.array:
+    def __call__(self, pixel_values: mx.array) -> mx.array:
         """Vision rows of all frames.
 
-        Args: pixel_values float [N, C, H, W], as the Hugging Face processor gives each frame;
-        patch_mask bool [N, H / p, W / p] of the patches that count, None for all of them.
+        Args: pixel_values float [N, C, H, W], as the Hugging Face processor gives each frame.
         Returns: [N * P / s^2, text E], frames in order.
         """
         n, _, height, width = pixel_values.shape
@@ -202,9 +175,6 @@ class Idefics3Vision(nn.Module):
             frames = pixel_values[begin : begin + step]
             if parts:  # one after another: evaluated side by side they would need memory for all
                 (frames,) = mx.depends([frames], [parts[-1]])
-            mask = np.ones((1, rows, columns), np.bool_)
-            if patch_mask is not None:
-                mask = patch_mask[begin : begin + step]
-            parts.append(self.connector(self.vision_model(frames, mask), rows, columns))
+            parts.append(self.connector(self.vision_model(frames), rows, columns))
         features = parts[0] if len(parts) == 1 else mx.concatenate(parts)
         return features.reshape(n * features.shape[1], -1)

@@ -9,14 +9,15 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_vlm_pipes.architectures.base import VisionLanguageModel
-from mlx_vlm_pipes.architectures.internvl.model_config import InternVLConfig, require_vision_config
+from mlx_vlm_pipes.architectures.internvl.model_config import InternVLConfig
+from mlx_vlm_pipes.architectures.internvl.sizes import TileSizes
 from mlx_vlm_pipes.architectures.internvl.vision_model import VisionModel, as_patches
 from mlx_vlm_pipes.architectures.internvl.weight_adapters import LAYOUTS, transforms
 from mlx_vlm_pipes.checkpoint.state import LANGUAGE, StateDict, part
 from mlx_vlm_pipes.config import PipelineConfig, upper_bounded_default, weights_format
 from mlx_vlm_pipes.contexts import ImageMetadata, TextAndVisionContext
 from mlx_vlm_pipes.errors import InputError, WeightsError
-from mlx_vlm_pipes.hf_config import AutoConfig, lookup, text_config
+from mlx_vlm_pipes.hf_config import AutoConfig, lookup, require_vision_config, text_config
 from mlx_vlm_pipes.interfaces import (
     AlwaysSignalBuffersMixin,
     Buffer,
@@ -91,8 +92,7 @@ class InternVLModel(AlwaysSignalBuffersMixin, VisionLanguageModel[InternVLInputs
         images = max(1, tokens // image_tokens)
         if not pipeline_config.runtime.enable_chunked_prefill:
             overrides = pipeline_config.model.vision_config_overrides
-            tiles = lookup(huggingface_config, "max_dynamic_patch", default=DEFAULT_TILES)
-            images += overrides.get("max_dynamic_patch", tiles) + 1
+            images += (TileSizes.read(huggingface_config, overrides).max_tiles or DEFAULT_TILES) + 1
         devices = len(pipeline_config.model.device_specs)
         return devices * (images * IMAGE_BYTES + tokens * TOKEN_BYTES)
 
@@ -145,7 +145,7 @@ class InternVLModel(AlwaysSignalBuffersMixin, VisionLanguageModel[InternVLInputs
                 " pass image_embeddings"
             )
         patch = self.model_config.vision_config.patch_size
-        tiles = [as_patches(pixel_array(image.pixel_values), patch) for image in images]
+        tiles = [pixel_array(as_patches(image.pixel_values, patch)) for image in images]
         return [tiles[0] if len(tiles) == 1 else mx.concatenate(tiles)]
 
     def step_fields(
@@ -162,12 +162,9 @@ class InternVLModel(AlwaysSignalBuffersMixin, VisionLanguageModel[InternVLInputs
         return LayerWork(tokens, width, width, vision.intermediate_size, scores)
 
     def _grid(self, image: ImageMetadata) -> tuple[int, int, int]:
-        """Tiles, and rows and columns of patches of each, for pixels cut into patches or not."""
-        shape = image.pixel_values.shape
-        if len(shape) == 6:
-            return shape[0], shape[1], shape[2]
+        """Tiles, and rows and columns of patches of each."""
         patch = self.model_config.vision_config.patch_size
-        return shape[0], shape[-2] // patch, shape[-1] // patch
+        return as_patches(image.pixel_values, patch).shape[:3]
 
 
 def _first(size: int | Sequence[int]) -> int:

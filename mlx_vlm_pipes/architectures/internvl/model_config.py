@@ -1,23 +1,34 @@
-"""InternVLConfig and VisionConfig, from either configuration dialect.
-
-The original InternVLChatModel has `llm_config` and keys such as `qk_normalization`; transformers
-has `text_config` and `use_qk_norm`, with other defaults (spec, section 7.1).
-"""
+"""InternVLConfig and VisionConfig, from either configuration dialect (`sizes.py`)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from mlx_vlm_pipes.architectures.internvl.facts import FACTS
+from mlx_vlm_pipes.architectures.internvl.sizes import (
+    TileSizes,
+    has_original_keys,
+    is_original,
+    number,
+    square,
+)
 from mlx_vlm_pipes.architectures.llama3 import Llama3Config
 from mlx_vlm_pipes.architectures.qwen3 import Qwen3Config
+from mlx_vlm_pipes.architectures.vision_language_config import TwoPartConfig
 from mlx_vlm_pipes.checkpoint.state import expanded_scales
-from mlx_vlm_pipes.config import KVCacheConfig, KVCacheParams, MAXModelConfig, PipelineConfig
+from mlx_vlm_pipes.config import MAXModelConfig, PipelineConfig
 from mlx_vlm_pipes.dtypes import DeviceRef, DType
 from mlx_vlm_pipes.errors import ConfigError, UnsupportedModel
-from mlx_vlm_pipes.hf_config import AutoConfig, lookup, require_int, text_config
-from mlx_vlm_pipes.interfaces import ArchConfigWithKVCache, ReturnHiddenStates, ReturnLogits
-from mlx_vlm_pipes.nn.activations import activation
+from mlx_vlm_pipes.hf_config import (
+    AutoConfig,
+    activation_name,
+    lookup,
+    optional_int,
+    require_vision_config,
+    text_config,
+)
+from mlx_vlm_pipes.interfaces import ReturnHiddenStates, ReturnLogits
 from mlx_vlm_pipes.weights import WeightData
 
 if TYPE_CHECKING:
@@ -26,7 +37,6 @@ if TYPE_CHECKING:
 NormType = Literal["rms_norm", "layer_norm"]
 O_PROJ_BIASES = (".attn.o_proj.bias", ".attn.proj.bias", ".attention.projection_layer.bias")
 STACKED_QKV = ".attn.qkv.weight"
-ORIGINAL = "InternVLChatModel"
 CHANNELS = 3
 ORIGINAL_LAYERS = 48  # of InternVisionConfig, where the key is missing
 QK_NORM_EPS = 1e-6  # transformers' module takes no other; the original reads layer_norm_eps
@@ -78,18 +88,19 @@ class VisionConfig:
         """
         cfg = hf_vision_config
         if original is None:
-            original = _has_original_vision_keys(cfg)
+            original = has_original_keys(cfg)
         _refuse_unknown_tower(cfg)
-        hidden, heads = _size(cfg, "hidden_size", 1024), _size(cfg, "num_attention_heads", 16)
+        hidden = optional_int(cfg, "hidden_size", default=1024)
+        heads = optional_int(cfg, "num_attention_heads", default=16)
         if hidden % heads:
             raise ConfigError(f"vision hidden_size {hidden} does not divide among {heads} heads")
-        eps = _number(cfg, "layer_norm_eps", 1e-6)
+        eps = number(cfg, "layer_norm_eps", 1e-6)
         return cls(
             hidden_size=hidden,
-            intermediate_size=_size(cfg, "intermediate_size", 4096),
+            intermediate_size=optional_int(cfg, "intermediate_size", default=4096),
             norm_type=_norm_type(cfg, "rms_norm" if original else "layer_norm"),
-            image_size=_square(cfg, "image_size", 448),
-            patch_size=_square(cfg, "patch_size", 14),
+            image_size=square(cfg, "image_size", 448),
+            patch_size=square(cfg, "patch_size", 14),
             num_attention_heads=heads,
             head_dim=hidden // heads,
             layer_norm_eps=eps,
@@ -99,10 +110,12 @@ class VisionConfig:
                 else lookup(cfg, "use_qk_norm", default=False)
             ),
             qkv_bias=bool(lookup(cfg, "qkv_bias" if original else "attention_bias", default=False)),
-            num_hidden_layers=_size(cfg, "num_hidden_layers", ORIGINAL_LAYERS if original else 24),
+            num_hidden_layers=optional_int(
+                cfg, "num_hidden_layers", default=ORIGINAL_LAYERS if original else 24
+            ),
             qk_norm_eps=eps if original else QK_NORM_EPS,
             final_norm=not original and lookup(cfg, "use_mean_pooling", default=True) is False,
-            hidden_act=lookup(cfg, "hidden_act", default="gelu"),
+            hidden_act=activation_name(cfg, "hidden_act", default="gelu"),
         )
 
     def finalize(self, dtype: DType, state_dict: dict[str, WeightData]) -> None:
@@ -113,12 +126,13 @@ class VisionConfig:
 
 
 @dataclass(kw_only=True)
-class InternVLConfig(ArchConfigWithKVCache):
+class InternVLConfig(TwoPartConfig):
     """What the whole model reads.
 
     num_image_token: vision rows of one tile. The fields below `llm_config` are ours.
     """
 
+    facts = FACTS
     devices: list[DeviceRef]
     downsample_ratio: float
     num_image_token: int
@@ -132,13 +146,9 @@ class InternVLConfig(ArchConfigWithKVCache):
         """1 / downsample_ratio: patches in a row of the block that becomes one vision row."""
         return round(1 / self.downsample_ratio)
 
-    @classmethod
-    def initialize(
-        cls, pipeline_config: PipelineConfig, model_config: MAXModelConfig | None = None
-    ) -> Self:
-        model_config = model_config or pipeline_config.model
-        config = model_config.require_huggingface_config()
-        return cls.initialize_from_config(pipeline_config, config, model_config)
+    @property
+    def decoder(self) -> Llama3Config | Qwen3Config:
+        return self.llm_config
 
     @classmethod
     def initialize_from_config(
@@ -154,22 +164,22 @@ class InternVLConfig(ArchConfigWithKVCache):
         """
         cfg = huggingface_config
         model_config = model_config or pipeline_config.model
+        sizes = TileSizes.read(cfg, model_config.vision_config_overrides)
         vision = VisionConfig.initialize_from_config(
             require_vision_config(cfg), original=is_original(cfg)
         )
         text = text_config(cfg)
-        ratio = _downsample_ratio(cfg, vision)
         _refuse_unknown_projection(cfg)
         return cls(
             devices=model_config.devices,
-            downsample_ratio=ratio,
-            num_image_token=_num_image_token(cfg, vision, ratio),
+            downsample_ratio=sizes.downsample_ratio,
+            num_image_token=sizes.tokens(sizes.side_px),
             vision_config=vision,
             llm_config=llm_config_class(text).initialize_from_config(
                 pipeline_config, text, model_config
             ),
             vision_feature_layer=_feature_layer(cfg, vision.num_hidden_layers),
-            projector_hidden_act=lookup(cfg, "projector_hidden_act", default="gelu"),
+            projector_hidden_act=activation_name(cfg, "projector_hidden_act", default="gelu"),
         )
 
     def finalize(
@@ -194,49 +204,6 @@ class InternVLConfig(ArchConfigWithKVCache):
         )
         self.llm_config.quant_config = expanded_scales(huggingface_config, llm_state_dict)
 
-    @staticmethod
-    def calculate_max_seq_len(
-        pipeline_config: PipelineConfig, huggingface_config: AutoConfig
-    ) -> int:
-        """The text model's own limit, or the smaller one asked for. Raises: ConfigError above."""
-        text = text_config(huggingface_config)
-        return llm_config_class(text).calculate_max_seq_len(pipeline_config, text)
-
-    @staticmethod
-    def construct_kv_params(
-        huggingface_config: AutoConfig,
-        pipeline_config: PipelineConfig,
-        devices: list[DeviceRef],
-        kv_cache_config: KVCacheConfig,
-        cache_dtype: DType,
-    ) -> KVCacheParams:
-        text = text_config(huggingface_config)
-        return llm_config_class(text).construct_kv_params(
-            text, pipeline_config, devices, kv_cache_config, cache_dtype
-        )
-
-    @staticmethod
-    def get_num_layers(huggingface_config: AutoConfig) -> int:
-        text = text_config(huggingface_config)
-        return llm_config_class(text).get_num_layers(text)
-
-    def get_kv_params(self) -> KVCacheParams:
-        return self.llm_config.get_kv_params()
-
-    def get_max_seq_len(self) -> int:
-        return self.llm_config.get_max_seq_len()
-
-
-def is_original(config: AutoConfig) -> bool:
-    """Whether a whole configuration is written in the dialect of InternVLChatModel."""
-    if lookup(config, "llm_config") is not None:
-        return True
-    if ORIGINAL in lookup(config, "architectures", default=[]):
-        return True
-    if lookup(config, "model_type") == "internvl":
-        return False
-    return _has_original_vision_keys(lookup(config, "vision_config"))
-
 
 def llm_config_class(text: AutoConfig) -> type[Llama3Config]:
     """The config class of a text model. Raises: UnsupportedModel naming another kind of it."""
@@ -248,46 +215,11 @@ def llm_config_class(text: AutoConfig) -> type[Llama3Config]:
     return _TEXT_CLASSES[kind]
 
 
-def require_vision_config(config: AutoConfig) -> AutoConfig:
-    """Raises: ConfigError if there is none."""
-    vision = lookup(config, "vision_config")
-    if vision is None:
-        raise ConfigError("InternVL: config.json lacks 'vision_config'; is it a text-only model?")
-    return vision
-
-
 def _text_type(text: AutoConfig) -> str:
     """By model_type, then by `architectures`; transformers' default is Qwen2."""
     names = lookup(text, "architectures", default=[])
     kind = lookup(text, "model_type") or (names[0] if names else "qwen2")
     return _CLASS_TYPES.get(kind, kind)
-
-
-def _has_original_vision_keys(vision: AutoConfig) -> bool:
-    if lookup(vision, "model_type") == "internvl_vision":
-        return False
-    if lookup(vision, "qk_normalization", "qkv_bias") is not None:
-        return True
-    return lookup(vision, "use_qk_norm", "attention_bias") is None
-
-
-def _size(config: AutoConfig, key: str, default: int) -> int:
-    return default if lookup(config, key) is None else require_int(config, key)
-
-
-def _number(config: AutoConfig, key: str, default: float) -> float:
-    value = lookup(config, key, default=default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ConfigError(f"config.json: {key!r} is {value!r}, expected a number")
-    return float(value)
-
-
-def _square(config: AutoConfig, key: str, default: int) -> int:
-    """A side in pixels. Raises: UnsupportedModel where height and width differ."""
-    value = lookup(config, key, default=default)
-    if isinstance(value, (list, tuple)) and len(set(value)) > 1:
-        raise UnsupportedModel(f"vision {key} {list(value)}; only square ones are supported")
-    return _size(config, key, default)
 
 
 def _norm_type(vision: AutoConfig, default: NormType) -> NormType:
@@ -298,7 +230,6 @@ def _norm_type(vision: AutoConfig, default: NormType) -> NormType:
 
 
 def _refuse_unknown_tower(vision: AutoConfig) -> None:
-    activation(lookup(vision, "hidden_act", default="gelu"))  # refuse unknown ones here
     channels = lookup(vision, "num_channels", default=CHANNELS)
     if channels != CHANNELS:
         raise UnsupportedModel(f"vision num_channels {channels}; only RGB (3) is supported")
@@ -310,7 +241,6 @@ def _refuse_unknown_tower(vision: AutoConfig) -> None:
 
 
 def _refuse_unknown_projection(config: AutoConfig) -> None:
-    activation(lookup(config, "projector_hidden_act", default="gelu"))
     version = lookup(config, "ps_version", default="v2")
     if version != "v2":
         raise UnsupportedModel(f"ps_version {version!r}; only pixel shuffle 'v2' is supported")
@@ -320,32 +250,6 @@ def _refuse_unknown_projection(config: AutoConfig) -> None:
             f"vision_feature_select_strategy {strategy!r}; only 'default' (without the class"
             " token) is supported"
         )
-
-
-def _downsample_ratio(config: AutoConfig, vision: VisionConfig) -> float:
-    """Raises: ConfigError unless 1 / ratio is whole and divides the rows of patches."""
-    ratio = _number(config, "downsample_ratio", 0.5)
-    factor = round(1 / ratio) if ratio > 0 else 0
-    if factor < 1 or abs(1 / ratio - factor) > 1e-6:
-        raise ConfigError(f"downsample_ratio {ratio}; expected 1 over a whole number, e.g. 0.5")
-    side = _tile_side(config, vision)
-    if side % vision.patch_size or side // vision.patch_size % factor:
-        raise ConfigError(
-            f"tiles of {side} pixels in patches of {vision.patch_size} do not divide into blocks"
-            f" of {factor} x {factor} patches (downsample_ratio {ratio})"
-        )
-    return ratio
-
-
-def _tile_side(config: AutoConfig, vision: VisionConfig) -> int:
-    return _size(config, "force_image_size", vision.image_size)
-
-
-def _num_image_token(config: AutoConfig, vision: VisionConfig, ratio: float) -> int:
-    patches = (_tile_side(config, vision) // vision.patch_size) ** 2
-    computed = round(patches * ratio**2)
-    given = lookup(config, "num_image_token", "image_seq_length")
-    return computed if given is None else require_int(config, "num_image_token", "image_seq_length")
 
 
 def _feature_layer(config: AutoConfig, layers: int) -> int:

@@ -15,11 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mlx_vlm_pipes.architectures.internvl.facts import FACTS
+from mlx_vlm_pipes.architectures.internvl.sizes import TileSizes, is_original
 from mlx_vlm_pipes.errors import ProcessorError
+from mlx_vlm_pipes.hf_config import HuggingFaceConfig
 from mlx_vlm_pipes.processing.base import (
     EncodedMedia,
     MediaTokens,
     VisionProcessor,
+    agreed_token_id,
     check_num_tokens,
 )
 from mlx_vlm_pipes.processing.settings import (
@@ -61,28 +65,39 @@ class TileSettings:
 class InternVLProcessor(VisionProcessor):
     """All tiles of a picture are one ImageMetadata; each frame of a clip is one tile."""
 
-    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
-        original, tokenizer = is_original(config), Tokenizer(folder)
+    facts = FACTS
+
+    def __init__(
+        self,
+        folder: Path,
+        config: Mapping[str, Any],
+        overrides: Mapping[str, Any] | None = None,
+    ) -> None:
+        outer, tokenizer = HuggingFaceConfig(config), Tokenizer(folder)
+        original = is_original(outer)
         files = ProcessorFiles.read(folder, required=not original)
         names = tokenizer.named_tokens
         self.start_token = names.get("start_image_token", "<img>")
         self.end_token = names.get("end_image_token", "</img>")
         self.image_token = names.get("context_image_token", "<IMG_CONTEXT>")
-        self.image_token_id = tokenizer.require_token_id(self.image_token)
+        self.image_token_id = agreed_token_id(
+            tokenizer, self.image_token, config, "image_token_id", "img_context_token_id"
+        )
         for token in (self.start_token, self.end_token):
             tokenizer.require_token_id(token)
         video = names.get("video_token", "<video>")
         mean, std = (IMAGENET_MEAN, IMAGENET_STD) if original else (CLIP_MEAN, CLIP_STD)
         settings = without_crop(files.image) if original else files.image
         self.pixels = PixelSettings.read(settings, BICUBIC, mean, std)
-        self.tiles = read_tiles(files, config, original=original)
+        sizes = TileSizes.read(outer, overrides or {})
+        self.tiles = read_tiles(files, sizes, original=original)
         tokens = MediaTokens(
             markers={"image": (self.image_token, "<image>"), "video": (video,)},
             ids=(self.image_token_id,),
             text_markers={"image": "<image>\n", "video": f"{video}\n"} if original else {},
         )
         digest = f"internvl|{self.pixels}|{self.tiles}"
-        super().__init__(folder, config, tokenizer, tokens, digest)
+        super().__init__(folder, config, overrides, tokenizer, tokens, digest)
 
     def encode_image(self, source: Any, request: PromptRequest) -> EncodedMedia:
         image = self.load(source, request)
@@ -141,40 +156,27 @@ class InternVLProcessor(VisionProcessor):
         return {"pixel_values": pixels, "num_patches": np.array(counts, np.int64)}
 
 
-def is_original(config: Mapping[str, Any]) -> bool:
-    """Whether config.json is that of InternVLChatModel (spec, section 7.1)."""
-    return "llm_config" in config or "InternVLChatModel" in str(config.get("architectures"))
-
-
 def without_crop(settings: Settings) -> Settings:
     """The original folders carry a CLIP extractor's file, whose crop and size are not used."""
     unused = ("do_center_crop", "crop_size", "size")
     return Settings(settings.source, {k: v for k, v in settings.values.items() if k not in unused})
 
 
-def read_tiles(files: ProcessorFiles, config: Mapping[str, Any], *, original: bool) -> TileSettings:
+def read_tiles(files: ProcessorFiles, sizes: TileSizes, *, original: bool) -> TileSettings:
     """Tile sizes and numbers. Raises: ProcessorError for sizes that do not fit each other."""
-    top = Settings("config.json", config)
-    vision = top.section("vision_config") or Settings("config.json: vision_config")
-    patch = _side(vision, "patch_size", 14)
-    side = top.integer("force_image_size", _side(vision, "image_size", 448))
+    side = sizes.side_px
     if not original:
         side = files.image.edges("size", ("height",)).get("height", side)
-    ratio = top.number("downsample_ratio", 0.5)
-    tokens = int((side // patch) ** 2 * ratio**2)
-    tokens = top.integer("image_seq_length", top.integer("num_image_token", tokens))
-    tokens = files.processor.integer("image_seq_length", tokens)
-    low = top.integer("min_dynamic_patch", files.image.integer("min_patches", 1))
-    high = top.integer("max_dynamic_patch", files.image.integer("max_patches", DEFAULT_TILES))
-    if not top.flag("dynamic_image_size", default=True):
-        low = high = 1
-    if side > MAX_TILE_PX or side % patch or high > MAX_TILES or low > high:
+    low = sizes.min_tiles or files.image.integer("min_patches", 1)
+    high = sizes.max_tiles or files.image.integer("max_patches", DEFAULT_TILES)
+    if side > MAX_TILE_PX or high > MAX_TILES or low > high:
         raise ProcessorError(
-            f"{files.image.source}: {low} to {high} tiles of {side} pixels in patches of {patch}; "
-            f"expected whole patches, at most {MAX_TILE_PX} pixels and {MAX_TILES} tiles"
+            f"{files.image.source}: {low} to {high} tiles of {side} pixels; expected at most "
+            f"{MAX_TILES} tiles of {MAX_TILE_PX} pixels"
         )
-    thumbnail = top.flag("use_thumbnail", default=True)
-    return TileSettings(side, patch, low, high, thumbnail, tokens)
+    tokens = sizes.tokens(side)
+    files.processor.agree("image_seq_length", tokens)
+    return TileSettings(side, sizes.patch_px, low, high, sizes.use_thumbnail, tokens)
 
 
 def cut(
@@ -230,10 +232,3 @@ def sample_frames(info: VideoInfo, num_frames: int) -> np.ndarray:
     """
     step = info.num_frames / min(num_frames, info.num_frames)
     return arange_indices(step / 2, info.num_frames, step)
-
-
-def _side(settings: Settings, key: str, default: int) -> int:
-    value = settings.get(key)
-    if isinstance(value, (list, tuple)) and value:
-        return settings.checked_int(key, value[0], 1, MAX_TILE_PX)
-    return settings.integer(key, default, high=MAX_TILE_PX)

@@ -7,6 +7,7 @@ Source: transformers modeling_internvl.py; modeling_intern_vit.py of the InternV
 from __future__ import annotations
 
 from functools import lru_cache, partial
+from typing import TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -20,14 +21,18 @@ from mlx_vlm_pipes.architectures.internvl.model_config import (
 from mlx_vlm_pipes.errors import InputError
 from mlx_vlm_pipes.nn.activations import activation
 from mlx_vlm_pipes.nn.vision import pixel_shuffle
+from mlx_vlm_pipes.processing.transforms import cut_tiles
 
 PASS_TOKENS = 8192  # tokens that go through the tower together: bounds memory, still fills a GPU
 PROJECTOR_EPS = 1e-5
 CUBIC = -0.75  # torch's bicubic coefficient
 
 
-def as_patches(pixels: mx.array, patch: int) -> mx.array:
-    """Tiles in the canonical layout, [N, R, C, 3, p, p].
+PixelsT = TypeVar("PixelsT", mx.array, np.ndarray)
+
+
+def as_patches(pixels: PixelsT, patch: int) -> PixelsT:
+    """Tiles in the one layout that everything here takes, [N, R, C, 3, p, p].
 
     Args: pixels, that or [N, 3, H, W]. Raises: InputError for other shapes.
     """
@@ -39,9 +44,7 @@ def as_patches(pixels: mx.array, patch: int) -> mx.array:
             f"InternVL pixel_values {list(shape)}; expected [tiles, rows, columns, 3, {patch},"
             f" {patch}] or [tiles, 3, height, width] in multiples of {patch}"
         )
-    n, _, height, width = shape
-    grid = pixels.reshape(n, CHANNELS, height // patch, patch, width // patch, patch)
-    return grid.transpose(0, 2, 4, 1, 3, 5)
+    return cut_tiles(pixels, patch)
 
 
 @lru_cache(maxsize=32)

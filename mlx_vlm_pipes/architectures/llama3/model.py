@@ -32,7 +32,13 @@ from mlx_vlm_pipes.interfaces import (
 from mlx_vlm_pipes.kv_cache import KVCacheInputs
 from mlx_vlm_pipes.nn.buffer_step import BufferStep
 from mlx_vlm_pipes.nn.decoder import DecoderConfig
-from mlx_vlm_pipes.nn.ragged import flat_tokens, row_offsets, single_replica, step_phase
+from mlx_vlm_pipes.nn.ragged import (
+    flat_tokens,
+    replica_splits,
+    require_replicas,
+    row_offsets,
+    step_phase,
+)
 
 
 @dataclass
@@ -40,7 +46,10 @@ class Llama3Inputs(RaggedInputs[Buffer]):
     """One step's inputs.
 
     tokens int32 [T]; input_row_offsets uint32 [B + 1]; return_n_logits int64 [1]. The LoRA
-    fields group the rows by adapter (spec, section 1.10); all None without LoRA.
+    fields group the rows by adapter (nn.lora_groups); all None without LoRA. Steps read lora_ids
+    and lora_grouped_offsets, the others say the same in other words. data_parallel_splits int64
+    [replicas + 1]: where each replica's rows end, for more than one replica; nested lists of them
+    are flattened in `buffers`.
     """
 
     tokens: Buffer
@@ -115,7 +124,7 @@ class LlamaModelBase(CheckpointModel[TextContext], PipelineModelWithKVCache[Text
         """Read the weights through the adapter, build the decoder, install and evaluate."""
         (model,) = self.load_parts(session)
         self.state_dict = dict(model.weights)
-        return Model(BufferStep(model.module, self.kv_params), model.weights)
+        return Model(BufferStep(model.module, self.kv_params, self.adapters), model.weights)
 
     def prepare_initial_token_inputs(
         self,
@@ -125,10 +134,15 @@ class LlamaModelBase(CheckpointModel[TextContext], PipelineModelWithKVCache[Text
         *,
         image_embeddings: Buffer | None = None,
     ) -> Llama3Inputs:
-        """Ragged inputs. Raises: InputError for image_embeddings: there is no place for them."""
+        """Ragged inputs: the rows of all replicas in order, on the one device.
+
+        Raises: ConfigError unless there are data_parallel_degree replicas; UnknownAdapter;
+        InputError for image_embeddings: there is no place for them.
+        """
         if image_embeddings is not None:
             raise InputError("image_embeddings for a text model; leave them out")
-        single_replica(replica_batches, self.pipeline_config.model.data_parallel_degree)
+        degree = self.pipeline_config.model.data_parallel_degree
+        require_replicas(replica_batches, degree)
         contexts = [context for batch in replica_batches for context in batch]
         announce(kv_cache_inputs, contexts)
         return Llama3Inputs(
@@ -138,6 +152,8 @@ class LlamaModelBase(CheckpointModel[TextContext], PipelineModelWithKVCache[Text
             return_n_logits=mx.array([return_n_logits], dtype=mx.int64),
             kv_cache_inputs=kv_cache_inputs,
             phase=step_phase(contexts),
+            data_parallel_splits=None if degree == 1 else replica_splits(replica_batches),
+            **self.lora_fields(contexts),
         )
 
     def execute(self, model_inputs: ModelInputs) -> ModelOutputs:
@@ -151,7 +167,7 @@ class LlamaModelBase(CheckpointModel[TextContext], PipelineModelWithKVCache[Text
             None,
             None,
             None,
-            inputs.phase,
+            inputs.mode,
         )
 
     def prepare_next_token_inputs(

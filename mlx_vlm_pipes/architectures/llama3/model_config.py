@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
+from mlx_vlm_pipes.architectures.llama3.facts import FACTS
 from mlx_vlm_pipes.checkpoint.state import expanded_scales
 from mlx_vlm_pipes.checkpoint.tie import tied_by_names
 from mlx_vlm_pipes.config import (
@@ -20,6 +21,8 @@ from mlx_vlm_pipes.dtypes import DeviceRef, DType
 from mlx_vlm_pipes.errors import ConfigError
 from mlx_vlm_pipes.hf_config import (
     AutoConfig,
+    activation_name,
+    check_rope_keys,
     head_dim,
     lookup,
     require,
@@ -29,7 +32,6 @@ from mlx_vlm_pipes.hf_config import (
     text_config,
 )
 from mlx_vlm_pipes.interfaces import ArchConfigWithKVCache, ReturnHiddenStates, ReturnLogits
-from mlx_vlm_pipes.nn.activations import activation
 from mlx_vlm_pipes.nn.decoder import DecoderConfig
 from mlx_vlm_pipes.nn.rope import (
     Llama3RopeScalingParams,
@@ -101,6 +103,7 @@ class Llama3Config(ArchConfigWithKVCache):
     hidden_act: str = "silu"
     qk_norm: bool = False
     mrope_section: tuple[int, ...] | None = None
+    mrope_interleaved: bool = False  # the axes take turns among the rotary pairs
 
     @classmethod
     def initialize(
@@ -108,6 +111,7 @@ class Llama3Config(ArchConfigWithKVCache):
     ) -> Self:
         model_config = model_config or pipeline_config.model
         config = model_config.require_huggingface_config()
+        FACTS.check_overrides(model_config.vision_config_overrides)
         return cls.initialize_from_config(pipeline_config, config, model_config)
 
     @classmethod
@@ -116,9 +120,12 @@ class Llama3Config(ArchConfigWithKVCache):
         pipeline_config: PipelineConfig,
         huggingface_config: AutoConfig,
         model_config: MAXModelConfig | None = None,
+        *,
+        rope_keys: Collection[str] = (),
     ) -> Self:
         """From a text configuration.
 
+        rope_keys: of the rope dictionary, that the architecture has besides those of its type.
         Raises: ConfigError for missing keys, a rope type or activation that we do not have, or
         an encoding that is not resolved yet.
         """
@@ -126,9 +133,9 @@ class Llama3Config(ArchConfigWithKVCache):
         pipeline_config = replace(pipeline_config, model=model_config)
         cfg = huggingface_config
         devices = model_config.devices
+        check_rope_keys(cfg, rope_keys)
         llama3, longrope = _rope_scaling(cfg)
         window, window_layers = _sliding_window(cfg)
-        activation(lookup(cfg, "hidden_act", default="silu"))  # refuse unknown ones here
         return cls(
             hidden_size=require_int(cfg, "hidden_size"),
             num_attention_heads=require_int(cfg, "num_attention_heads"),
@@ -159,8 +166,9 @@ class Llama3Config(ArchConfigWithKVCache):
             partial_rotary_factor=_partial_rotary_factor(cfg),
             sliding_window=window,
             sliding_layers=window_layers,
-            hidden_act=lookup(cfg, "hidden_act", default="silu"),
+            hidden_act=activation_name(cfg, "hidden_act", default="silu"),
             mrope_section=_mrope_section(cfg),
+            mrope_interleaved=bool(rope_dictionary(cfg).get("mrope_interleaved")),
         )
 
     def finalize(
@@ -227,13 +235,15 @@ class Llama3Config(ArchConfigWithKVCache):
         kv_cache_config: KVCacheConfig,
         cache_dtype: DType,
     ) -> KVCacheParams:
+        """One device holds the rows of all replicas: its cache is that of degree 1."""
+        degree = 1 if len(devices) == 1 else pipeline_config.model.data_parallel_degree
         return kv_cache_config.to_params(
             dtype=cache_dtype,
             n_kv_heads=_num_kv_heads(huggingface_config),
             head_dim=Llama3Config.get_head_dim(huggingface_config),
             num_layers=Llama3Config.get_num_layers(huggingface_config),
             devices=devices,
-            data_parallel_degree=pipeline_config.model.data_parallel_degree,
+            data_parallel_degree=degree,
         )
 
     @staticmethod
@@ -268,6 +278,7 @@ class Llama3Config(ArchConfigWithKVCache):
                 llama3=self.rope_scaling_params,
                 longrope=self.longrope_scaling_params,
                 mrope_section=self.mrope_section,
+                mrope_interleaved=self.mrope_interleaved,
             ),
             attention_scale=self.attention_multiplier,
             norm_eps=self.rms_norm_eps,

@@ -6,27 +6,24 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mlx_vlm_pipes.architectures.llama3.model_config import Llama3Config, bounded_max_seq_len
+from mlx_vlm_pipes.architectures.pixtral.facts import FACTS
+from mlx_vlm_pipes.architectures.pixtral.sizes import PatchSizes
+from mlx_vlm_pipes.architectures.vision_language_config import VisionLanguageConfig
 from mlx_vlm_pipes.checkpoint.tie import declared_tied
-from mlx_vlm_pipes.config import (
-    KVCacheConfig,
-    KVCacheParams,
-    MAXModelConfig,
-    PipelineConfig,
-)
+from mlx_vlm_pipes.config import KVCacheParams, MAXModelConfig, PipelineConfig
 from mlx_vlm_pipes.dtypes import DeviceRef, DType
 from mlx_vlm_pipes.errors import ConfigError, UnsupportedModel
 from mlx_vlm_pipes.hf_config import (
     AutoConfig,
+    activation_name,
+    axial_theta,
     lookup,
     optional_int,
     require,
     require_int,
-    rope_dictionary,
-    rope_theta,
     text_config,
 )
-from mlx_vlm_pipes.interfaces import ArchConfigWithKVCache, ReturnLogits
-from mlx_vlm_pipes.nn.activations import activation
+from mlx_vlm_pipes.interfaces import ReturnLogits
 from mlx_vlm_pipes.nn.decoder import DecoderConfig
 from mlx_vlm_pipes.nn.rope import Llama3RopeScalingParams, LongRoPEScalingParams, RopeSpec
 
@@ -34,11 +31,10 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 _TEXT_TYPES = ("mistral", "llama")
-_VISION_ROPE_TYPES = ("axial", "default")  # one and the same; transformers 4 names none
 
 
 @dataclass(kw_only=True)
-class PixtralConfig(ArchConfigWithKVCache):
+class PixtralConfig(VisionLanguageConfig):
     """What the model reads. Sizes in elements, lengths in tokens, image and patch in pixels.
 
     The fields below `return_logits` are ours; the documented ones stand above. image_size is the
@@ -46,6 +42,7 @@ class PixtralConfig(ArchConfigWithKVCache):
     projector reads side by side, 0 being the tower's input and -1 its output.
     """
 
+    facts = FACTS
     dtype: DType
     devices: list[DeviceRef]
     image_token_index: int
@@ -86,8 +83,11 @@ class PixtralConfig(ArchConfigWithKVCache):
     projector_bias: bool = True
 
     @classmethod
-    def initialize(
-        cls, pipeline_config: PipelineConfig, model_config: MAXModelConfig | None = None
+    def initialize_from_config(
+        cls,
+        pipeline_config: PipelineConfig,
+        huggingface_config: AutoConfig,
+        model_config: MAXModelConfig | None = None,
     ) -> Self:
         """From a LLaVA configuration with a Pixtral tower.
 
@@ -95,8 +95,7 @@ class PixtralConfig(ArchConfigWithKVCache):
         UnsupportedModel for another tower, decoder or way of selecting features.
         """
         model_config = model_config or pipeline_config.model
-        cfg = model_config.require_huggingface_config()
-        text_cfg = text_config(cfg)
+        cfg, text_cfg = huggingface_config, text_config(huggingface_config)
         max_seq_len = cls._bounded(cfg, model_config)
         kind = lookup(text_cfg, "model_type", default="mistral")
         if kind not in _TEXT_TYPES:
@@ -145,22 +144,6 @@ class PixtralConfig(ArchConfigWithKVCache):
         limit = require_int(text_config(huggingface_config), "max_position_embeddings")
         return bounded_max_seq_len("Pixtral", limit, model_config.max_length)
 
-    @staticmethod
-    def construct_kv_params(
-        huggingface_config: AutoConfig,
-        pipeline_config: PipelineConfig,
-        devices: list[DeviceRef],
-        kv_cache_config: KVCacheConfig,
-        cache_dtype: DType,
-    ) -> KVCacheParams:
-        return Llama3Config.construct_kv_params(
-            text_config(huggingface_config), pipeline_config, devices, kv_cache_config, cache_dtype
-        )
-
-    @staticmethod
-    def get_num_layers(huggingface_config: AutoConfig) -> int:
-        return Llama3Config.get_num_layers(huggingface_config)
-
     def get_kv_params(self) -> KVCacheParams:
         return self.kv_params
 
@@ -197,61 +180,50 @@ class PixtralConfig(ArchConfigWithKVCache):
 
 def _vision_fields(cfg: AutoConfig) -> dict[str, Any]:
     """The tower's fields. Raises: ConfigError, UnsupportedModel for a tower that is not Pixtral."""
-    vision = lookup(cfg, "vision_config")
-    if vision is None:
-        raise ConfigError("pixtral: config.json lacks 'vision_config'")
+    sizes, vision = PatchSizes.read(cfg), cfg.vision_config
     kind = lookup(vision, "model_type", default="pixtral")
     if kind != "pixtral":
         raise UnsupportedModel(f"vision_config of model_type {kind!r}; supported: 'pixtral'")
-    rope_type = rope_dictionary(vision).get("rope_type", "axial")
-    if rope_type not in _VISION_ROPE_TYPES:
-        raise ConfigError(f"vision rope_type {rope_type!r}; supported: 'axial'")
     hidden = optional_int(vision, "hidden_size", default=1024)
     heads = optional_int(vision, "num_attention_heads", default=16)
     head_dim = optional_int(vision, "head_dim", default=hidden // heads)
     if head_dim % 4:
         raise ConfigError(f"vision head_dim {head_dim}; two rotary axes need a multiple of 4")
-    act = lookup(vision, "hidden_act", default="gelu")
-    activation(act)  # refuse unknown ones here
-    image_size, patch_size = (
-        optional_int(vision, "image_size", default=1024),
-        optional_int(vision, "patch_size", default=16),
-    )
-    if image_size < patch_size:
-        raise ConfigError(f"vision image_size {image_size} is smaller than patch_size {patch_size}")
+    layers = optional_int(vision, "num_hidden_layers", default=24)
     return {
-        "patch_size": patch_size,
-        "image_size": image_size,
+        "patch_size": sizes.patch_size,
+        "image_size": sizes.image_size,
         "num_channels": optional_int(vision, "num_channels", default=3),
         "vision_hidden_size": hidden,
         "vision_num_attention_heads": heads,
-        "vision_rope_theta": rope_theta(vision),
-        "vision_num_hidden_layers": optional_int(vision, "num_hidden_layers", default=24),
+        "vision_rope_theta": axial_theta(vision),
+        "vision_num_hidden_layers": layers,
         "vision_intermediate_size": optional_int(vision, "intermediate_size", default=4096),
         "vision_head_dim": head_dim,
-        "vision_hidden_act": act,
-        "vision_feature_layers": _feature_layers(
-            cfg, optional_int(vision, "num_hidden_layers", default=24)
-        ),
+        "vision_hidden_act": activation_name(vision, "hidden_act", default="gelu"),
+        "vision_feature_layers": _feature_layers(cfg, layers),
     }
 
 
 def _projector_fields(cfg: AutoConfig) -> dict[str, Any]:
-    act = lookup(cfg, "projector_hidden_act", default="gelu")
-    activation(act)
+    act = activation_name(cfg, "projector_hidden_act", default="gelu")
     bias = lookup(cfg, "multimodal_projector_bias", default=True)
     return {"projector_hidden_act": act, "projector_bias": bool(bias)}
 
 
 def _feature_layers(cfg: AutoConfig, num_layers: int) -> tuple[int, ...]:
-    """The hidden states that the projector reads. Raises: ConfigError for one out of range."""
-    strategy = lookup(cfg, "vision_feature_select_strategy", default="full")
+    """The hidden states that the projector reads. Raises: ConfigError for one out of range.
+
+    A file that says nothing means what transformers' LlavaConfig defaults to, "default" and -2,
+    which is for towers with a class token: released Pixtral checkpoints say "full" and -1.
+    """
+    strategy = lookup(cfg, "vision_feature_select_strategy", default="default")
     if strategy != "full":
         raise UnsupportedModel(
-            f"vision_feature_select_strategy {strategy!r}; a Pixtral tower has no class token to "
-            "drop, expected 'full'"
+            f"vision_feature_select_strategy {strategy!r} drops a class token, which a Pixtral "
+            "tower does not have; config.json must say 'full'"
         )
-    said = lookup(cfg, "vision_feature_layer", default=-1)
+    said = lookup(cfg, "vision_feature_layer", default=-2)
     layers = tuple(said) if isinstance(said, (list, tuple)) else (said,)
     for layer in layers:
         if type(layer) is not int or not -num_layers - 1 <= layer <= num_layers:

@@ -12,11 +12,15 @@ from typing import Any
 
 import numpy as np
 
+from mlx_vlm_pipes.architectures.pixtral.facts import FACTS
+from mlx_vlm_pipes.architectures.pixtral.sizes import PatchSizes
 from mlx_vlm_pipes.errors import InputError
+from mlx_vlm_pipes.hf_config import HuggingFaceConfig
 from mlx_vlm_pipes.processing.base import (
     EncodedMedia,
     MediaTokens,
     VisionProcessor,
+    agreed_token_id,
     check_num_tokens,
 )
 from mlx_vlm_pipes.processing.settings import (
@@ -31,27 +35,35 @@ from mlx_vlm_pipes.processing.transforms import pad_to_common_size, resize, to_a
 from mlx_vlm_pipes.processing.types import PromptRequest
 
 BICUBIC = 3
-MAX_PATCH_PX = 1024
 
 
 class PixtralProcessor(VisionProcessor):
     """h x w patches of `patch_px` a picture; each row of tokens ends in a break token."""
 
-    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
+    facts = FACTS
+
+    def __init__(
+        self,
+        folder: Path,
+        config: Mapping[str, Any],
+        overrides: Mapping[str, Any] | None = None,
+    ) -> None:
         tokenizer, files = Tokenizer(folder), ProcessorFiles.read(folder)
         names = files.processor
         self.image_token = names.text("image_token", "[IMG]")
         self.break_token = names.text("image_break_token", "[IMG_BREAK]")
         self.end_token = names.text("image_end_token", "[IMG_END]")
-        self.image_token_id = tokenizer.require_token_id(self.image_token)
+        self.image_token_id = agreed_token_id(
+            tokenizer, self.image_token, config, "image_token_index", "image_token_id"
+        )
         break_id = tokenizer.require_token_id(self.break_token)
         tokenizer.require_token_id(self.end_token)
         self.pixels = PixelSettings.read(files.image, BICUBIC, CLIP_MEAN, CLIP_STD)
-        self.patch_px = read_patch(files, config)
+        self.patch_px = read_patch(files, PatchSizes.read(HuggingFaceConfig(config)).patch_size)
         self.max_size = read_size(files.image)
         tokens = MediaTokens({"image": (self.image_token,)}, (self.image_token_id, break_id))
         digest = f"pixtral|{self.pixels}|{self.patch_px}|{self.max_size}"
-        super().__init__(folder, config, tokenizer, tokens, digest)
+        super().__init__(folder, config, overrides, tokenizer, tokens, digest)
 
     def check(self, request: PromptRequest, num_videos: int) -> None:
         super().check(request, num_videos)
@@ -101,21 +113,19 @@ def fitting_size(size: tuple[int, int], limit: tuple[int, int], patch: int) -> t
     return math.ceil(width / patch) * patch, math.ceil(height / patch) * patch
 
 
-def read_patch(files: ProcessorFiles, config: Mapping[str, Any]) -> int:
-    """Side in pixels of the square that one token stands for."""
-    default = 16
-    vision = config.get("vision_config")
-    if isinstance(vision, Mapping) and isinstance(vision.get("patch_size"), int):
-        default = vision["patch_size"]
+def read_patch(files: ProcessorFiles, patch: int) -> int:
+    """Side in pixels of the square that one token stands for.
+
+    patch: of the model. Raises: ProcessorError if the processor's is another.
+    """
     if isinstance(files.image.get("patch_size"), Mapping):
-        edges = files.image.edges("patch_size", ("height", "width"))
-        if len(set(edges.values())) != 1:
-            raise files.image.error("patch_size", edges, "equal height and width")
-        default = edges.popitem()[1]
-    elif files.image.get("patch_size") is not None:
-        default = files.image.integer("patch_size", default, high=MAX_PATCH_PX)
-    patch = files.processor.integer("patch_size", default, high=MAX_PATCH_PX)
-    return patch * files.processor.integer("spatial_merge_size", 1, high=16)
+        for key, side in files.image.edges("patch_size", ("height", "width")).items():
+            Settings(files.image.source, {key: side}).agree(key, patch)
+    else:
+        files.image.agree("patch_size", patch)
+    files.processor.agree("patch_size", patch)
+    files.processor.agree("spatial_merge_size", 1)
+    return patch
 
 
 def read_size(settings: Settings) -> tuple[int, int]:

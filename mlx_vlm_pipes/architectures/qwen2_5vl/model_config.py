@@ -10,25 +10,28 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from mlx_vlm_pipes.architectures.llama3.model_config import Llama3Config
-from mlx_vlm_pipes.architectures.part_fields import PartField
-from mlx_vlm_pipes.architectures.qwen2_5vl.sizes import VisionSizes, require_vision_config
+from mlx_vlm_pipes.architectures.part_fields import PartField, WithPartFields
+from mlx_vlm_pipes.architectures.qwen2_5vl.facts import FACTS
+from mlx_vlm_pipes.architectures.qwen2_5vl.sizes import VisionSizes
+from mlx_vlm_pipes.architectures.vision_language_config import TwoPartConfig
 from mlx_vlm_pipes.checkpoint.state import expanded_scales, stored_dtype
 from mlx_vlm_pipes.checkpoint.tie import declared_tied
-from mlx_vlm_pipes.config import KVCacheConfig, KVCacheParams, MAXModelConfig, PipelineConfig
+from mlx_vlm_pipes.config import MAXModelConfig, PipelineConfig
 from mlx_vlm_pipes.dtypes import DeviceRef, DType
 from mlx_vlm_pipes.errors import ConfigError
 from mlx_vlm_pipes.hf_config import (
     AutoConfig,
+    activation_name,
     axial_theta,
     head_dim,
     lookup,
     optional_int,
     require_int,
+    require_vision_config,
     rope_dictionary,
     text_config,
 )
-from mlx_vlm_pipes.interfaces import ArchConfigWithKVCache, ReturnLogits
-from mlx_vlm_pipes.nn.activations import activation
+from mlx_vlm_pipes.interfaces import ReturnLogits
 from mlx_vlm_pipes.quantization import QuantConfig
 from mlx_vlm_pipes.weights import WeightData
 
@@ -78,8 +81,6 @@ class VisionConfig:
         """
         cfg, sizes = hf_vision_config, VisionSizes.read(hf_vision_config)
         blocks = lookup(cfg, "fullatt_block_indexes", default=FULL_ATTENTION_BLOCKS)
-        act = lookup(cfg, "hidden_act", default="silu")
-        activation(act)  # refuse unknown ones here
         config = cls(
             dtype=DType.bfloat16,
             llm_dtype=DType.bfloat16,
@@ -96,7 +97,7 @@ class VisionConfig:
             rms_norm_eps=RMS_NORM_EPS,
             window_size=sizes.window_size,
             spatial_merge_size=sizes.spatial_merge_size,
-            hidden_act=act,
+            hidden_act=activation_name(cfg, "hidden_act", default="silu"),
             rope_theta=axial_theta(cfg),
         )
         config._check()
@@ -141,45 +142,48 @@ class VisionConfig:
 
 
 @dataclass(kw_only=True)
-class Qwen2_5VLConfig(ArchConfigWithKVCache):
+class Qwen2_5VLConfig(WithPartFields, TwoPartConfig):
     """Both halves of the model. tokens_per_second: time positions a second of a clip takes."""
 
+    facts = FACTS
     devices: list[DeviceRef]
-    vision_config: VisionConfig
-    llm_config: Llama3Config
     image_token_id: int
     video_token_id: int
     vision_start_token_id: int
-    tokens_per_second: int
     spatial_merge_size: PartField[int] = PartField(  # noqa: RUF009  # a descriptor
         "vision_config", "spatial_merge_size"
     )
+    tokens_per_second: int
     mrope_section: PartField[list[int]] = PartField(  # noqa: RUF009
         "llm_config", "mrope_section", list, tuple
     )
+    vision_config: VisionConfig
+    llm_config: Llama3Config
 
-    @classmethod
-    def initialize(
-        cls, pipeline_config: PipelineConfig, model_config: MAXModelConfig | None = None
-    ) -> Self:
-        model_config = model_config or pipeline_config.model
-        pipeline_config = replace(pipeline_config, model=model_config)
-        config = model_config.require_huggingface_config()
-        return cls.initialize_from_config(pipeline_config, config)
+    @property
+    def decoder(self) -> Llama3Config:
+        return self.llm_config
 
     @classmethod
     def initialize_from_config(
-        cls, pipeline_config: PipelineConfig, huggingface_config: AutoConfig
+        cls,
+        pipeline_config: PipelineConfig,
+        huggingface_config: AutoConfig,
+        model_config: MAXModelConfig | None = None,
     ) -> Self:
         """From the outer configuration.
 
         Raises: ConfigError without a vision_config, for missing or contradicting keys, and for
         values that we do not run.
         """
+        model_config = model_config or pipeline_config.model
+        pipeline_config = replace(pipeline_config, model=model_config)
         cfg, vision_cfg = huggingface_config, require_vision_config(huggingface_config)
         text_cfg = text_config(cfg)
         vision = VisionConfig.initialize_from_config(pipeline_config, vision_cfg)
-        llm = Llama3Config.initialize_from_config(pipeline_config, text_cfg)
+        llm = Llama3Config.initialize_from_config(
+            pipeline_config, text_cfg, rope_keys=("mrope_section",)
+        )
         if vision.out_hidden_size != llm.hidden_size:
             raise ConfigError(
                 f"vision out_hidden_size {vision.out_hidden_size}, expected the text hidden_size "
@@ -232,35 +236,6 @@ class Qwen2_5VLConfig(ArchConfigWithKVCache):
         self.llm_config.quant_config = expanded_scales(huggingface_config, llm_state_dict)
         if declared_tied(huggingface_config, text_cfg):
             self.llm_config.tie_word_embeddings = True
-
-    @staticmethod
-    def calculate_max_seq_len(
-        pipeline_config: PipelineConfig, huggingface_config: AutoConfig
-    ) -> int:
-        """The decoder's limit, or the smaller one asked for. Raises: ConfigError above it."""
-        return Llama3Config.calculate_max_seq_len(pipeline_config, text_config(huggingface_config))
-
-    @staticmethod
-    def construct_kv_params(
-        huggingface_config: AutoConfig,
-        pipeline_config: PipelineConfig,
-        devices: list[DeviceRef],
-        kv_cache_config: KVCacheConfig,
-        cache_dtype: DType,
-    ) -> KVCacheParams:
-        return Llama3Config.construct_kv_params(
-            text_config(huggingface_config), pipeline_config, devices, kv_cache_config, cache_dtype
-        )
-
-    @staticmethod
-    def get_num_layers(huggingface_config: AutoConfig) -> int:
-        return Llama3Config.get_num_layers(huggingface_config)
-
-    def get_kv_params(self) -> KVCacheParams:
-        return self.llm_config.get_kv_params()
-
-    def get_max_seq_len(self) -> int:
-        return self.llm_config.get_max_seq_len()
 
 
 def _mrope_section(text_cfg: AutoConfig) -> list[int]:

@@ -20,9 +20,10 @@ from mlx_vlm_pipes.architectures.qwen2_5vl.context import (
     RopeTokens,
     VisionData,
 )
-from mlx_vlm_pipes.architectures.qwen2_5vl.sizes import VisionSizes, require_vision_config
+from mlx_vlm_pipes.architectures.qwen2_5vl.facts import FACTS
+from mlx_vlm_pipes.architectures.qwen2_5vl.sizes import VisionSizes
 from mlx_vlm_pipes.contexts import ImageMetadata, TextContext
-from mlx_vlm_pipes.hf_config import HuggingFaceConfig
+from mlx_vlm_pipes.hf_config import HuggingFaceConfig, require_vision_config
 from mlx_vlm_pipes.processing.base import ContextFields, EncodedMedia
 from mlx_vlm_pipes.processing.grid_processor import GridProcessor
 from mlx_vlm_pipes.processing.grids import Grid
@@ -42,10 +43,17 @@ MAX_VIDEO_TOKENS = 128000
 class Qwen2_5VLProcessor(GridProcessor):
     """A clip is one run of placeholders; how long its steps last decides their positions."""
 
-    refused_options = ()
+    facts = FACTS
 
-    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
-        super().__init__(folder, config, IMAGE_DEFAULTS, VIDEO_DEFAULTS, MAX_VIDEO_TOKENS)
+    def __init__(
+        self,
+        folder: Path,
+        config: Mapping[str, Any],
+        overrides: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(
+            folder, config, overrides, IMAGE_DEFAULTS, VIDEO_DEFAULTS, MAX_VIDEO_TOKENS
+        )
         self.sizes = VisionSizes.read(require_vision_config(HuggingFaceConfig(config)))
         sizes = self.sizes
         self.check_patches(sizes.patch_size, sizes.spatial_merge_size, sizes.temporal_patch_size)

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mlx_vlm_pipes.errors import ConfigError
-from mlx_vlm_pipes.hf_config import AutoConfig, lookup, optional_int
+from mlx_vlm_pipes.hf_config import AutoConfig, optional_int
 
 
 @dataclass(frozen=True)
@@ -39,11 +38,3 @@ class VisionSizes:
             optional_int(vision_config, "temporal_patch_size", default=2),
             optional_int(vision_config, "tokens_per_second", default=4),
         )
-
-
-def require_vision_config(huggingface_config: AutoConfig) -> AutoConfig:
-    """Raises: ConfigError without a `vision_config`."""
-    vision = lookup(huggingface_config, "vision_config")
-    if vision is None:
-        raise ConfigError("config.json has no vision_config; is it a Qwen2.5-VL checkpoint?")
-    return vision

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,8 @@ class Qwen3Config(Llama3Config):
         pipeline_config: PipelineConfig,
         huggingface_config: AutoConfig,
         model_config: MAXModelConfig | None = None,
+        *,
+        rope_keys: Collection[str] = (),
     ) -> Self:
         """As Llama3Config's. Raises: UnsupportedModel for mixture-of-experts layers."""
         experts = lookup(huggingface_config, "num_experts", default=0)
@@ -43,7 +46,9 @@ class Qwen3Config(Llama3Config):
             raise UnsupportedModel(
                 f"qwen3 with num_experts {experts}; only dense Qwen3 models are supported"
             )
-        return super().initialize_from_config(pipeline_config, huggingface_config, model_config)
+        return super().initialize_from_config(
+            pipeline_config, huggingface_config, model_config, rope_keys=rope_keys
+        )
 
     def finalize(
         self,

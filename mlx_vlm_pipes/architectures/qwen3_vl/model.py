@@ -10,13 +10,13 @@ import mlx.core as mx
 from mlx_vlm_pipes.architectures.mrope import MRopeInputs, MRopeModel
 from mlx_vlm_pipes.architectures.qwen3_vl.context import Qwen3VLTextAndVisionContext, VisionData
 from mlx_vlm_pipes.architectures.qwen3_vl.model_config import Qwen3VLConfig
-from mlx_vlm_pipes.architectures.qwen3_vl.sizes import VisionSizes, require_vision_config
+from mlx_vlm_pipes.architectures.qwen3_vl.sizes import VisionSizes
 from mlx_vlm_pipes.architectures.qwen3_vl.vision_model import VisionModel
 from mlx_vlm_pipes.architectures.qwen3_vl.weight_adapters import LAYOUTS, transforms
 from mlx_vlm_pipes.checkpoint.state import LANGUAGE, VISION, StateDict, part
 from mlx_vlm_pipes.config import PipelineConfig
 from mlx_vlm_pipes.contexts import ImageMetadata
-from mlx_vlm_pipes.hf_config import AutoConfig
+from mlx_vlm_pipes.hf_config import AutoConfig, require_vision_config
 from mlx_vlm_pipes.interfaces import (
     Buffer,
     LayerWork,

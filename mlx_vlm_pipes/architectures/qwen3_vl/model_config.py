@@ -10,23 +10,26 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from mlx_vlm_pipes.architectures.qwen3 import Qwen3Config
-from mlx_vlm_pipes.architectures.qwen3_vl.sizes import VisionSizes, require_vision_config
+from mlx_vlm_pipes.architectures.qwen3_vl.facts import FACTS
+from mlx_vlm_pipes.architectures.qwen3_vl.sizes import VisionSizes
+from mlx_vlm_pipes.architectures.vision_language_config import TwoPartConfig
 from mlx_vlm_pipes.checkpoint.state import stored_dtype
 from mlx_vlm_pipes.checkpoint.tie import declared_tied
-from mlx_vlm_pipes.config import KVCacheConfig, KVCacheParams, MAXModelConfig, PipelineConfig
+from mlx_vlm_pipes.config import MAXModelConfig, PipelineConfig
 from mlx_vlm_pipes.dtypes import DeviceRef, DType
 from mlx_vlm_pipes.errors import ConfigError
 from mlx_vlm_pipes.hf_config import (
     AutoConfig,
+    activation_name,
     axial_theta,
     lookup,
     optional_int,
     require_int,
+    require_vision_config,
     rope_dictionary,
     text_config,
 )
-from mlx_vlm_pipes.interfaces import ArchConfigWithKVCache, ReturnHiddenStates, ReturnLogits
-from mlx_vlm_pipes.nn.activations import activation
+from mlx_vlm_pipes.interfaces import ReturnHiddenStates, ReturnLogits
 from mlx_vlm_pipes.nn.decoder import DecoderConfig
 from mlx_vlm_pipes.weights import WeightData
 
@@ -69,8 +72,6 @@ class VisionConfig:
         that are not there, or an activation or rope type that we do not have.
         """
         cfg, sizes = hf_vision_config, VisionSizes.read(hf_vision_config)
-        act = lookup(cfg, "hidden_act", default="gelu_pytorch_tanh")
-        activation(act)  # refuse unknown ones here
         config = cls(
             dtype=DType.bfloat16,
             llm_dtype=DType.bfloat16,
@@ -85,7 +86,7 @@ class VisionConfig:
             spatial_merge_size=sizes.spatial_merge_size,
             num_position_embeddings=sizes.table_side**2,
             deepstack_visual_indexes=_tapped_blocks(cfg),
-            hidden_act=act,
+            hidden_act=activation_name(cfg, "hidden_act", default="gelu_pytorch_tanh"),
             rope_theta=axial_theta(cfg),
         )
         if config.hidden_size % config.num_attention_heads or config.head_dim % 4:
@@ -111,9 +112,10 @@ class VisionConfig:
 
 
 @dataclass(kw_only=True)
-class Qwen3VLConfig(ArchConfigWithKVCache):
+class Qwen3VLConfig(TwoPartConfig):
     """Both halves of the model."""
 
+    facts = FACTS
     devices: list[DeviceRef]
     image_token_id: int
     video_token_id: int
@@ -121,28 +123,29 @@ class Qwen3VLConfig(ArchConfigWithKVCache):
     vision_config: VisionConfig
     llm_config: Qwen3Config
 
-    @classmethod
-    def initialize(
-        cls, pipeline_config: PipelineConfig, model_config: MAXModelConfig | None = None
-    ) -> Self:
-        model_config = model_config or pipeline_config.model
-        if model_config is not pipeline_config.model:
-            pipeline_config = replace(pipeline_config, model=model_config)
-        config = model_config.require_huggingface_config()
-        return cls.initialize_from_config(pipeline_config, config)
+    @property
+    def decoder(self) -> Qwen3Config:
+        return self.llm_config
 
     @classmethod
     def initialize_from_config(
-        cls, pipeline_config: PipelineConfig, huggingface_config: AutoConfig
+        cls,
+        pipeline_config: PipelineConfig,
+        huggingface_config: AutoConfig,
+        model_config: MAXModelConfig | None = None,
     ) -> Self:
         """From the outer configuration.
 
         Raises: ConfigError without a vision_config, for missing or contradicting keys, and for
         values that we do not run; UnsupportedModel for mixture-of-experts layers.
         """
+        model_config = model_config or pipeline_config.model
+        pipeline_config = replace(pipeline_config, model=model_config)
         cfg, text_cfg = huggingface_config, text_config(huggingface_config)
         vision = VisionConfig.initialize_from_config(require_vision_config(cfg))
-        llm = Qwen3Config.initialize_from_config(pipeline_config, text_cfg)
+        llm = Qwen3Config.initialize_from_config(
+            pipeline_config, text_cfg, rope_keys=("mrope_section", "mrope_interleaved")
+        )
         if vision.out_hidden_size != llm.hidden_size:
             raise ConfigError(
                 f"vision out_hidden_size {vision.out_hidden_size}, expected the text hidden_size "
@@ -154,7 +157,7 @@ class Qwen3VLConfig(ArchConfigWithKVCache):
                 f"{taps} deepstack_visual_indexes for {llm.num_hidden_layers} decoder layers"
             )
         return cls(
-            devices=pipeline_config.model.devices,
+            devices=model_config.devices,
             image_token_id=lookup(cfg, "image_token_id", default=IMAGE_TOKEN_ID),
             video_token_id=lookup(cfg, "video_token_id", default=VIDEO_TOKEN_ID),
             mrope_section=_mrope_section(text_cfg),
@@ -188,35 +191,6 @@ class Qwen3VLConfig(ArchConfigWithKVCache):
         rope = replace(config.rope, mrope_section=self.mrope_section, mrope_interleaved=True)
         taps = len(self.vision_config.deepstack_visual_indexes)
         return replace(config, rope=rope, feature_layers=taps)
-
-    @staticmethod
-    def calculate_max_seq_len(
-        pipeline_config: PipelineConfig, huggingface_config: AutoConfig
-    ) -> int:
-        """The decoder's limit, or the smaller one asked for. Raises: ConfigError above it."""
-        return Qwen3Config.calculate_max_seq_len(pipeline_config, text_config(huggingface_config))
-
-    @staticmethod
-    def construct_kv_params(
-        huggingface_config: AutoConfig,
-        pipeline_config: PipelineConfig,
-        devices: list[DeviceRef],
-        kv_cache_config: KVCacheConfig,
-        cache_dtype: DType,
-    ) -> KVCacheParams:
-        return Qwen3Config.construct_kv_params(
-            text_config(huggingface_config), pipeline_config, devices, kv_cache_config, cache_dtype
-        )
-
-    @staticmethod
-    def get_num_layers(huggingface_config: AutoConfig) -> int:
-        return Qwen3Config.get_num_layers(huggingface_config)
-
-    def get_kv_params(self) -> KVCacheParams:
-        return self.llm_config.get_kv_params()
-
-    def get_max_seq_len(self) -> int:
-        return self.llm_config.get_max_seq_len()
 
 
 def _tapped_blocks(vision_cfg: AutoConfig) -> list[int]:

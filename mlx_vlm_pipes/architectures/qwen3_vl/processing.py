@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mlx_vlm_pipes.architectures.qwen3_vl.context import Qwen3VLTextAndVisionContext
-from mlx_vlm_pipes.architectures.qwen3_vl.sizes import VisionSizes, require_vision_config
+from mlx_vlm_pipes.architectures.qwen3_vl.facts import FACTS
+from mlx_vlm_pipes.architectures.qwen3_vl.sizes import VisionSizes
 from mlx_vlm_pipes.contexts import TextContext
 from mlx_vlm_pipes.errors import InputError
-from mlx_vlm_pipes.hf_config import HuggingFaceConfig
+from mlx_vlm_pipes.hf_config import HuggingFaceConfig, require_vision_config
 from mlx_vlm_pipes.processing.base import ContextFields, EncodedMedia, agreed_token_id
 from mlx_vlm_pipes.processing.grid_processor import START, GridProcessor
 from mlx_vlm_pipes.processing.grids import Grid, GridImage
@@ -44,10 +45,17 @@ class Qwen3VLProcessor(GridProcessor):
     min_pixels and max_pixels of a clip count the pixels of all its frames.
     """
 
-    refused_options = ()
+    facts = FACTS
 
-    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
-        super().__init__(folder, config, IMAGE_DEFAULTS, VIDEO_DEFAULTS, MAX_VIDEO_TOKENS)
+    def __init__(
+        self,
+        folder: Path,
+        config: Mapping[str, Any],
+        overrides: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(
+            folder, config, overrides, IMAGE_DEFAULTS, VIDEO_DEFAULTS, MAX_VIDEO_TOKENS
+        )
         agreed_token_id(self.tokenizer, END, config, "vision_end_token_id")
         self.sizes = VisionSizes.read(require_vision_config(HuggingFaceConfig(config)))
         sizes = self.sizes

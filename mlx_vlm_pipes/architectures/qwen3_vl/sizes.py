@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 
 from mlx_vlm_pipes.errors import ConfigError
-from mlx_vlm_pipes.hf_config import AutoConfig, lookup, optional_int
+from mlx_vlm_pipes.hf_config import AutoConfig, optional_int
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,3 @@ class VisionSizes:
             optional_int(vision_config, "temporal_patch_size", default=2),
             side,
         )
-
-
-def require_vision_config(huggingface_config: AutoConfig) -> AutoConfig:
-    """Raises: ConfigError without a `vision_config`."""
-    vision = lookup(huggingface_config, "vision_config")
-    if vision is None:
-        raise ConfigError("config.json has no vision_config; is it a Qwen3-VL checkpoint?")
-    return vision

@@ -114,13 +114,17 @@ class VisionModel(nn.Module):
         frames = np.diff(np.array(cu_seqlens).astype(np.int64)).tolist()
         segments = Segments(frames, mx.cos(angles), mx.sin(angles))
         h = self.patch_embed(pixel_values.astype(self.dtype))
-        corners = self.pos_embed(interpolation_indices) * interpolation_weights[:, :, None]
-        h = h + corners.sum(axis=1).astype(h.dtype)
-        tapped: dict[int, mx.array] = {}
+        h = h + self._places(interpolation_indices, interpolation_weights).astype(h.dtype)
+        rows: list[mx.array] = []
         for i, block in enumerate(self.blocks):
             h = block(h, segments)
             if i in self.taps:
-                merger = self.deepstack_merger_list[self.taps.index(i)]
-                tapped[i] = merger(h)
-        rows = [self.merger(h), *(tapped[i] for i in sorted(tapped))]
-        return mx.concatenate(rows, axis=1).astype(self.out_dtype)
+                rows.append(self.deepstack_merger_list[self.taps.index(i)](h))
+        return mx.concatenate([self.merger(h), *rows], axis=1).astype(self.out_dtype)
+
+    def _places(self, indices: mx.array, weights: mx.array) -> mx.array:
+        """float32 [P, E]: the learned places [P, 4], mixed; one after the other, to hold few."""
+        mixed = self.pos_embed(indices[:, 0]) * weights[:, :1]
+        for i in range(1, indices.shape[1]):
+            mixed = mixed + self.pos_embed(indices[:, i]) * weights[:, i : i + 1]
+        return mixed

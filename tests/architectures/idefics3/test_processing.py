@@ -6,23 +6,26 @@ import numpy as np
 import pytest
 
 from mlx_vlm_pipes.architectures.idefics3 import processing as room
-from mlx_vlm_pipes.errors import InputError, ProcessorError
+from mlx_vlm_pipes.architectures.idefics3.sizes import FrameSizes
+from mlx_vlm_pipes.errors import ConfigError, InputError, ProcessorError
+from mlx_vlm_pipes.hf_config import HuggingFaceConfig
 from mlx_vlm_pipes.processing.settings import Settings
 from mlx_vlm_pipes.processing.types import PromptRequest
 from mlx_vlm_pipes.processing.video import VideoInfo
 from tests.processing.folders import IDEFICS3_TOKENS, make_folder, picture, template
 
 IMAGE = {"size": {"longest_edge": 32}, "max_image_size": {"longest_edge": 16}}
+CONFIG = {"model_type": "idefics3", "vision_config": {"image_size": 16, "patch_size": 8}}
 SAMPLING = {"fps": 1, "max_frames": 4, "video_size": {"longest_edge": 24}}
 
 
 def make(path, image=None, tokens=IDEFICS3_TOKENS, **processor):
     files = {
         "preprocessor_config.json": {**IMAGE, **(image or {})},
-        "processor_config.json": {"image_seq_len": 2, **processor},
+        "processor_config.json": {"image_seq_len": 1, **processor},
     }
     folder = make_folder(path, tokens, files, template(image="<image>"))
-    return room.Idefics3Processor(folder, {"architectures": ["Idefics3"]})
+    return room.Idefics3Processor(folder, CONFIG)
 
 
 @pytest.mark.parametrize(
@@ -30,7 +33,8 @@ def make(path, image=None, tokens=IDEFICS3_TOKENS, **processor):
 )
 def test_sequence_length(image, patch, scale, tokens) -> None:
     vision = {"image_size": image, "patch_size": patch}
-    assert room.default_seq_len({"vision_config": vision, "scale_factor": scale}) == tokens
+    config = {"vision_config": vision, "scale_factor": scale}
+    assert FrameSizes.read(HuggingFaceConfig(config)).image_seq_len == tokens
 
 
 @pytest.mark.parametrize(
@@ -47,7 +51,7 @@ def test_frames(height, width, rows, columns) -> None:
 def test_text_and_spans(tmp_path) -> None:
     processor = make(tmp_path)
     out = processor.process(PromptRequest("a?", images=[picture(30, 10), picture(5, 5)]))
-    fake, run = "<fake_token_around_image>", "<image><image>"
+    fake, run = "<fake_token_around_image>", "<image>"
     wide = f"{fake}<row_1_col_1>{run}{fake}<row_1_col_2>{run}\n\n{fake}<global-img>{run}{fake}"
     lines = ["".join(f"{fake}<row_{r}_col_{c}>{run}" for c in (1, 2)) + "\n" for r in (1, 2)]
     square = "".join(lines) + f"\n{fake}<global-img>{run}{fake}"
@@ -78,7 +82,7 @@ def test_without_splitting(tmp_path) -> None:
         (PromptRequest("<image><image>", raw=True), 1, "1 images for 2 placeholders"),
         (PromptRequest("what does <image> mean?"), 0, "0 images for 1 placeholders"),
         (PromptRequest("<image> <image>?"), 1, "1 images for 3 placeholders"),
-        (PromptRequest("x", max_pixels=9), 0, "only Qwen2"),
+        (PromptRequest("x", max_pixels=9), 0, "max_pixels: not for idefics3"),
         (PromptRequest("x", videos=[[picture(2, 2)]]), 0, "not made for video"),
     ],
 )
@@ -101,7 +105,7 @@ def test_clip(tmp_path) -> None:
     frames = [picture(20, 10, seed) for seed in range(3)]
     out = processor.process(PromptRequest("why?", videos=[frames], fps=0.5))
     fake = "<fake_token_around_image>"
-    one = f"{fake}<global-img><image><image>{fake}"
+    one = f"{fake}<global-img><image>{fake}"
     text = processor.tokenizer.decode(out.input_ids, skip_special_tokens=False)
     assert text == (
         "<|user|>You are provided the following series of three frames from a 0:00:06 [H:MM:SS] "
@@ -140,9 +144,18 @@ def test_bad_settings_are_named(tmp_path, image, message) -> None:
         make(tmp_path, image)
 
 
+def test_processor_and_model_must_agree(tmp_path) -> None:
+    with pytest.raises(ProcessorError, match="image_seq_len is 2; expected 1, as config"):
+        make(tmp_path, image_seq_len=2)
+    with pytest.raises(ProcessorError, match="image_token_id is 7"):
+        room.Idefics3Processor(make(tmp_path).folder, {**CONFIG, "image_token_id": 7})
+    with pytest.raises(ConfigError, match="'max_dynamic_patch'; this architecture knows none"):
+        room.Idefics3Processor(tmp_path, CONFIG, {"max_dynamic_patch": 2})
+
+
 def test_missing_tokens_and_files(tmp_path) -> None:
     with pytest.raises(ProcessorError, match="no token '<image>'"):
         make(tmp_path, tokens=["<global-img>"])
     (tmp_path / "preprocessor_config.json").unlink()
     with pytest.raises(ProcessorError, match=r"no preprocessor_config\.json"):
-        room.Idefics3Processor(tmp_path, {})
+        room.Idefics3Processor(tmp_path, CONFIG)

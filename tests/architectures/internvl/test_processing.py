@@ -4,12 +4,15 @@ import numpy as np
 import pytest
 
 from mlx_vlm_pipes.architectures.internvl import processing as room
-from mlx_vlm_pipes.errors import InputError, ProcessorError
+from mlx_vlm_pipes.architectures.internvl.sizes import is_original
+from mlx_vlm_pipes.errors import ConfigError, InputError, ProcessorError
+from mlx_vlm_pipes.hf_config import HuggingFaceConfig
 from mlx_vlm_pipes.processing.types import PromptRequest
 from mlx_vlm_pipes.processing.video import VideoInfo
 from tests.processing.folders import INTERNVL_TOKENS, make_folder, picture, template
 
 VISION = {"image_size": 16, "patch_size": 4}
+NATIVE = {"model_type": "internvl"}
 TEXT_TEMPLATE = "{% for m in messages %}{{ m['role'] + ':' + m['content'] + '\n' }}{% endfor %}"
 
 
@@ -20,9 +23,9 @@ def make(path, *, original=False, **config):
     chat = TEXT_TEMPLATE if original else template(image="<IMG_CONTEXT>\n", video="<video>\n")
     files = {"preprocessor_config.json": image}
     folder = make_folder(path, INTERNVL_TOKENS, files, chat)
-    dialect = {"llm_config": {}, "max_dynamic_patch": 4} if original else {}
-    config = {"vision_config": VISION, "architectures": ["InternVL"], **dialect, **config}
-    return room.InternVLProcessor(folder, config)
+    dialect = {"llm_config": {}, "max_dynamic_patch": 4} if original else NATIVE
+    overrides = config.pop("overrides", None)
+    return room.InternVLProcessor(folder, {"vision_config": VISION, **dialect, **config}, overrides)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +109,32 @@ def test_config_settings(tmp_path) -> None:
     assert make(tmp_path, max_dynamic_patch=1).tiles.max_tiles == 1
     assert make(tmp_path, original=True, dynamic_image_size=False).tiles.max_tiles == 1
     assert make(tmp_path, original=True, force_image_size=32).tiles.tokens == 16
-    with pytest.raises(ProcessorError, match="whole patches"):
+    with pytest.raises(ConfigError, match="tiles of 30 pixels"):
         make(tmp_path, original=True, force_image_size=30)
     with pytest.raises(ProcessorError, match="tiles of 16"):
         make(tmp_path, max_dynamic_patch=1000)
+    with pytest.raises(ConfigError, match=r"num_image_token 5; .* make 4 tokens"):
+        make(tmp_path, original=True, num_image_token=5)
+
+
+def test_overrides_win(tmp_path) -> None:
+    """As the spec's section 7.4 has it: more tiles, or fewer, than config.json and files say."""
+    request = PromptRequest("x", images=[picture(64, 16)])
+    for original in (False, True):
+        for most, tiles in ((1, 1), (3, 4), (4, 5)):
+            processor = make(tmp_path, original=original, overrides={"max_dynamic_patch": most})
+            assert processor.process(request).media[0].num_tokens == 4 * tiles
+    single = make(tmp_path, dynamic_image_size=False, overrides={"max_dynamic_patch": 4})
+    assert single.process(request).media[0].num_tokens == 4 * 5
+    for wrong, message in (({"max_tiles": 3}, "knows min_dynamic_patch, max_dynamic_patch"),
+                           ({"max_dynamic_patch": 0}, "is 0, expected an int from 1")):  # fmt: skip
+        with pytest.raises(ConfigError, match=message):
+            make(tmp_path, overrides=wrong)
+
+
+def test_one_opinion_on_the_dialect(tmp_path) -> None:
+    config = {"model_type": "internvl_chat", "vision_config": {"hidden_size": 64, **VISION}}
+    assert is_original(HuggingFaceConfig(config))
+    processor = room.InternVLProcessor(make(tmp_path, original=True).folder, config)
+    assert processor.pixels.mean == (0.485, 0.456, 0.406)
+    assert processor.tokens.text_markers

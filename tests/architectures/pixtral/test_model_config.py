@@ -72,7 +72,8 @@ def test_the_released_file_leaves_nearly_all_out() -> None:
             "rope_theta": 1e9, "sliding_window": None, "vocab_size": 131072}  # fmt: skip
     config = initialize(
         {"model_type": "llava", "image_token_index": 10, "text_config": text,
-         "vision_config": vision}
+         "vision_config": vision, "vision_feature_layer": -1,
+         "vision_feature_select_strategy": "full"}
     )  # fmt: skip
     assert (config.num_attention_heads, config.head_dim, config.sliding_window) == (32, 128, None)
     assert (config.vision_hidden_size, config.vision_num_hidden_layers) == (1024, 24)
@@ -109,6 +110,7 @@ def test_fields_of_ours() -> None:
         ("", {"vision_config": None}, ConfigError, "vision_config"),
         ("", {"image_token_index": None}, ConfigError, "image_token_index"),
         ("", {"vision_feature_select_strategy": "default"}, UnsupportedModel, "'default'"),
+        ("", {"vision_feature_select_strategy": None}, UnsupportedModel, "must say 'full'"),
         ("", {"vision_feature_layer": 6}, ConfigError, "6 with 5 vision layers; expected -6 to 5"),
         ("", {"vision_feature_layer": [-1, -7]}, ConfigError, "-7"),
         ("", {"vision_feature_layer": []}, ConfigError, "empty"),

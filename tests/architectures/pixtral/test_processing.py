@@ -8,6 +8,7 @@ from mlx_vlm_pipes.errors import InputError, ProcessorError
 from mlx_vlm_pipes.processing.types import PromptRequest
 from tests.processing.folders import PIXTRAL_TOKENS, make_folder, picture, template
 
+CONFIG = {"model_type": "llava", "vision_config": {"model_type": "pixtral", "patch_size": 8}}
 IMAGE = {"size": {"longest_edge": 24}, "patch_size": {"height": 8, "width": 8}}
 
 
@@ -17,7 +18,7 @@ def make(path, image=None, **processor):
         "processor_config.json": processor,
     }
     folder = make_folder(path, PIXTRAL_TOKENS, files, template(image="[IMG]"))
-    return room.PixtralProcessor(folder, {"architectures": ["Llava"]})
+    return room.PixtralProcessor(folder, CONFIG)
 
 
 @pytest.mark.parametrize(
@@ -54,13 +55,10 @@ def test_text_and_spans(tmp_path) -> None:
     assert out.images[0].end_idx == start + 7  # before [IMG_END]
 
 
-def test_merged_patches_count_once(tmp_path) -> None:
-    out = make(tmp_path, patch_size=4, spatial_merge_size=2).process(
-        PromptRequest("[IMG]", images=[picture(12, 12)], raw=True)
-    )
-    assert out.images[0].pixel_values.shape == (3, 16, 16)
-    assert len(out.images) == 1
-    assert out.media[0].num_tokens == 4
+@pytest.mark.parametrize("processor", [{"patch_size": 16}, {"spatial_merge_size": 2}])
+def test_processor_and_model_must_agree(tmp_path, processor) -> None:
+    with pytest.raises(ProcessorError, match="as config"):
+        make(tmp_path, **processor)
 
 
 def test_refused(tmp_path) -> None:
@@ -68,5 +66,5 @@ def test_refused(tmp_path) -> None:
         make(tmp_path).process(PromptRequest("[IMG]", videos=[[picture(4, 4)]], images=[]))
     with pytest.raises(ProcessorError, match="do_center_crop"):
         make(tmp_path, {"do_center_crop": True})
-    with pytest.raises(ProcessorError, match="equal height and width"):
+    with pytest.raises(ProcessorError, match="width is 16; expected 8, as config"):
         make(tmp_path, {"patch_size": {"height": 8, "width": 16}})

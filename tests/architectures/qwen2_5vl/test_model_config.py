@@ -125,7 +125,7 @@ def test_max_seq_len() -> None:
 @pytest.mark.parametrize(
     ("part", "change", "message"),
     [
-        ("", {"vision_config": None}, "no vision_config"),
+        ("", {"vision_config": None}, "lacks 'vision_config'"),
         ("text_config", {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 2, 2]}},
          r"\[1, 2, 2\].* 6"),
         ("text_config", {"rope_parameters": {"rope_type": "yarn", "mrope_section": [1, 2, 3]}},

@@ -73,7 +73,7 @@ def test_max_seq_len() -> None:
 @pytest.mark.parametrize(
     ("part", "change", "message"),
     [
-        ("", {"vision_config": None}, "no vision_config"),
+        ("", {"vision_config": None}, "lacks 'vision_config'"),
         ("text_config", {"rope_scaling": {**SECTIONS, "mrope_section": [4, 4]}}, "three numbers"),
         ("text_config", {"rope_scaling": {**SECTIONS, "mrope_interleaved": False}}, "take turns"),
         ("text_config", {"rope_scaling": {**SECTIONS, "rope_type": "yarn"}}, "yarn"),

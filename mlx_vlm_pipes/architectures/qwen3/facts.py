@@ -1,0 +1,8 @@
+"""Class defaults of Qwen3's text model. Source: transformers 5.23."""
+
+from __future__ import annotations
+
+from mlx_vlm_pipes.architectures.facts import RoomFacts
+from mlx_vlm_pipes.architectures.llama3.facts import QWEN
+
+FACTS = RoomFacts(class_defaults={"qwen3": {**QWEN, "head_dim": 128}})

@@ -1,0 +1,37 @@
+"""Class defaults and limits of Qwen3-VL. Source: transformers 5.23."""
+
+from __future__ import annotations
+
+from mlx_vlm_pipes.architectures.facts import Composite, RoomFacts
+from mlx_vlm_pipes.architectures.llama3.facts import QWEN
+from mlx_vlm_pipes.config_limits import INDICES, size
+
+FACTS = RoomFacts(
+    class_defaults={
+        "qwen3_vl_text": {
+            **QWEN, "head_dim": 128, "max_position_embeddings": 128000, "rope_theta": 500000.0,
+        },
+        "qwen3_vl_vision": {
+            "hidden_size": 1152, "intermediate_size": 4304, "depth": 27, "num_heads": 16,
+            "in_channels": 3, "patch_size": 16, "spatial_merge_size": 2, "temporal_patch_size": 2,
+            "out_hidden_size": 3584, "num_position_embeddings": 2304,
+            "deepstack_visual_indexes": [8, 16, 24], "hidden_act": "gelu_pytorch_tanh",
+        },
+    },
+    composites={
+        "qwen3_vl": Composite(
+            "qwen3_vl_text", "qwen3_vl_vision", ("text_config", "vision_config"),
+            {
+                "image_token_id": 151655, "video_token_id": 151656,
+                "vision_start_token_id": 151652, "vision_end_token_id": 151653,
+            },
+        ),
+    },
+    connectors=("merger.", "deepstack_merger_list."),
+    limits={
+        "out_hidden_size": size(2**18), "depth": size(2**10), "num_heads": size(2**14),
+        "in_channels": size(2**6), "temporal_patch_size": size(2**6),
+        "spatial_merge_size": size(2**6), "num_position_embeddings": size(2**24),
+        "deepstack_visual_indexes": INDICES,
+    },
+)  # fmt: skip

@@ -1,0 +1,102 @@
+"""Qwen3VLModel: no documented page, but the same API as the rooms that have one."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_vlm_pipes.architectures.qwen3_vl import Qwen3VLConfig, Qwen3VLInputs, Qwen3VLModel
+from mlx_vlm_pipes.architectures.qwen3_vl.context import Qwen3VLTextAndVisionContext
+from mlx_vlm_pipes.contexts import TokenBuffer
+from mlx_vlm_pipes.processing.grids import GridImage
+from tests.api.driving import Arrays, Room, model_of
+from tests.api.lora_contract import LoRAContract
+from tests.api.vision_contract import VisionContract
+from tests.fixtures_helper import FIXTURES
+
+
+def make_context(
+    config: dict[str, Any], arrays: Arrays, prompt: str
+) -> Qwen3VLTextAndVisionContext:
+    ids, token = arrays[f"{prompt}/input_ids"], config["image_token_id"]
+    merge, spots, images, first = 2, np.flatnonzero(ids == token), [], 0
+    for t, h, w in arrays[f"{prompt}/image_grid_thw"].tolist():
+        patches = arrays[f"{prompt}/pixel_values"][first : first + t * h * w]
+        start = int(spots[first // merge**2])
+        end = start + len(patches) // merge**2
+        images.append(GridImage(start, end, patches, grid_thw=(t, h, w)))
+        first += len(patches)
+    made = Qwen3VLTextAndVisionContext(
+        max_length=2048,
+        tokens=TokenBuffer(ids),
+        vision_token_ids=[token],
+        images=list(images),
+        spatial_merge_size=merge,
+        image_token_id=token,
+        video_token_id=config["video_token_id"],
+    )
+    made.refresh_positions()
+    return made
+
+
+ROOM = Room(
+    model=Qwen3VLModel,
+    inputs=Qwen3VLInputs,
+    config=Qwen3VLConfig,
+    folder=FIXTURES / "qwen3vl",
+    prompts=("two", "one"),
+    text="model.language_model.",
+    head="lm_head.weight",
+    cut=14,
+    make_context=make_context,
+)
+
+
+class TestQwen3VL(VisionContract):
+    room = ROOM
+    plain_positions = False
+    features = 2  # deepstack_visual_indexes: what the first layers add to each row
+    vision_fields = (
+        "pixel_values", "vision_position_ids", "interpolation_indices", "interpolation_weights",
+        "cu_seqlens", "image_token_indices",
+    )  # fmt: skip
+    changes: ClassVar[dict[str, Any]] = {
+        "tokens": lambda a: mx.where(mx.arange(a.shape[0]) == 1, a + 1, a),
+        "position_ids": lambda a: a * 2,
+        "pixel_values": lambda a: a + 0.5,
+        "vision_position_ids": lambda a: a[::-1],
+        "interpolation_indices": lambda a: a[::-1],
+        "interpolation_weights": lambda a: a * 0.5,
+        "cu_seqlens": lambda a: mx.array([0, a[-1].item()], mx.uint32),
+        "image_token_indices": lambda a: a[::-1],
+    }
+    effective: ClassVar[dict[str, Any]] = {
+        "text_config__rms_norm_eps": 0.5, "text_config__rope_theta": 100.0,
+        "vision_config__num_heads": 1, "vision_config__hidden_act": "relu",
+        "vision_config__deepstack_visual_indexes": [1, 0],
+    }  # fmt: skip
+    refused: ClassVar[dict[str, Any]] = {
+        "vision_config": None, "vision_config__spatial_merge_size": 4,
+        "vision_config__patch_size": 16, "vision_config__depth": 2,
+        "vision_config__hidden_size": 48, "vision_config__out_hidden_size": 48,
+        "vision_config__in_channels": 4, "vision_config__temporal_patch_size": 1,
+        "vision_config__num_position_embeddings": 37, "text_config__num_hidden_layers": 1,
+        "vision_config__deepstack_visual_indexes": [0],
+    }  # fmt: skip
+
+    def vision_arguments(self, inputs: Any) -> list[mx.array]:
+        return [getattr(inputs, name)[0] for name in self.vision_fields[:-1]]
+
+    def language_arguments(self, inputs: Any, rows: mx.array) -> list[Any]:
+        return [*super().language_arguments(inputs, rows), inputs.position_ids]
+
+    def test_positions_are_transformers(self) -> None:
+        ids = model_of(ROOM).prepare_decoder_position_ids(ROOM.contexts(), [])
+        want = [ROOM.arrays[f"{prompt}/position_ids"] for prompt in ROOM.prompts]
+        np.testing.assert_array_equal(np.array(ids), np.concatenate(want, axis=1))
+
+
+class TestLoRA(LoRAContract):
+    room = ROOM
