@@ -1,6 +1,6 @@
 """What a pipeline is built from: PipelineConfig, ModelConfig and the KV-cache parameters.
 
-Plain dataclasses; construction does no I/O (spec, sections 1.3 to 1.5).
+Plain dataclasses; construction does no I/O (docs/api.md#configuration).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mlx_vlm_pipes.quantization import LoRAConfig, QuantizationConfig, Quantizat
 if TYPE_CHECKING:
     from mlx_vlm_pipes.weights import Weights
 
-# encoding: (dtype of the documented config, dtype of the cache)
+# encoding: (dtype that the config reports, dtype of the cache)
 _ENCODINGS: dict[str, tuple[DType, DType]] = {
     "float32": (DType.float32, DType.float32),
     "bfloat16": (DType.bfloat16, DType.bfloat16),
@@ -53,8 +53,8 @@ def split_encoding(encoding: str) -> tuple[str, DType | None]:
 class KVCacheConfig:
     """How keys and values are kept.
 
-    kv_cache_page_size: tokens of a page in the documented view of the cache; the storage itself
-    has none. enable_prefix_caching: prompts reuse what earlier ones left in the cache.
+    kv_cache_page_size: tokens of a page in the view of the cache (docs/api.md#kv-cache); the
+    storage has none. enable_prefix_caching: prompts reuse what earlier ones left in the cache.
     device_memory_utilization: share of the memory that the pipeline may take, weights included
     (engine.state.EngineConfig.from_pipeline). kv_cache_format: element type of the cache, None for
     what the encoding implies. bits: 8 or 4 quantises in groups of group_size numbers, None keeps
@@ -114,7 +114,7 @@ class KVCacheConfig:
 class KVCacheParams:
     """Shape and type of the cache. page_size in tokens; bits and group_size if it is quantised.
 
-    dtype is that of keys and values as they are made and read, and of the documented arrays. With
+    dtype is that of keys and values as they are made and read, and of the view of them. With
     bits it is not what is stored: packed integers are, with a scale and a bias of this dtype for
     each group. bytes_per_block is a block in dtype, bytes_per_token what is really stored.
 
@@ -265,7 +265,7 @@ class ModelConfig:
 
     @property
     def dtype(self) -> DType:
-        """The documented dtype of the encoding; for packed MLX weights that of their scales.
+        """The dtype that the encoding means; for packed MLX weights that of their scales.
 
         Raises: ConfigError for an encoding that is not resolved, or that nobody knows.
         """

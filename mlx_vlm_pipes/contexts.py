@@ -116,6 +116,19 @@ class TokenBuffer:
         self.processed_length = 0
 
 
+def require_known_tokens(tokens: np.ndarray, vocab_size: int) -> None:
+    """Check int64 ids [n] against the rows of the embedding: a step would read what lies behind.
+
+    Raises: InputError for an id that is negative or has no row.
+    """
+    unknown = tokens[(tokens < 0) | (tokens >= vocab_size)]
+    if len(unknown):
+        raise InputError(
+            f"token id {unknown[0]}, expected 0 to {vocab_size - 1}: the model's embedding has "
+            f"{vocab_size} rows; use the tokenizer that the model was trained with"
+        )
+
+
 @dataclass(frozen=True)
 class EOSTracker:
     """Decides where a row ends: token ids, token sequences, or strings in the decoded text."""
@@ -137,7 +150,7 @@ class EOSTracker:
 class SamplingParams:
     """How the next token is chosen. temperature 0 is greedy; top_k -1 means no limit.
 
-    The defaults are those of a request (options.py), but for two documented ones: temperature, and
+    The defaults are those of a request (options.py), but for two of MAX's: temperature, and
     max_new_tokens without a limit.
     """
 
@@ -175,7 +188,7 @@ class ImageMetadata:
     """One image (or frame, or clip) of a prompt.
 
     start_idx, end_idx: half-open range of its placeholder tokens. pixel_values: the room's
-    layout (spec, section 2). image_hash: content hash, equal only for equal pixels after equal
+    layout (docs/api.md#pictures). image_hash: content hash, equal only for equal pixels after equal
     processing.
     """
 

@@ -1,4 +1,4 @@
-"""Element types and devices, in the documented spelling, and what they are on MLX."""
+"""Element types and devices in MAX's spelling, and what they are on MLX (docs/api.md)."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def scan_available_devices() -> list[DeviceSpec]:
 
 
 class Device:
-    """An MLX device with the documented attributes. id: its number, which MLX does not tell."""
+    """An MLX device with MAX's attributes. id: its number, which MLX does not tell."""
 
     def __init__(self, device: mx.Device, id: int = 0) -> None:
         self.mx_device = device

@@ -1,7 +1,7 @@
 """config.json as an object with attributes, in the spellings of transformers 4 and 5.
 
 Objects of transformers' own config classes work in every look-up here as well: only attributes
-are read. Source: transformers 5.23 configuration files of each model type (spec, section 1.2).
+are read. Source: transformers 5.23 configuration files of each model type.
 """
 
 from __future__ import annotations
@@ -189,7 +189,7 @@ def check_rope_keys(config: Any, also: Collection[str] = ()) -> None:
     """
     rope = rope_dictionary(config)
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in _ROPE_KEYS:
+    if not isinstance(kind, str) or kind not in _ROPE_KEYS:
         return
     known = {*_EVERY_ROPE_KEYS, *_ROPE_KEYS[kind], *also}
     unread = [key for key, value in rope.items() if value is not None and key not in known]

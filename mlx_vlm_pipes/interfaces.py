@@ -1,7 +1,8 @@
 """The model contract: what the engine asks of an architecture and what it gets back.
 
 The engine sees a model only through `PipelineModel` and a request only through its context.
-Source: the documented pipeline API (spec, sections 1.1, 1.7 and 1.9).
+Names and shapes are those of MAX's pipeline architectures: docs/api.md, which also says what
+"documented" means in this package.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class ReturnLogits(str, enum.Enum):
 
 
 class ReturnHiddenStates(str, enum.Enum):
-    """Which hidden states `execute` returns beside the logits (spec, section 1.7).
+    """Which hidden states `execute` returns beside the logits (docs/api.md#steps).
 
     EAGLE3: of all tokens, the outputs of the model's `eagle_layers` side by side, [T, k * E].
     """
@@ -100,7 +101,7 @@ class StepMode:
 
 @dataclass(kw_only=True)
 class ModelInputs:
-    """What one step reads. The documented inputs add their own fields to these.
+    """What one step reads. A room's inputs add their own fields.
 
     hidden_states: of a target model, for a draft model; there is none here, and they are refused.
     """
@@ -156,7 +157,7 @@ class RaggedInputs(ModelInputs, Generic[PerDeviceT]):
 
 @dataclass(kw_only=True)
 class LoRAGroups(ModelInputs):
-    """The documented LoRA inputs of `Llama3Inputs`, for rooms whose documentation lists none."""
+    """The LoRA inputs of `Llama3Inputs`, for rooms whose documented inputs list fewer."""
 
     lora_grouped_offsets: Buffer | None = None
     num_active_loras: Buffer | None = None
@@ -223,7 +224,7 @@ class LayerWork:
 
 
 class ArchConfigWithKVCache(ABC):
-    """A config class with the documented initialize / finalize split."""
+    """A config class made in two steps (docs/api.md#configuration)."""
 
     @classmethod
     @abstractmethod
@@ -308,7 +309,7 @@ class PipelineModel(StepsOnDevice, ABC, Generic[ContextT]):
     def estimate_activation_memory(
         cls, pipeline_config: PipelineConfig, huggingface_config: Any
     ) -> int:
-        """Bytes beyond weights and cache, by the documented rule of thumb; 0 where there is none.
+        """Bytes beyond weights and cache, by MAX's rule of thumb; 0 where it has none.
 
         MAX sets so much aside before it sizes its cache, whatever the model's size. Nothing here
         calls it: plans and budgets come from shapes (engine/plan.py, engine/state.py).
@@ -404,7 +405,7 @@ class TextSide(Protocol):
 class PipelineModelWithKVCache(PipelineModel[ContextT]):
     """A model whose attention reads a KV cache; `kv_params` says of what shape.
 
-    model_config: the documented config, finalised. language: its text side. weight_bytes: what
+    model_config: the room's config, finalised. language: its text side. weight_bytes: what
     its weights take in memory, adapters included.
     """
 
@@ -427,6 +428,11 @@ class PipelineModelWithKVCache(PipelineModel[ContextT]):
     def cache_break_length(self) -> int | None:
         """Rows that grow past this length must be prefilled again (LongRoPE), or None."""
         return self.language.break_length
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding: token ids are below it."""
+        return self.language.decoder.config.vocab_size
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -458,7 +464,7 @@ class PipelineModelWithKVCache(PipelineModel[ContextT]):
 
 
 class AlwaysSignalBuffersMixin:
-    """Keeps the documented one (empty) signal buffer per device, even for a single device."""
+    """One (empty) signal buffer per device, also for one device (docs/api.md)."""
 
     devices: list[Device]
 

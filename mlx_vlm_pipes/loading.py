@@ -82,7 +82,7 @@ class LoadOptions:
 
 
 def lora_config(adapter: str | Path | Sequence[str | Path] | None) -> LoRAConfig | None:
-    """The adapters to load, as the documented record; any rank is taken."""
+    """The adapters to load, as a LoRAConfig; any rank is taken."""
     if adapter is None:
         return None
     listed = [adapter] if isinstance(adapter, (str, Path)) else list(adapter)
@@ -95,7 +95,7 @@ def lora_config(adapter: str | Path | Sequence[str | Path] | None) -> LoRAConfig
 def load_model(
     room: Room, folder: Path, config: HuggingFaceConfig, options: LoadOptions
 ) -> PipelineModelWithKVCache:
-    """The documented pipeline model of a folder, on the calling thread."""
+    """The pipeline model of a folder, on the calling thread."""
     device = options.device
     weights = load_weights(find_weight_files(folder))
     model_config = model_config_for(folder, config, weights, options)

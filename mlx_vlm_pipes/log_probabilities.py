@@ -56,7 +56,7 @@ class StepOutputs(Protocol):
 
 
 class LogProbabilitiesMixin:
-    """Log-probabilities of sampled (and, with echo, prompt) tokens (spec, section 1.9)."""
+    """Log-probabilities of sampled (with echo: prompt) tokens (docs/api.md#log-probabilities)."""
 
     def compute_log_probabilities(
         self,

@@ -17,7 +17,7 @@ _STEPS = (
 
 
 class StepsOnDevice:
-    """Subclasses load and run their documented steps on `device`, whatever MLX's default is."""
+    """Subclasses load and run their steps on `device`, whatever MLX's default is."""
 
     device: Device
 

@@ -108,7 +108,7 @@ class SamplingOptions(TypedDict, total=False):
     min_tokens: Annotated[
         int, Option("no end before so many new tokens", 0, low=0, field="min_new_tokens")
     ]
-    # Greedy, so that a request has one answer; SamplingParams by itself keeps its documented 1.0.
+    # Greedy, so that a request has one answer; SamplingParams by itself keeps MAX's 1.0.
     temperature: Annotated[float, Option("0 is greedy, higher is more varied", 0.0, low=0)]
     top_p: Annotated[
         float,

@@ -79,7 +79,7 @@ class Pipeline:
 
     @property
     def config(self) -> Any:
-        """The documented architecture config, finalised."""
+        """The architecture's config, finalised."""
         return self.model.model_config
 
     @property
@@ -281,7 +281,7 @@ class Pipeline:
 
 
 def sampling_params(options: Mapping[str, object]) -> SamplingParams:
-    """The options that decide the next token, in the documented record; other options are left.
+    """The options that decide the next token, as SamplingParams; other options are left.
 
     Raises: InputError, as `Option.read`.
     """

@@ -1,4 +1,4 @@
-"""How weights may be packed: the documented records, read from config.json by `weights`."""
+"""How weights may be packed: records (docs/api.md#configuration) that `weights` reads."""
 
 from __future__ import annotations
 

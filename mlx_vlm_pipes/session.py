@@ -1,4 +1,4 @@
-"""How networks are loaded: the documented session, and the callable model that it gives."""
+"""How networks are loaded: the session, and the callable model that it gives (docs/api.md)."""
 
 from __future__ import annotations
 

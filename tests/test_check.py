@@ -116,6 +116,17 @@ def rename_token(old: str, new: str) -> Callable[[Path], None]:
     return change
 
 
+def move_letters(tokenizer: dict) -> None:
+    """Ids of letters that no embedding row is for; there are no more tokens than rows."""
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary |= {text: 10_000 + vocabulary[text] for text in "aeiou"}
+
+
+def move_tilde(tokenizer: dict) -> None:
+    """One token without a row, as of a fine-tune whose embedding was not resized."""
+    tokenizer["model"]["vocab"]["~"] = 900
+
+
 def drop_layer(folder: Path) -> None:
     def drop(arrays: dict[str, mx.array]) -> None:
         for name in [n for n in arrays if n.startswith("model.text_model.layers.1.")]:
@@ -221,6 +232,13 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str, str]] = {
             f, lambda a: a.update({n: a[n][:100] for n in (HEAD, EMBEDDING)})
         ) or text_keys(vocab_size=100)(f),
         "tokenizer", "only 100 rows",
+    ),
+    "tokens elsewhere": (
+        lambda f: edit_json(f, "tokenizer.json", move_letters), "tokenizer", "has 341 rows",
+    ),
+    "token beyond": (
+        lambda f: edit_json(f, "tokenizer.json", move_tilde), "tokenizer",
+        "1 tokens lie beyond the 341 embedding rows, the first is '~' with id 900",
     ),
     "no template": (remove("chat_template.json"), "chat template", "there is none"),
     "template does not compile": (

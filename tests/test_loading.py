@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from mlx_vlm_pipes import errors, load
 from tests.fixtures_helper import FIXTURES
@@ -160,3 +161,18 @@ def test_code_in_the_folder_is_never_run(tmp_path: Path) -> None:
     assert pipe.generate("Hello", max_tokens=2).tokens
     pipe.close()
     assert sorted(p.name for p in folder.iterdir()) == before
+
+
+def test_overrides_reach_tiles_and_model() -> None:
+    """A wide picture: one tile, or four of them with a thumbnail, and an answer from each."""
+    folder, wide = FIXTURES / "internvl-qwen2", Image.new("RGB", (160, 40), "red")
+    tiles = []
+    for most in (1, 4):
+        pipe = load(folder, vision_config_overrides={"max_dynamic_patch": most})
+        tiles.append(pipe.encode("x", [wide]).media[0].num_tokens // pipe.config.num_image_token)
+        assert pipe.generate("x", [wide], max_tokens=2, ignore_eos=True).tokens
+        assert pipe.model.pipeline_config.model.vision_config_overrides["max_dynamic_patch"] == most
+        pipe.close()
+    assert tiles == [1, 5]
+    with pytest.raises(errors.ConfigError, match="knows none"):
+        load(FIXTURES / "llama-tied", vision_config_overrides={"max_dynamic_patch": 1})

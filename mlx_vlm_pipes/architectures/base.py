@@ -179,7 +179,7 @@ def following(prev: RaggedT, next_tokens: Buffer, **changes: Any) -> RaggedT:
     )
 
 
-# The second base is in the first already; the documented hierarchy names it with its argument.
+# The second base is in the first already; MAX's hierarchy (docs/api.md) names it with its argument.
 class VisionLanguageModel(
     CheckpointModel[TextAndVisionContext],
     PipelineModelWithKVCache[TextAndVisionContext],
@@ -275,8 +275,9 @@ class VisionLanguageModel(
         """Ragged inputs; pictures with tokens among the active ones are encoded in this step.
 
         image_embeddings [M, E]: the vision rows of exactly these pictures, encoded before.
-        Raises: ConfigError for more than one replica, UnknownAdapter, ImageTokenMismatch for a
-        picture with more or fewer placeholders than vision rows, and what the room's `pack` raises.
+        Raises: ConfigError for more than one replica, UnknownAdapter, InputError for a token id
+        beyond the vocabulary, ImageTokenMismatch for a picture with more or fewer placeholders
+        than vision rows, and what the room's `pack` raises.
         """
         require_replicas(replica_batches)
         contexts = replica_batches[0]
@@ -285,7 +286,7 @@ class VisionLanguageModel(
         fields = self.step_fields(contexts, has_pixels=has_pixels)
         require_image_rows(contexts, self.placeholder, self.count_rows)
         fields |= {
-            "tokens": flat_tokens(contexts),
+            "tokens": flat_tokens(contexts, self.vocab_size),
             "input_row_offsets": self._per_device(row_offsets(contexts)),
             "return_n_logits": mx.array([return_n_logits], dtype=mx.int64),
             "image_embeddings": image_embeddings,

@@ -62,7 +62,7 @@ class Room:
     model_name: str
 
     def model_config(self) -> Any:
-        """The module with the documented config classes."""
+        """The module with the config classes."""
         return import_module(f"{_ROOMS}.{self.name}.model_config")
 
     def model_class(self) -> Any:

@@ -1,8 +1,9 @@
-"""What the documented configurations of vision-language models do alike."""
+"""What the configurations of vision-language models do alike."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 from mlx_vlm_pipes.architectures.facts import RoomFacts
@@ -33,15 +34,12 @@ class VisionLanguageConfig(ArchConfigWithKVCache):
         model_config = model_config or pipeline_config.model
         config = model_config.require_huggingface_config()
         cls.facts.check_overrides(model_config.vision_config_overrides)
-        return cls.initialize_from_config(pipeline_config, config, model_config)
+        return cls.initialize_from_config(replace(pipeline_config, model=model_config), config)
 
     @classmethod
     @abstractmethod
     def initialize_from_config(
-        cls,
-        pipeline_config: PipelineConfig,
-        huggingface_config: AutoConfig,
-        model_config: MAXModelConfig | None = None,
+        cls, pipeline_config: PipelineConfig, huggingface_config: AutoConfig
     ) -> Self:
         """From a whole configuration."""
 

@@ -102,7 +102,7 @@ def tower_state(state: StateDict, prefix: str) -> StateDict:
 
 
 def expanded_scales(huggingface_config: Any, state: Mapping[str, WeightData]) -> QuantConfig | None:
-    """The documented record of scaled floats, from what loading expanded or from a raw state dict.
+    """The record of scaled floats, from what loading expanded or from a raw state dict.
 
     Covers the tensors of `state` only: text and vision have a record each.
     Raises: UnsupportedModel for a quantisation method that is not read.

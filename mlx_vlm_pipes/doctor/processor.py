@@ -6,11 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mlx_vlm_pipes.architectures.registry import Room
 from mlx_vlm_pipes.checkpoint.state import LANGUAGE
+from mlx_vlm_pipes.contexts import require_known_tokens
 from mlx_vlm_pipes.doctor.report import Checkup
 from mlx_vlm_pipes.doctor.tensors import Tensors
-from mlx_vlm_pipes.errors import InputError, PipesError
+from mlx_vlm_pipes.errors import InputError, PipesError, clip
 from mlx_vlm_pipes.processing.base import TextProcessor
 from mlx_vlm_pipes.processing.chat_template import find_template
 from mlx_vlm_pipes.processing.tokenizer import Tokenizer
@@ -35,6 +38,7 @@ def examine_processor(
     _look_at_tokens(tokenizer, tensors, checkup)
     if processor is not None:
         _look_at_ends(processor, tensors, checkup)
+    _look_at_prompt(tokenizer, tensors, checkup)
     _look_at_template(folder, tokenizer, processor, checkup)
 
 
@@ -52,6 +56,13 @@ def _look_at_tokens(tokenizer: Tokenizer, tensors: Tensors | None, checkup: Chec
             f"has {tokenizer.vocab_size} tokens, the embedding only {rows} rows; they are of"
             " different models",
         )
+    elif rows is not None and (beyond := tokenizer.beyond(rows)):
+        token, number = next(iter(beyond.items()))
+        checkup.warn(
+            "tokenizer",
+            f"{len(beyond)} tokens lie beyond the {rows} embedding rows, the first is"
+            f" {clip(token)!r} with id {number}; prompts that have them are refused",
+        )
     missing = [
         f"{key} {token!r}"
         for key, token in tokenizer.named_tokens.items()
@@ -60,6 +71,14 @@ def _look_at_tokens(tokenizer: Tokenizer, tensors: Tensors | None, checkup: Chec
     ]
     if missing:
         checkup.warn("tokenizer", f"special tokens that it lacks: {', '.join(missing)}")
+
+
+def _look_at_prompt(tokenizer: Tokenizer, tensors: Tensors | None, checkup: Checkup) -> None:
+    """Whether plain English has rows in the embedding."""
+    rows = _rows(tensors)
+    with checkup.collecting("tokenizer"):
+        if rows is not None:
+            require_known_tokens(np.array(tokenizer.encode(_PROMPT)), rows)
 
 
 def _look_at_ends(processor: TextProcessor, tensors: Tensors | None, checkup: Checkup) -> None:

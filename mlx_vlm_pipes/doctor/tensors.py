@@ -40,7 +40,7 @@ _CAUSE = "likely cause: "
 
 @dataclass(frozen=True)
 class Tensors:
-    """What is known of a checkpoint's tensors: headers, canonical state, documented config."""
+    """What is known of a checkpoint's tensors: headers, canonical state, the room's config."""
 
     pipeline: PipelineConfig
     state: StateDict

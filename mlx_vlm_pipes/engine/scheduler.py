@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import deque
 
-from mlx_vlm_pipes.contexts import TextContext
+from mlx_vlm_pipes.contexts import TextContext, require_known_tokens
 from mlx_vlm_pipes.engine.caches import common_prefix, prefix_keys
 from mlx_vlm_pipes.engine.decode import Decode
 from mlx_vlm_pipes.engine.prefill import SHARED_MIN, Prefill
@@ -52,9 +52,10 @@ class Scheduler:
     def submit(self, context: TextContext, decoder: StreamDecoder) -> Handle:
         """Queue a request.
 
-        Raises: InputError for bad sampling values or an unknown adapter, OutOfBudget for what
-        can never fit.
+        Raises: InputError for bad sampling values, an unknown adapter or token ids beyond the
+        vocabulary, OutOfBudget for what can never fit.
         """
+        require_known_tokens(context.tokens.all, self.state.model.vocab_size)
         self.state.require_slice(context)
         keys = prefix_keys(context, self.state.salt(context, len(context.tokens)))
         capacity = self.state.capacity_needed(context)

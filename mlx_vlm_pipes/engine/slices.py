@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from mlx_vlm_pipes.contexts import ImageMetadata, TextContext
+from mlx_vlm_pipes.contexts import ImageMetadata, TextContext, require_known_tokens
 from mlx_vlm_pipes.engine.state import EngineState
 from mlx_vlm_pipes.interfaces import ModelOutputs, PipelineModelWithKVCache
 from mlx_vlm_pipes.kv_cache import CacheRow, KVCache, cache_inputs, increment_cache_lengths
@@ -69,6 +69,7 @@ def prompt_logits(state: EngineState, context: TextContext) -> np.ndarray:
     """
     state.require_slice(context)
     model, config, tokens = state.model, state.config, context.tokens
+    require_known_tokens(tokens.all, model.vocab_size)
     images = {image_key(image): image for image in context.next_images}
     keys, features = list(images), {}
     for begin in range(0, len(keys), config.image_batch):

@@ -44,7 +44,7 @@ class EngineConfig:
         weight_bytes: int = 0,
         kv_cache: KVCacheConfig | None = None,
     ) -> EngineConfig:
-        """The limits that a pipeline's documented settings ask for.
+        """The limits that a pipeline's settings ask for (docs/api.md#settings-of-the-engine).
 
         kv_cache: the one that the model was given, else the pipeline's. Its share of the memory,
         less the weights, is the budget: 3/4 of it for keys and values, 1/8 for prefixes, 1/32 for

@@ -1,4 +1,4 @@
-"""Key and value storage: rows, slots, growth, quantised formats, the documented arrays."""
+"""Key and value storage: rows, slots, growth, quantised formats, and the view of them as pages."""
 
 from mlx_vlm_pipes.kv_cache.cache import (
     CacheRow,

@@ -1,4 +1,4 @@
-"""The documented cache inputs of one step: rows of a cache, seen as arrays where somebody looks."""
+"""Cache inputs of one step: rows, seen as arrays where somebody looks (docs/api.md#kv-cache)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ B = TypeVar("B")
 
 
 class KVCacheInputsPerDevice(Generic[A, B]):
-    """The documented arrays of a cache for one step; these are given by hand and stay as they are.
+    """A cache's arrays for one step, given by hand; they stay as they are (docs/api.md#kv-cache).
 
     kv_blocks [pages, 2, layers, page_size, KV heads, head_dim]; cache_lengths uint32 [B];
     lookup_table uint32 [B, max_pages]; max_lengths uint32 [steps, 2], longest active and longest
@@ -70,7 +70,7 @@ class KVCacheInputsPerDevice(Generic[A, B]):
 class RowCacheInputs(KVCacheInputsPerDevice[mx.array, mx.array]):
     """Rows of a `KVCache` that one step reads and extends. The step itself goes by rows.
 
-    The documented arrays are made when somebody reads them, lazily, and are of the step to come.
+    The arrays are made when somebody reads them, lazily, and are of the step to come.
     prepare_* announces its lengths by `expect`; before that, and once the step has run, there is
     no room behind the stored tokens and the longest active length is 0.
 
@@ -198,7 +198,7 @@ class KVCacheInputs(Generic[A, B]):
 
 
 def cache_inputs(cache: KVCache, rows: Sequence[CacheRow]) -> KVCacheInputs[mx.array, mx.array]:
-    """The documented KVCacheInputs for these rows of a cache."""
+    """The KVCacheInputs of a step over these rows of a cache."""
     return KVCacheInputs([RowCacheInputs(cache, rows)])
 
 

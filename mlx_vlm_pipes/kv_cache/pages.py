@@ -1,4 +1,4 @@
-"""The documented pages: how rows of tokens lie in them, and the way there and back.
+"""Pages of the cache view (docs/api.md#kv-cache): how rows lie in them, there and back.
 
 `kv_blocks` is [pages, 2, layers, page_size, KV heads, head_dim], 0 for keys and 1 for values; token
 t of row i lies in page `lookup_table[i, t // page_size]` at place `t % page_size`. Between pages

@@ -29,7 +29,7 @@ BUFFERS = (
 
 
 class BufferStep:
-    """A language model, callable with cache inputs or with the documented flat arrays.
+    """A language model, callable with cache inputs or with flat arrays (docs/api.md#steps).
 
     Over arrays, each row's keys and values are copied out of its pages, and the step's new ones are
     written into `kv_blocks`: the array object that the caller holds. If `kv_blocks` was read from

@@ -3,7 +3,7 @@
 Two ways through the same weights: `prefill` takes ragged rows on a flat token axis, `decode` one
 token of every row. Hidden states are [T, E]: no batch axis, no padding.
 Source: transformers modeling_llama.py, modeling_granite.py, modeling_phi3.py, modeling_olmo.py,
-modeling_qwen2.py, modeling_qwen3.py, modeling_qwen3_vl.py, modeling_gemma3.py (spec, section 4.2).
+modeling_qwen2.py, modeling_qwen3.py, modeling_qwen3_vl.py, modeling_gemma3.py.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 y = W x + b + scale * B A x, for the rows of that adapter only; DoRA also scales each output.
 Slot 0 is the base model: zeros, so that its rows get exactly the base's numbers.
-Source: spec 1.10; mlx_lm/tuner/lora.py and dora.py.
+Source: mlx_lm/tuner/lora.py and dora.py.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""Which adapter each token of a step takes: the documented groups of adjacent rows.
+"""Which adapter each token of a step takes: groups of adjacent rows (docs/api.md#lora).
 
 A group is a maximal run of rows with one slot: 1, 2, ... in the order of `LoRAConfig.lora_paths`,
-or 0, the base model's. Base rows behind the last adapter's row are in no group (spec, section
-1.10).
+or 0, the base model's. Base rows behind the last adapter's row are in no group.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from mlx_vlm_pipes.interfaces import Phase, RaggedInputs, StepMode, one_device
 def group_fields(
     slots: Sequence[int], lengths: Sequence[int], ranks: Sequence[int], max_num_loras: int
 ) -> dict[str, mx.array]:
-    """The eight documented LoRA inputs by name, of rows with these slots and active lengths.
+    """The eight LoRA inputs by name, of rows with these slots and active lengths.
 
     ranks: of each slot from 1 on. max_num_loras: what `lora_ids_kv` tells values from keys by.
     """

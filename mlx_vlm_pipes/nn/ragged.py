@@ -1,6 +1,6 @@
 """Ragged batches: several rows on one flat token axis, and where vision rows go in it.
 
-Host side only (numpy in, small arrays out); nothing here waits for the device (spec, section 2).
+Host side only (numpy in, small arrays out); nothing here waits for the device (docs/api.md#steps).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 import numpy as np
 
-from mlx_vlm_pipes.contexts import ImageMetadata, TextContext
+from mlx_vlm_pipes.contexts import ImageMetadata, TextContext, require_known_tokens
 from mlx_vlm_pipes.errors import ConfigError, ImageTokenMismatch
 from mlx_vlm_pipes.interfaces import Phase
 
@@ -30,10 +30,11 @@ def replica_splits(replica_batches: Sequence[Sequence[TextContext]]) -> mx.array
     return mx.array(np.cumsum([0, *map(len, replica_batches)]).astype(np.int64))
 
 
-def flat_tokens(contexts: Sequence[TextContext]) -> mx.array:
-    """Active tokens of all rows, int32 [T]."""
+def flat_tokens(contexts: Sequence[TextContext], vocab_size: int) -> mx.array:
+    """Active tokens of all rows, int32 [T]. Raises: InputError for one beyond the vocabulary."""
     parts = [context.tokens.active for context in contexts]
     flat = np.concatenate([np.zeros(0, np.int64), *parts])
+    require_known_tokens(flat, vocab_size)
     return mx.array(flat.astype(np.int32))
 
 

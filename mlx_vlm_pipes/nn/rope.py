@@ -2,7 +2,7 @@
 
 A `Rope` makes `Rotation`s: functions from [B, heads, T, D] to the same shape that already know
 their positions, made once per step and used by every layer.
-Source: transformers modeling_rope_utils.py (spec, section 3).
+Source: transformers modeling_rope_utils.py.
 """
 
 from __future__ import annotations

@@ -96,8 +96,7 @@ class TextProcessor:
     """Tokenizer, chat template and end tokens; the processor of a model without vision.
 
     Args: folder, the checkpoint; config, its parsed config.json; overrides,
-    `vision_config_overrides`, which win over config.json; tokenizer, the folder's, where it has
-    been read already.
+    `vision_config_overrides`, which win over config.json.
     Raises: ProcessorError if the tokenizer or generation_config.json cannot be used; ConfigError
     for an override that the architecture does not have.
     """
@@ -110,12 +109,11 @@ class TextProcessor:
         folder: Path,
         config: Mapping[str, Any],
         overrides: Mapping[str, Any] | None = None,
-        tokenizer: Tokenizer | None = None,
     ) -> None:
         self.facts.check_overrides(overrides or {})
         self.folder = folder
-        self.tokenizer = tokenizer or Tokenizer(folder)
-        self.eos_token_ids = read_eos_token_ids(self.folder, config, self.tokenizer)
+        self.tokenizer = Tokenizer(folder)
+        self.eos_token_ids = read_eos_token_ids(folder, config, self.tokenizer)
         names = config.get("architectures") or [config.get("model_type")]
         self.architecture = str(names[0] if isinstance(names, list) else names)
 
@@ -232,24 +230,43 @@ class TextProcessor:
 
 
 class VisionProcessor(TextProcessor, ABC):
-    """The processor of a model with vision; a family says how its media are encoded.
-
-    Args: tokens, how media stand in a prompt; digest, a text that names every setting which
-    changes pixels.
-    """
+    """The processor of a model with vision; a family says how its media are encoded."""
 
     def __init__(
         self,
         folder: Path,
         config: Mapping[str, Any],
-        overrides: Mapping[str, Any] | None,
-        tokenizer: Tokenizer,
-        tokens: MediaTokens,
-        digest: str,
+        overrides: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__(folder, config, overrides, tokenizer)
-        self.tokens = tokens
-        self.digest = digest
+        super().__init__(folder, config, overrides)
+        self.tokens = self.read_settings(config, overrides or {})
+
+    @abstractmethod
+    def read_settings(self, config: Mapping[str, Any], overrides: Mapping[str, Any]) -> MediaTokens:
+        """Read the family's sizes and files; how media stand in a prompt.
+
+        Raises: ProcessorError for a missing token or file, or settings that contradict config.json.
+        """
+
+    @property
+    @abstractmethod
+    def digest(self) -> str:
+        """A text that names every setting which changes pixels."""
+
+    def agreed_token_id(self, token: str, config: Mapping[str, Any], *keys: str) -> int:
+        """The token's id. keys: of config.json, which may name it as well.
+
+        Raises: ProcessorError if the tokenizer lacks the token, or config.json names another id.
+        """
+        number = self.tokenizer.require_token_id(token)
+        for key in keys:
+            said = config.get(key)
+            if said is not None and said != number:
+                raise ProcessorError(
+                    f"config.json says that {key} is {said!r}, the tokenizer has {token!r} at "
+                    f"{number}; they are of different models"
+                )
+        return number
 
     @abstractmethod
     def encode_image(self, source: Any, request: PromptRequest) -> EncodedMedia:
@@ -365,22 +382,6 @@ class VisionProcessor(TextProcessor, ABC):
 
     def load(self, source: Any, request: PromptRequest) -> Any:
         return load_image(source, local_files=request.local_files)
-
-
-def agreed_token_id(tokenizer: Tokenizer, token: str, config: Mapping[str, Any], *keys: str) -> int:
-    """The token's id. keys: of config.json, which may name it as well.
-
-    Raises: ProcessorError if the tokenizer lacks the token, or config.json names another id.
-    """
-    number = tokenizer.require_token_id(token)
-    for key in keys:
-        said = config.get(key)
-        if said is not None and said != number:
-            raise ProcessorError(
-                f"config.json says that {key} is {said!r}, the tokenizer has {token!r} at "
-                f"{number}; they are of different models"
-            )
-    return number
 
 
 def check_num_tokens(count: int, size: tuple[int, int]) -> None:

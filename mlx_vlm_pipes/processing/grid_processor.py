@@ -7,23 +7,21 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from mlx_vlm_pipes.errors import ProcessorError
+from mlx_vlm_pipes.hf_config import AutoConfig, HuggingFaceConfig, require_vision_config
 from mlx_vlm_pipes.processing.base import (
     EncodedMedia,
     MediaTokens,
     VisionProcessor,
-    agreed_token_id,
     check_num_tokens,
 )
 from mlx_vlm_pipes.processing.grids import Grid, GridImage
 from mlx_vlm_pipes.processing.patches import ClipSettings, PatchDefaults, PatchSettings, fit
 from mlx_vlm_pipes.processing.settings import ProcessorFiles
-from mlx_vlm_pipes.processing.tokenizer import Tokenizer
 from mlx_vlm_pipes.processing.transforms import cut_clip, image_hash, to_array
 from mlx_vlm_pipes.processing.types import PromptRequest
 from mlx_vlm_pipes.processing.video import Clip
@@ -34,38 +32,41 @@ IMAGE, VIDEO, START = "<|image_pad|>", "<|video_pad|>", "<|vision_start|>"
 class GridProcessor(VisionProcessor):
     """A picture is one ImageMetadata, a clip one or several, as the family has it.
 
-    Args: image, video: what the family takes where its files say nothing; max_video_tokens: as for
-    ClipSettings.
+    image_defaults, video_defaults: what the family takes where its files say nothing;
+    max_video_tokens: as for ClipSettings.
     """
 
     accepted_options = ("min_pixels", "max_pixels")
+    image_defaults: ClassVar[PatchDefaults]
+    video_defaults: ClassVar[PatchDefaults]
+    max_video_tokens: ClassVar[int]
 
-    def __init__(
-        self,
-        folder: Path,
-        config: Mapping[str, Any],
-        overrides: Mapping[str, Any] | None,
-        image: PatchDefaults,
-        video: PatchDefaults,
-        max_video_tokens: int,
-    ) -> None:
-        tokenizer, files = Tokenizer(folder), ProcessorFiles.read(folder)
-        names = tokenizer.named_tokens
+    @abstractmethod
+    def read_sizes(self, vision_config: AutoConfig) -> tuple[int, int, int]:
+        """As the model is configured: pixels of a patch, patches merged, frames in a patch."""
+
+    def read_settings(self, config: Mapping[str, Any], overrides: Mapping[str, Any]) -> MediaTokens:
+        del overrides  # there are none
+        files, names = ProcessorFiles.read(self.folder), self.tokenizer.named_tokens
         self.image_token = names.get("image_token", IMAGE)
         self.video_token = names.get("video_token", VIDEO)
-        self.image_token_id = agreed_token_id(tokenizer, self.image_token, config, "image_token_id")
-        self.video_token_id = agreed_token_id(tokenizer, self.video_token, config, "video_token_id")
-        self.start_token_id = agreed_token_id(tokenizer, START, config, "vision_start_token_id")
-        self.image_settings = PatchSettings.read(files.image, image)
-        self.video_settings = PatchSettings.read(files.video, video)
-        self.clip_settings = ClipSettings.read(files.video, max_video_tokens)
-        tokens = MediaTokens(
+        self.image_token_id = self.agreed_token_id(self.image_token, config, "image_token_id")
+        self.video_token_id = self.agreed_token_id(self.video_token, config, "video_token_id")
+        self.start_token_id = self.agreed_token_id(START, config, "vision_start_token_id")
+        self.image_settings = PatchSettings.read(files.image, self.image_defaults)
+        self.video_settings = PatchSettings.read(files.video, self.video_defaults)
+        self.clip_settings = ClipSettings.read(files.video, self.max_video_tokens)
+        self._check_patches(*self.read_sizes(require_vision_config(HuggingFaceConfig(config))))
+        return MediaTokens(
             {"image": (self.image_token,), "video": (self.video_token,)},
             (self.image_token_id, self.video_token_id),
         )
-        super().__init__(folder, config, overrides, tokenizer, tokens, type(self).__name__)
 
-    def check_patches(self, patch: int, merge: int, step: int) -> None:
+    @property
+    def digest(self) -> str:
+        return type(self).__name__
+
+    def _check_patches(self, patch: int, merge: int, step: int) -> None:
         """Raises: ProcessorError unless pictures and clips are cut as the model's config says."""
         for settings in (self.image_settings, self.video_settings):
             own = (settings.patch, settings.merge, settings.step)

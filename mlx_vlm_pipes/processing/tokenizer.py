@@ -56,6 +56,11 @@ class Tokenizer:
         """Number of tokens, added ones included; a model's embedding may have more rows."""
         return self.backend.get_vocab_size(with_added_tokens=True)
 
+    def beyond(self, rows: int) -> dict[str, int]:
+        """The tokens whose ids have no place among so many rows of an embedding, by id."""
+        known = self.backend.get_vocab(with_added_tokens=True)
+        return dict(sorted(((t, i) for t, i in known.items() if i >= rows), key=lambda x: x[1]))
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids. With add_special_tokens, what the tokenizer's post-processor adds (BOS)."""
         try:

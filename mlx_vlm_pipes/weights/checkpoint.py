@@ -1,4 +1,4 @@
-"""Checkpoint files as lazy, named tensors: what the documented `Weights` and `WeightData` are."""
+"""Checkpoint files as lazy, named tensors: `Weights` and `WeightData` of docs/api.md."""
 
 from __future__ import annotations
 

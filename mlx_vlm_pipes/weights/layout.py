@@ -145,7 +145,7 @@ class MLXForm:
 def decoder(source: str = "model.", head: str = "lm_head.") -> tuple[Prefix, ...]:
     """The shared text decoder's rules, for a checkpoint that keeps it below `source`.
 
-    Source: spec 9.2; the four children are spelled out so that an unknown key is noticed.
+    The four children are spelled out so that an unknown key is noticed.
     """
     children = ("embed_tokens.", "layers.", "norm.")
     return (

@@ -43,7 +43,7 @@ def parse_quantization(config: Mapping[str, Any]) -> QuantizationConfig | Scaled
     Args: config, the whole file as a dict; a nested text_config is looked at last.
     Raises: UnsupportedModel naming a method or packing that is not read; ConfigError for
     settings that make no sense.
-    Source: spec 1.4; mlx-lm and mlx-vlm utils.py, transformers quantization_config.py.
+    Source: mlx-lm and mlx-vlm utils.py, transformers quantization_config.py.
     """
     declared = config.get("quantization") or config.get("quantization_config")
     if not declared and isinstance(config.get("text_config"), Mapping):

@@ -206,7 +206,7 @@ def _rename_mxfp4(state: Tensors) -> dict[str, WeightData]:
 
 
 def record_scales(state: Tensors, quantization: ScaledFormat) -> QuantConfig | None:
-    """The documented record of a scaled checkpoint; looks at names, dtypes and shapes only.
+    """The record of a scaled checkpoint; looks at names, dtypes and shapes only.
 
     A layer counts as quantised when all matrices of its MLP (or attention) have a scale.
     """

@@ -74,9 +74,6 @@ class TestInternVL(VisionContract):
     }  # fmt: skip
 
     activation_bytes = 8192 // 4 * 128 * 2**20 + 8192 * 100 * 2**10  # four tokens a tile
-    own_defaults: ClassVar[dict[str, str]] = {
-        "image_seq_length": "transformers takes 256, here it follows from the tile's size",
-    }
 
     def vision_arguments(self, inputs: Any) -> list[mx.array]:
         return [inputs.pixel_values[0]]

@@ -25,7 +25,7 @@ from mlx_vlm_pipes.architectures.qwen2_5vl.context import (
 )
 from mlx_vlm_pipes.contexts import TokenBuffer
 from mlx_vlm_pipes.dtypes import DType
-from mlx_vlm_pipes.errors import ConfigError
+from mlx_vlm_pipes.errors import ConfigError, InputError
 from tests.api.driving import (
     BAR,
     Arrays,
@@ -111,6 +111,7 @@ class TestQwen2_5VL(VisionContract):
         "max_seqlen", "max_window_seqlen", "max_grid_size", "image_token_indices",
     )  # fmt: skip
     documented_without_effect = ("max_seqlen", "max_window_seqlen")
+    bounds = ("max_grid_size",)
     changes: ClassVar[dict[str, Any]] = {
         "tokens": lambda a: mx.where(mx.arange(a.shape[0]) == 1, a + 1, a),
         "position_ids": lambda a: a * 2,
@@ -120,8 +121,12 @@ class TestQwen2_5VL(VisionContract):
         "cu_seqlens": lambda a: mx.array([0, a[-1].item()], mx.uint32),
         "cu_window_seqlens": lambda a: mx.array([0, a[-1].item()], mx.uint32),
         "image_token_indices": lambda a: a[::-1],
-        "max_grid_size": lambda a: a // 2,
     }
+
+    def test_max_grid_size_bounds_the_patches(self) -> None:
+        with pytest.raises(InputError, match="max_grid_size 1"):
+            self.logits(max_grid_size=lambda a: mx.array(1, a.dtype))
+
     effective: ClassVar[dict[str, Any]] = {
         "rms_norm_eps": 0.5, "rope_theta": 100.0,
         "rope_scaling": {"type": "mrope", "mrope_section": [2, 1, 1]},

@@ -1,4 +1,4 @@
-"""Idefics3Model: the documented pipeline model over the SigLIP tower and the shared decoder."""
+"""Idefics3Model (docs/api.md): the pipeline model over the SigLIP tower and the shared decoder."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mlx_vlm_pipes.architectures.idefics3.facts import FACTS
@@ -12,7 +12,7 @@ from mlx_vlm_pipes.architectures.part_fields import PartField, WithPartFields
 from mlx_vlm_pipes.architectures.vision_language_config import TwoPartConfig
 from mlx_vlm_pipes.checkpoint.state import expanded_scales
 from mlx_vlm_pipes.checkpoint.tie import declared_tied
-from mlx_vlm_pipes.config import MAXModelConfig, PipelineConfig
+from mlx_vlm_pipes.config import PipelineConfig
 from mlx_vlm_pipes.dtypes import DeviceRef, DType
 from mlx_vlm_pipes.errors import ConfigError, UnsupportedModel
 from mlx_vlm_pipes.hf_config import (
@@ -117,23 +117,18 @@ class Idefics3Config(WithPartFields, TwoPartConfig):
 
     @classmethod
     def initialize_from_config(
-        cls,
-        pipeline_config: PipelineConfig,
-        huggingface_config: AutoConfig,
-        model_config: MAXModelConfig | None = None,
+        cls, pipeline_config: PipelineConfig, huggingface_config: AutoConfig
     ) -> Self:
         """From the outer configuration.
 
         Raises: ConfigError or UnsupportedModel for what the two parts refuse.
         """
-        model_config = model_config or pipeline_config.model
-        pipeline_config = replace(pipeline_config, model=model_config)
         cfg = huggingface_config
         _check_type("text", text_config(cfg), _TEXT_TYPES)
         text = Llama3Config.initialize_from_config(pipeline_config, text_config(cfg))
         vision = Idefics3VisionConfig.initialize_from_config(pipeline_config, cfg, text.hidden_size)
         return cls(
-            devices=model_config.devices,
+            devices=pipeline_config.model.devices,
             scale_factor=vision.scale_factor,
             image_token_id=optional_int(
                 cfg, "image_token_id", "image_token_index", default=IMAGE_TOKEN_ID, minimum=0

@@ -10,7 +10,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,7 +22,6 @@ from mlx_vlm_pipes.processing.base import (
     EncodedMedia,
     MediaTokens,
     VisionProcessor,
-    agreed_token_id,
     check_num_tokens,
 )
 from mlx_vlm_pipes.processing.messages import Message
@@ -33,7 +31,6 @@ from mlx_vlm_pipes.processing.settings import (
     ProcessorFiles,
     Settings,
 )
-from mlx_vlm_pipes.processing.tokenizer import Tokenizer
 from mlx_vlm_pipes.processing.transforms import resize, to_array
 from mlx_vlm_pipes.processing.types import PromptRequest
 from mlx_vlm_pipes.processing.video import Clip, ClipPlan, VideoInfo, load_clip
@@ -96,24 +93,22 @@ class Idefics3Processor(VisionProcessor):
 
     facts = FACTS
 
-    def __init__(
-        self,
-        folder: Path,
-        config: Mapping[str, Any],
-        overrides: Mapping[str, Any] | None = None,
-    ) -> None:
-        tokenizer, files = Tokenizer(folder), ProcessorFiles.read(folder)
+    def read_settings(self, config: Mapping[str, Any], overrides: Mapping[str, Any]) -> MediaTokens:
+        del overrides  # there are none
+        files = ProcessorFiles.read(self.folder)
         self.settings = Idefics3Settings.read(files.image)
         self.image_seq_len = FrameSizes.read(HuggingFaceConfig(config)).image_seq_len
         files.processor.agree("image_seq_len", self.image_seq_len)
         self.sampling = read_sampling(files)
-        self.image_token_id = agreed_token_id(
-            tokenizer, IMAGE, config, "image_token_id", "image_token_index"
-        )
+        keys = ("image_token_id", "image_token_index")
+        self.image_token_id = self.agreed_token_id(IMAGE, config, *keys)
         for token in (FAKE, GLOBAL):
-            tokenizer.require_token_id(token)
-        tokens = MediaTokens({"image": (IMAGE,), "video": (VIDEO,)}, (self.image_token_id,))
-        super().__init__(folder, config, overrides, tokenizer, tokens, f"idefics3|{self.settings}")
+            self.tokenizer.require_token_id(token)
+        return MediaTokens({"image": (IMAGE,), "video": (VIDEO,)}, (self.image_token_id,))
+
+    @property
+    def digest(self) -> str:
+        return f"idefics3|{self.settings}"
 
     def forms(self, messages: list[Message]) -> list[list[Message]]:
         """Clips are written as the text <video>: older templates know no part of type video."""

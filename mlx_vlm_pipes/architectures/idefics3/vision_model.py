@@ -1,6 +1,6 @@
 """The SigLIP tower and the pixel-shuffle connector of Idefics3 and SmolVLM.
 
-Source: transformers modeling_idefics3.py, modeling_smolvlm.py (spec, section 5.2).
+Source: transformers modeling_idefics3.py, modeling_smolvlm.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Tensor names of Idefics3 and SmolVLM checkpoints (spec 9.3)."""
+"""Tensor names of Idefics3 and SmolVLM checkpoints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""InternVLModel: the documented pipeline model over the vision tower and the shared decoder."""
+"""InternVLModel (docs/api.md): the pipeline model over the vision tower and the shared decoder."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class InternVLModel(AlwaysSignalBuffersMixin, VisionLanguageModel[InternVLInputs
     def estimate_activation_memory(
         cls, pipeline_config: PipelineConfig, huggingface_config: AutoConfig
     ) -> int:
-        """Bytes by the documented rule of thumb, not from the model's own sizes: see the base.
+        """Bytes by MAX's rule of thumb, not from the model's own sizes (docs/api.md).
 
         Raises: ConfigError without a vision_config.
         """

@@ -17,7 +17,7 @@ from mlx_vlm_pipes.architectures.llama3 import Llama3Config
 from mlx_vlm_pipes.architectures.qwen3 import Qwen3Config
 from mlx_vlm_pipes.architectures.vision_language_config import TwoPartConfig
 from mlx_vlm_pipes.checkpoint.state import expanded_scales
-from mlx_vlm_pipes.config import MAXModelConfig, PipelineConfig
+from mlx_vlm_pipes.config import PipelineConfig
 from mlx_vlm_pipes.dtypes import DeviceRef, DType
 from mlx_vlm_pipes.errors import ConfigError, UnsupportedModel
 from mlx_vlm_pipes.hf_config import (
@@ -152,10 +152,7 @@ class InternVLConfig(TwoPartConfig):
 
     @classmethod
     def initialize_from_config(
-        cls,
-        pipeline_config: PipelineConfig,
-        huggingface_config: AutoConfig,
-        model_config: MAXModelConfig | None = None,
+        cls, pipeline_config: PipelineConfig, huggingface_config: AutoConfig
     ) -> Self:
         """From the whole configuration, of either dialect.
 
@@ -163,21 +160,18 @@ class InternVLConfig(TwoPartConfig):
         pixel shuffle or feature selection that we do not have.
         """
         cfg = huggingface_config
-        model_config = model_config or pipeline_config.model
-        sizes = TileSizes.read(cfg, model_config.vision_config_overrides)
+        sizes = TileSizes.read(cfg, pipeline_config.model.vision_config_overrides)
         vision = VisionConfig.initialize_from_config(
             require_vision_config(cfg), original=is_original(cfg)
         )
         text = text_config(cfg)
         _refuse_unknown_projection(cfg)
         return cls(
-            devices=model_config.devices,
+            devices=pipeline_config.model.devices,
             downsample_ratio=sizes.downsample_ratio,
             num_image_token=sizes.tokens(sizes.side_px),
             vision_config=vision,
-            llm_config=llm_config_class(text).initialize_from_config(
-                pipeline_config, text, model_config
-            ),
+            llm_config=llm_config_class(text).initialize_from_config(pipeline_config, text),
             vision_feature_layer=_feature_layer(cfg, vision.num_hidden_layers),
             projector_hidden_act=activation_name(cfg, "projector_hidden_act", default="gelu"),
         )

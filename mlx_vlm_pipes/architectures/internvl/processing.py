@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,7 +22,6 @@ from mlx_vlm_pipes.processing.base import (
     EncodedMedia,
     MediaTokens,
     VisionProcessor,
-    agreed_token_id,
     check_num_tokens,
 )
 from mlx_vlm_pipes.processing.settings import (
@@ -35,7 +33,6 @@ from mlx_vlm_pipes.processing.settings import (
     ProcessorFiles,
     Settings,
 )
-from mlx_vlm_pipes.processing.tokenizer import Tokenizer
 from mlx_vlm_pipes.processing.transforms import cut_tiles, join_tiles, resize, to_array
 from mlx_vlm_pipes.processing.types import PromptRequest
 from mlx_vlm_pipes.processing.video import ClipPlan, VideoInfo, arange_indices, load_clip
@@ -67,37 +64,32 @@ class InternVLProcessor(VisionProcessor):
 
     facts = FACTS
 
-    def __init__(
-        self,
-        folder: Path,
-        config: Mapping[str, Any],
-        overrides: Mapping[str, Any] | None = None,
-    ) -> None:
-        outer, tokenizer = HuggingFaceConfig(config), Tokenizer(folder)
-        original = is_original(outer)
-        files = ProcessorFiles.read(folder, required=not original)
-        names = tokenizer.named_tokens
+    def read_settings(self, config: Mapping[str, Any], overrides: Mapping[str, Any]) -> MediaTokens:
+        outer = HuggingFaceConfig(config)
+        original, sizes = is_original(outer), TileSizes.read(outer, overrides)
+        files = ProcessorFiles.read(self.folder, required=not original)
+        names = self.tokenizer.named_tokens
         self.start_token = names.get("start_image_token", "<img>")
         self.end_token = names.get("end_image_token", "</img>")
         self.image_token = names.get("context_image_token", "<IMG_CONTEXT>")
-        self.image_token_id = agreed_token_id(
-            tokenizer, self.image_token, config, "image_token_id", "img_context_token_id"
-        )
+        keys = ("image_token_id", "img_context_token_id")
+        self.image_token_id = self.agreed_token_id(self.image_token, config, *keys)
         for token in (self.start_token, self.end_token):
-            tokenizer.require_token_id(token)
-        video = names.get("video_token", "<video>")
+            self.tokenizer.require_token_id(token)
         mean, std = (IMAGENET_MEAN, IMAGENET_STD) if original else (CLIP_MEAN, CLIP_STD)
         settings = without_crop(files.image) if original else files.image
         self.pixels = PixelSettings.read(settings, BICUBIC, mean, std)
-        sizes = TileSizes.read(outer, overrides or {})
         self.tiles = read_tiles(files, sizes, original=original)
-        tokens = MediaTokens(
+        video = names.get("video_token", "<video>")
+        return MediaTokens(
             markers={"image": (self.image_token, "<image>"), "video": (video,)},
             ids=(self.image_token_id,),
             text_markers={"image": "<image>\n", "video": f"{video}\n"} if original else {},
         )
-        digest = f"internvl|{self.pixels}|{self.tiles}"
-        super().__init__(folder, config, overrides, tokenizer, tokens, digest)
+
+    @property
+    def digest(self) -> str:
+        return f"internvl|{self.pixels}|{self.tiles}"
 
     def encode_image(self, source: Any, request: PromptRequest) -> EncodedMedia:
         image = self.load(source, request)

@@ -1,7 +1,7 @@
 """What processor, tower and configuration read from InternVL's config.json alike. No MLX.
 
 The original InternVLChatModel has `llm_config` and keys such as `qk_normalization`; transformers
-has `text_config` and `use_qk_norm`, with other defaults (spec, section 7.1).
+has `text_config` and `use_qk_norm`, with other defaults.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Tensor names of InternVL checkpoints. Ours: the original's tower, transformers' projector.
 
 A checkpoint's own `attn.qkv` stays one matrix; separate projections are joined after loading.
-Source: spec, section 9.5.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Llama3Model: the documented pipeline model over the shared decoder."""
+"""Llama3Model (docs/api.md): the pipeline model over the shared decoder."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Llama3Inputs(RaggedInputs[Buffer]):
 
     @property
     def buffers(self) -> tuple[Buffer, ...]:
-        """Everything but the LoRA tensors, in the documented order."""
+        """Everything but the LoRA tensors, in the order of docs/api.md#steps."""
         splits = self.data_parallel_splits
         if splits is None:
             middle = list(self.signal_buffers)
@@ -137,7 +137,8 @@ class LlamaModelBase(CheckpointModel[TextContext], PipelineModelWithKVCache[Text
         """Ragged inputs: the rows of all replicas in order, on the one device.
 
         Raises: ConfigError unless there are data_parallel_degree replicas; UnknownAdapter;
-        InputError for image_embeddings: there is no place for them.
+        InputError for image_embeddings (there is no place for them) and for a token id beyond
+        the vocabulary.
         """
         if image_embeddings is not None:
             raise InputError("image_embeddings for a text model; leave them out")
@@ -146,7 +147,7 @@ class LlamaModelBase(CheckpointModel[TextContext], PipelineModelWithKVCache[Text
         contexts = [context for batch in replica_batches for context in batch]
         announce(kv_cache_inputs, contexts)
         return Llama3Inputs(
-            tokens=flat_tokens(contexts),
+            tokens=flat_tokens(contexts, self.vocab_size),
             input_row_offsets=row_offsets(contexts),
             signal_buffers=self.signal_buffers,
             return_n_logits=mx.array([return_n_logits], dtype=mx.int64),

@@ -1,4 +1,4 @@
-"""PixtralModel: the documented pipeline model over the Pixtral tower and the shared decoder."""
+"""PixtralModel (docs/api.md): the pipeline model over the Pixtral tower and the shared decoder."""
 
 from __future__ import annotations
 

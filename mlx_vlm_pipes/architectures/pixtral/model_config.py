@@ -84,25 +84,21 @@ class PixtralConfig(VisionLanguageConfig):
 
     @classmethod
     def initialize_from_config(
-        cls,
-        pipeline_config: PipelineConfig,
-        huggingface_config: AutoConfig,
-        model_config: MAXModelConfig | None = None,
+        cls, pipeline_config: PipelineConfig, huggingface_config: AutoConfig
     ) -> Self:
         """From a LLaVA configuration with a Pixtral tower.
 
         Raises: ConfigError for missing keys and values that contradict each other,
         UnsupportedModel for another tower, decoder or way of selecting features.
         """
-        model_config = model_config or pipeline_config.model
         cfg, text_cfg = huggingface_config, text_config(huggingface_config)
-        max_seq_len = cls._bounded(cfg, model_config)
+        max_seq_len = cls._bounded(cfg, pipeline_config.model)
         kind = lookup(text_cfg, "model_type", default="mistral")
         if kind not in _TEXT_TYPES:
             raise UnsupportedModel(
                 f"pixtral: text_config of model_type {kind!r}; supported: {', '.join(_TEXT_TYPES)}"
             )
-        text = Llama3Config.initialize_from_config(pipeline_config, text_cfg, model_config)
+        text = Llama3Config.initialize_from_config(pipeline_config, text_cfg)
         return cls(
             dtype=text.dtype,
             devices=text.devices,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,6 @@ from mlx_vlm_pipes.processing.base import (
     EncodedMedia,
     MediaTokens,
     VisionProcessor,
-    agreed_token_id,
     check_num_tokens,
 )
 from mlx_vlm_pipes.processing.settings import (
@@ -30,7 +28,6 @@ from mlx_vlm_pipes.processing.settings import (
     ProcessorFiles,
     Settings,
 )
-from mlx_vlm_pipes.processing.tokenizer import Tokenizer
 from mlx_vlm_pipes.processing.transforms import pad_to_common_size, resize, to_array
 from mlx_vlm_pipes.processing.types import PromptRequest
 
@@ -42,28 +39,25 @@ class PixtralProcessor(VisionProcessor):
 
     facts = FACTS
 
-    def __init__(
-        self,
-        folder: Path,
-        config: Mapping[str, Any],
-        overrides: Mapping[str, Any] | None = None,
-    ) -> None:
-        tokenizer, files = Tokenizer(folder), ProcessorFiles.read(folder)
+    def read_settings(self, config: Mapping[str, Any], overrides: Mapping[str, Any]) -> MediaTokens:
+        del overrides  # there are none
+        files = ProcessorFiles.read(self.folder)
         names = files.processor
         self.image_token = names.text("image_token", "[IMG]")
         self.break_token = names.text("image_break_token", "[IMG_BREAK]")
         self.end_token = names.text("image_end_token", "[IMG_END]")
-        self.image_token_id = agreed_token_id(
-            tokenizer, self.image_token, config, "image_token_index", "image_token_id"
-        )
-        break_id = tokenizer.require_token_id(self.break_token)
-        tokenizer.require_token_id(self.end_token)
+        keys = ("image_token_index", "image_token_id")
+        self.image_token_id = self.agreed_token_id(self.image_token, config, *keys)
+        break_id = self.tokenizer.require_token_id(self.break_token)
+        self.tokenizer.require_token_id(self.end_token)
         self.pixels = PixelSettings.read(files.image, BICUBIC, CLIP_MEAN, CLIP_STD)
         self.patch_px = read_patch(files, PatchSizes.read(HuggingFaceConfig(config)).patch_size)
         self.max_size = read_size(files.image)
-        tokens = MediaTokens({"image": (self.image_token,)}, (self.image_token_id, break_id))
-        digest = f"pixtral|{self.pixels}|{self.patch_px}|{self.max_size}"
-        super().__init__(folder, config, overrides, tokenizer, tokens, digest)
+        return MediaTokens({"image": (self.image_token,)}, (self.image_token_id, break_id))
+
+    @property
+    def digest(self) -> str:
+        return f"pixtral|{self.pixels}|{self.patch_px}|{self.max_size}"
 
     def check(self, request: PromptRequest, num_videos: int) -> None:
         super().check(request, num_videos)

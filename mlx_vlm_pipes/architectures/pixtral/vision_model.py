@@ -1,6 +1,6 @@
 """The Pixtral tower and its projector: packed images of any size.
 
-Source: transformers modeling_pixtral.py, modeling_llava.py (spec, section 6.2).
+Source: transformers modeling_pixtral.py, modeling_llava.py.
 """
 
 from __future__ import annotations

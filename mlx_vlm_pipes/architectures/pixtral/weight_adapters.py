@@ -1,4 +1,4 @@
-"""Tensor names of Pixtral checkpoints in the LLaVA layout (spec 9.4)."""
+"""Tensor names of Pixtral checkpoints in the LLaVA layout."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Windows, positions and the context of Qwen2.5-VL. Numpy only.
 
 Source: transformers modeling_qwen2_5_vl.py (get_rope_index, get_window_index); text after a clip
-continues behind the largest position, as in the original code (spec, section 15).
+continues behind the largest position, as in the original code.
 """
 
 from __future__ import annotations

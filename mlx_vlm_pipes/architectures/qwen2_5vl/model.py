@@ -1,9 +1,10 @@
-"""Qwen2_5VLModel: the documented pipeline model over the vision tower and the shared decoder."""
+"""Qwen2_5VLModel (docs/api.md): the pipeline model over the vision tower and the shared decoder."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import mlx.core as mx
 
@@ -41,7 +42,7 @@ from mlx_vlm_pipes.nn.decoder import DecoderConfig
 from mlx_vlm_pipes.nn.vision import pixel_array
 from mlx_vlm_pipes.weights.layout import Transform
 
-ACTIVATION_BYTES = 5 * 2**30  # the documented estimate
+ACTIVATION_BYTES = 5 * 2**30  # MAX's estimate
 
 
 @dataclass
@@ -50,7 +51,7 @@ class Qwen2_5VLInputs(MRopeInputs):
 
     tokens int32 [T]; input_row_offsets uint32 [B + 1]; position_ids uint32 [3, T], time, height
     and width; return_n_logits int64 [1]; image_token_indices int32 [M], rows of the flat tokens.
-    The vision fields (spec, section 8.2) are None in a step without pixels: window_index int64
+    The vision fields (docs/api.md#pictures) are None in a step without pixels: window_index int64
     [P/u], vision_position_ids int64 [P, 2], cu_* uint32 boundaries in patches, max_seqlen and
     max_window_seqlen uint32 [1], max_grid_size an int32 scalar. image_embeddings [M, E] takes the
     place of all of them where the pictures are encoded already.
@@ -81,7 +82,7 @@ class Qwen2_5VLInputs(MRopeInputs):
 class Qwen2_5VLModel(MRopeModel[Qwen2_5VLInputs]):
     """Qwen2.5-VL."""
 
-    model_config: Qwen2_5VLConfig
+    model_config: Qwen2_5VLConfig = cast("Qwen2_5VLConfig", None)  # as documented, before loading
     config_class = Qwen2_5VLConfig
     inputs_class = Qwen2_5VLInputs
     context_class = Qwen2_5VLTextAndVisionContext
@@ -99,7 +100,7 @@ class Qwen2_5VLModel(MRopeModel[Qwen2_5VLInputs]):
     def estimate_activation_memory(
         cls, pipeline_config: PipelineConfig, huggingface_config: AutoConfig
     ) -> int:
-        """Bytes: one number for all sizes, the documented rule of thumb: see the base."""
+        """Bytes by MAX's rule of thumb: one number for all sizes (docs/api.md)."""
         del pipeline_config, huggingface_config
         return ACTIVATION_BYTES
 

@@ -1,14 +1,15 @@
 """Qwen2_5VLConfig and VisionConfig: what Qwen2.5-VL reads from config.json and the weights.
 
 A released (transformers 4) config.json keeps its text keys at the top; transformers 5 nests them
-in `text_config`. Source: transformers configuration_qwen2_5_vl.py (spec, section 8.1).
+in `text_config`. Source: transformers configuration_qwen2_5_vl.py.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from mlx_vlm_pipes.architectures.grid_config import GridTowerConfig
 from mlx_vlm_pipes.architectures.llama3.model_config import Llama3Config
 from mlx_vlm_pipes.architectures.part_fields import PartField, WithPartFields
 from mlx_vlm_pipes.architectures.qwen2_5vl.facts import FACTS
@@ -16,7 +17,7 @@ from mlx_vlm_pipes.architectures.qwen2_5vl.sizes import VisionSizes
 from mlx_vlm_pipes.architectures.vision_language_config import TwoPartConfig
 from mlx_vlm_pipes.checkpoint.state import expanded_scales, stored_dtype
 from mlx_vlm_pipes.checkpoint.tie import declared_tied
-from mlx_vlm_pipes.config import MAXModelConfig, PipelineConfig
+from mlx_vlm_pipes.config import PipelineConfig
 from mlx_vlm_pipes.dtypes import DeviceRef, DType
 from mlx_vlm_pipes.errors import ConfigError
 from mlx_vlm_pipes.hf_config import (
@@ -45,7 +46,7 @@ RMS_NORM_EPS = 1e-6  # written into the reference's code, in no config.json
 
 
 @dataclass
-class VisionConfig:
+class VisionConfig(GridTowerConfig):
     """What the vision tower reads. patch_size and window_size in pixels.
 
     The fields below `quant_config` are ours; the documented ones stand above.
@@ -114,26 +115,8 @@ class VisionConfig:
         self.dtype, self.llm_dtype = vision_dtype, llm_dtype
         self.quant_config = expanded_scales(huggingface_config, vision_state_dict)
 
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads
-
-    @property
-    def patch_elements(self) -> int:
-        """Numbers in one patch: channels, frames, rows and columns."""
-        return self.in_channels * self.temporal_patch_size * self.patch_size**2
-
-    @property
-    def merge_unit(self) -> int:
-        """Patches that become one row for the decoder."""
-        return self.spatial_merge_size**2
-
     def _check(self) -> None:
-        if self.hidden_size % self.num_attention_heads or self.head_dim % 4:
-            raise ConfigError(
-                f"vision hidden_size {self.hidden_size} with {self.num_attention_heads} heads; "
-                "expected heads of a multiple of 4 elements"
-            )
+        self.check_heads()
         if self.window_size < self.spatial_merge_size * self.patch_size:
             raise ConfigError(
                 f"vision window_size {self.window_size} is smaller than a merged patch of "
@@ -166,18 +149,13 @@ class Qwen2_5VLConfig(WithPartFields, TwoPartConfig):
 
     @classmethod
     def initialize_from_config(
-        cls,
-        pipeline_config: PipelineConfig,
-        huggingface_config: AutoConfig,
-        model_config: MAXModelConfig | None = None,
+        cls, pipeline_config: PipelineConfig, huggingface_config: AutoConfig
     ) -> Self:
         """From the outer configuration.
 
         Raises: ConfigError without a vision_config, for missing or contradicting keys, and for
         values that we do not run.
         """
-        model_config = model_config or pipeline_config.model
-        pipeline_config = replace(pipeline_config, model=model_config)
         cfg, vision_cfg = huggingface_config, require_vision_config(huggingface_config)
         text_cfg = text_config(cfg)
         vision = VisionConfig.initialize_from_config(pipeline_config, vision_cfg)

@@ -7,9 +7,8 @@ processing_qwen2_5_vl.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,7 +22,7 @@ from mlx_vlm_pipes.architectures.qwen2_5vl.context import (
 from mlx_vlm_pipes.architectures.qwen2_5vl.facts import FACTS
 from mlx_vlm_pipes.architectures.qwen2_5vl.sizes import VisionSizes
 from mlx_vlm_pipes.contexts import ImageMetadata, TextContext
-from mlx_vlm_pipes.hf_config import HuggingFaceConfig, require_vision_config
+from mlx_vlm_pipes.hf_config import AutoConfig
 from mlx_vlm_pipes.processing.base import ContextFields, EncodedMedia
 from mlx_vlm_pipes.processing.grid_processor import GridProcessor
 from mlx_vlm_pipes.processing.grids import Grid
@@ -35,28 +34,17 @@ from mlx_vlm_pipes.processing.video import ClipPlan, VideoInfo, arange_indices, 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-IMAGE_DEFAULTS = PatchDefaults(56 * 56, 28 * 28 * 1280, 14, CLIP_MEAN, CLIP_STD)
-VIDEO_DEFAULTS = PatchDefaults(128 * 28 * 28, 28 * 28 * 768, 14, CLIP_MEAN, CLIP_STD)
-MAX_VIDEO_TOKENS = 128000
-
 
 class Qwen2_5VLProcessor(GridProcessor):
     """A clip is one run of placeholders; how long its steps last decides their positions."""
 
     facts = FACTS
+    image_defaults = PatchDefaults(56 * 56, 28 * 28 * 1280, 14, CLIP_MEAN, CLIP_STD)
+    video_defaults = PatchDefaults(128 * 28 * 28, 28 * 28 * 768, 14, CLIP_MEAN, CLIP_STD)
+    max_video_tokens = 128000
 
-    def __init__(
-        self,
-        folder: Path,
-        config: Mapping[str, Any],
-        overrides: Mapping[str, Any] | None = None,
-    ) -> None:
-        super().__init__(
-            folder, config, overrides, IMAGE_DEFAULTS, VIDEO_DEFAULTS, MAX_VIDEO_TOKENS
-        )
-        self.sizes = VisionSizes.read(require_vision_config(HuggingFaceConfig(config)))
-        sizes = self.sizes
-        self.check_patches(sizes.patch_size, sizes.spatial_merge_size, sizes.temporal_patch_size)
+    def read_sizes(self, vision_config: AutoConfig) -> tuple[int, int, int]:
+        self.sizes = sizes = VisionSizes.read(vision_config)
         self.rope = RopeTokens(
             sizes.spatial_merge_size,
             sizes.tokens_per_second,
@@ -64,6 +52,7 @@ class Qwen2_5VLProcessor(GridProcessor):
             self.video_token_id,
             self.start_token_id,
         )
+        return sizes.patch_size, sizes.spatial_merge_size, sizes.temporal_patch_size
 
     def grid_image(self, patches: np.ndarray, grid: Grid) -> Qwen2_5VLImage:
         return self._image(patches, grid)

@@ -1,6 +1,6 @@
 """What processor, tower and configuration read from Qwen2.5-VL's config.json alike. No MLX.
 
-Source: transformers configuration_qwen2_5_vl.py (spec, section 8.1).
+Source: transformers configuration_qwen2_5_vl.py.
 """
 
 from __future__ import annotations

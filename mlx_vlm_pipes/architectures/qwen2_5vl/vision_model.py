@@ -2,7 +2,7 @@
 
 All pictures lie one behind the other on one axis of P patches, in blocks of merge x merge that
 become one row for the decoder. Most layers attend within windows, a few within whole frames.
-Source: transformers modeling_qwen2_5_vl.py (spec, section 8.3).
+Source: transformers modeling_qwen2_5_vl.py.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_vlm_pipes.architectures.qwen2_5vl.model_config import VisionConfig
+from mlx_vlm_pipes.errors import InputError
 from mlx_vlm_pipes.nn.activations import activation
 from mlx_vlm_pipes.nn.rope import inverse_frequencies
 from mlx_vlm_pipes.nn.vision import SegmentAttention, Segments
@@ -149,8 +150,16 @@ class VisionModel(nn.Module):
         return self.merger(h)[to_frames].astype(self.out_dtype)
 
     def _angles(self, positions: mx.array, max_grid_size: mx.array) -> mx.array:
-        """float32 [P, D/2]: row angles, then column angles."""
-        places = mx.arange(int(np.array(max_grid_size)), dtype=mx.float32)
+        """float32 [P, D/2]: row angles, then column angles.
+
+        Raises: InputError for positions outside max_grid_size, which would be read from nowhere.
+        """
+        side, largest = int(np.array(max_grid_size)), int(np.array(positions).max(initial=-1))
+        if largest >= side:
+            raise InputError(
+                f"max_grid_size {side}, but a patch lies at {largest}; expected more than that"
+            )
+        places = mx.arange(side, dtype=mx.float32)
         table = places[:, None] * self._inv_freq  # [max grid size, D/4]
         return table[positions].reshape(positions.shape[0], -1)
 

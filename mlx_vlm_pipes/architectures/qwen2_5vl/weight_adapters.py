@@ -1,4 +1,4 @@
-"""Tensor names of Qwen2.5-VL checkpoints (spec, section 9.6)."""
+"""Tensor names of Qwen2.5-VL checkpoints."""
 
 from __future__ import annotations
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from mlx_vlm_pipes.architectures.grid_config import GridTowerConfig
 from mlx_vlm_pipes.architectures.qwen3 import Qwen3Config
 from mlx_vlm_pipes.architectures.qwen3_vl.facts import FACTS
 from mlx_vlm_pipes.architectures.qwen3_vl.sizes import VisionSizes
 from mlx_vlm_pipes.architectures.vision_language_config import TwoPartConfig
 from mlx_vlm_pipes.checkpoint.state import stored_dtype
 from mlx_vlm_pipes.checkpoint.tie import declared_tied
-from mlx_vlm_pipes.config import MAXModelConfig, PipelineConfig
+from mlx_vlm_pipes.config import PipelineConfig
 from mlx_vlm_pipes.dtypes import DeviceRef, DType
 from mlx_vlm_pipes.errors import ConfigError
 from mlx_vlm_pipes.hf_config import (
@@ -42,7 +43,7 @@ DEEPSTACK_INDEXES = (8, 16, 24)
 
 
 @dataclass
-class VisionConfig:
+class VisionConfig(GridTowerConfig):
     """What the vision tower reads. patch_size in pixels.
 
     deepstack_visual_indexes: blocks behind which rows for the decoder's first layers are made.
@@ -89,26 +90,8 @@ class VisionConfig:
             hidden_act=activation_name(cfg, "hidden_act", default="gelu_pytorch_tanh"),
             rope_theta=axial_theta(cfg),
         )
-        if config.hidden_size % config.num_attention_heads or config.head_dim % 4:
-            raise ConfigError(
-                f"vision hidden_size {config.hidden_size} with {config.num_attention_heads} heads; "
-                "expected heads of a multiple of 4 elements"
-            )
+        config.check_heads()
         return config
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads
-
-    @property
-    def patch_elements(self) -> int:
-        """Numbers in one patch: channels, frames, rows and columns."""
-        return self.in_channels * self.temporal_patch_size * self.patch_size**2
-
-    @property
-    def merge_unit(self) -> int:
-        """Patches that become one row for the decoder."""
-        return self.spatial_merge_size**2
 
 
 @dataclass(kw_only=True)
@@ -129,18 +112,13 @@ class Qwen3VLConfig(TwoPartConfig):
 
     @classmethod
     def initialize_from_config(
-        cls,
-        pipeline_config: PipelineConfig,
-        huggingface_config: AutoConfig,
-        model_config: MAXModelConfig | None = None,
+        cls, pipeline_config: PipelineConfig, huggingface_config: AutoConfig
     ) -> Self:
         """From the outer configuration.
 
         Raises: ConfigError without a vision_config, for missing or contradicting keys, and for
         values that we do not run; UnsupportedModel for mixture-of-experts layers.
         """
-        model_config = model_config or pipeline_config.model
-        pipeline_config = replace(pipeline_config, model=model_config)
         cfg, text_cfg = huggingface_config, text_config(huggingface_config)
         vision = VisionConfig.initialize_from_config(require_vision_config(cfg))
         llm = Qwen3Config.initialize_from_config(
@@ -157,7 +135,7 @@ class Qwen3VLConfig(TwoPartConfig):
                 f"{taps} deepstack_visual_indexes for {llm.num_hidden_layers} decoder layers"
             )
         return cls(
-            devices=model_config.devices,
+            devices=pipeline_config.model.devices,
             image_token_id=lookup(cfg, "image_token_id", default=IMAGE_TOKEN_ID),
             video_token_id=lookup(cfg, "video_token_id", default=VIDEO_TOKEN_ID),
             mrope_section=_mrope_section(text_cfg),

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,8 +20,8 @@ from mlx_vlm_pipes.architectures.qwen3_vl.facts import FACTS
 from mlx_vlm_pipes.architectures.qwen3_vl.sizes import VisionSizes
 from mlx_vlm_pipes.contexts import TextContext
 from mlx_vlm_pipes.errors import InputError
-from mlx_vlm_pipes.hf_config import HuggingFaceConfig, require_vision_config
-from mlx_vlm_pipes.processing.base import ContextFields, EncodedMedia, agreed_token_id
+from mlx_vlm_pipes.hf_config import AutoConfig
+from mlx_vlm_pipes.processing.base import ContextFields, EncodedMedia, MediaTokens
 from mlx_vlm_pipes.processing.grid_processor import START, GridProcessor
 from mlx_vlm_pipes.processing.grids import Grid, GridImage
 from mlx_vlm_pipes.processing.patches import ClipSettings, PatchDefaults, PatchSettings, fit
@@ -34,9 +33,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 END = "<|vision_end|>"
-IMAGE_DEFAULTS = PatchDefaults(56 * 56, 28 * 28 * 1280, 14, CLIP_MEAN, CLIP_STD)
-VIDEO_DEFAULTS = PatchDefaults(128 * 32 * 32, 32 * 32 * 768, 16, HALF, HALF)
-MAX_VIDEO_TOKENS = 768
 
 
 class Qwen3VLProcessor(GridProcessor):
@@ -46,20 +42,17 @@ class Qwen3VLProcessor(GridProcessor):
     """
 
     facts = FACTS
+    image_defaults = PatchDefaults(56 * 56, 28 * 28 * 1280, 14, CLIP_MEAN, CLIP_STD)
+    video_defaults = PatchDefaults(128 * 32 * 32, 32 * 32 * 768, 16, HALF, HALF)
+    max_video_tokens = 768
 
-    def __init__(
-        self,
-        folder: Path,
-        config: Mapping[str, Any],
-        overrides: Mapping[str, Any] | None = None,
-    ) -> None:
-        super().__init__(
-            folder, config, overrides, IMAGE_DEFAULTS, VIDEO_DEFAULTS, MAX_VIDEO_TOKENS
-        )
-        agreed_token_id(self.tokenizer, END, config, "vision_end_token_id")
-        self.sizes = VisionSizes.read(require_vision_config(HuggingFaceConfig(config)))
-        sizes = self.sizes
-        self.check_patches(sizes.patch_size, sizes.spatial_merge_size, sizes.temporal_patch_size)
+    def read_settings(self, config: Mapping[str, Any], overrides: Mapping[str, Any]) -> MediaTokens:
+        self.agreed_token_id(END, config, "vision_end_token_id")
+        return super().read_settings(config, overrides)
+
+    def read_sizes(self, vision_config: AutoConfig) -> tuple[int, int, int]:
+        self.sizes = sizes = VisionSizes.read(vision_config)
+        return sizes.patch_size, sizes.spatial_merge_size, sizes.temporal_patch_size
 
     def place(self, text: str, num_images: int, num_videos: int) -> list[tuple[str, int, int]]:
         """As the base; a clip's marker takes in the pair around it, where there is one."""

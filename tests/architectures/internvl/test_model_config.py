@@ -146,7 +146,7 @@ def test_kv_params_are_the_text_models() -> None:
 
 
 def test_activation_memory() -> None:
-    """The documented figures: 8192 tokens, one device, 448 / 14 / 0.5 (spec, section 10)."""
+    """The documented figures: 8192 tokens, one device, 448 / 14 / 0.5."""
     config = HuggingFaceConfig({"vision_config": {"model_type": "internvl_vision"}})
     pipeline = pipeline_config(config)
     assert InternVLModel.estimate_activation_memory(pipeline, config) == 5_133_828_096

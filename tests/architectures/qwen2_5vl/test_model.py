@@ -134,7 +134,7 @@ def prefill(
 
 
 def truth(path: Path, prompt: str) -> tuple[np.ndarray, list[int]]:
-    """Logits and greedy tokens; for long clips those of the positions we follow (spec 15.1)."""
+    """Logits and greedy tokens; for long clips those of the positions we follow."""
     arrays = reference(path)[1]
     alt = "_alt" if f"{prompt}/position_ids_alt" in arrays else ""
     return arrays[f"{prompt}/logits{alt}"], arrays[f"{prompt}/greedy{alt}"].tolist()

@@ -19,7 +19,7 @@ VISION = {"patch_size": 14, "spatial_merge_size": 2, "tokens_per_second": 2, "wi
 
 def settings(max_pixels: int) -> patches.PatchSettings:
     values = {"min_pixels": 3136, "max_pixels": max_pixels}
-    return patches.PatchSettings.read(Settings("x", values), room.IMAGE_DEFAULTS)
+    return patches.PatchSettings.read(Settings("x", values), room.Qwen2_5VLProcessor.image_defaults)
 
 
 def still(*grid: int) -> np.ndarray:

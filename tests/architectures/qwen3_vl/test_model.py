@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_vlm_pipes import load as load_pipeline
 from mlx_vlm_pipes.architectures.qwen3_vl.context import Qwen3VLTextAndVisionContext
 from mlx_vlm_pipes.architectures.qwen3_vl.processing import Qwen3VLProcessor
 from mlx_vlm_pipes.config import PipelineConfig
@@ -20,6 +22,7 @@ from mlx_vlm_pipes.interfaces import ModelInputs, ReturnLogits
 from tests.architectures.driving import load, new_cache, relative, run, run_in_chunks
 from tests.fixtures_helper import SAME_PILLOW, cases, reference
 from tests.processing.test_fixtures import to_request
+from tests.test_against_transformers import arguments
 
 BAR = 2e-5  # of the largest logit
 every_case = pytest.mark.parametrize("path", cases("qwen3_vl"), ids=lambda path: path.name)
@@ -131,3 +134,44 @@ def test_work_of_a_picture_is_that_of_its_grid() -> None:
         )
         == 2048
     )
+
+
+def merged(path: Path, folder: Path, name: str, change: np.ndarray) -> Path:
+    """A copy of a checkpoint, in float32, with a change of one weight in it."""
+    shutil.copytree(path, folder)
+    weights = mx.load(str(path / "model.safetensors"))
+    assert isinstance(weights, dict)
+    weights = {key: value.astype(mx.float32) for key, value in weights.items()}
+    weights[name] = weights[name] + mx.array(change.astype(np.float32))
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "pt"})
+    return folder
+
+
+def test_an_adapter_is_its_product_added_to_the_weight(tmp_path: Path) -> None:
+    """PEFT's names for this architecture; pictures and text go through the same decoder."""
+    path, layer = cases("qwen3_vl")[0], "model.language_model.layers.1.mlp.down_proj"
+    numbers = np.random.default_rng(5)
+    down, up = numbers.normal(0, 0.3, (4, 48)), numbers.normal(0, 0.3, (32, 4))
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    tensors = {"lora_A": down, "lora_B": up}
+    named = {f"base_model.model.{layer}.{k}.weight": v for k, v in tensors.items()}
+    arrays = {k: mx.array(v.astype(np.float32)) for k, v in named.items()}
+    mx.save_safetensors(str(adapter / "adapter_model.safetensors"), arrays)
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["down_proj"]}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    twin = merged(path, tmp_path / "merged", f"{layer}.weight", 2.0 * up @ down)
+    prompt = next(p for p in reference(path)[0]["prompts"] if p["name"] == "mixed")
+    request = {**arguments(path, prompt), "max_tokens": 8, "ignore_eos": True, "logprobs": 1}
+    answers = []
+    for pipe, options in (
+        (load_pipeline(path, dtype="float32", adapter=adapter), {"adapter": "adapter"}),
+        (load_pipeline(twin, dtype="float32"), {}),
+        (load_pipeline(path, dtype="float32"), {}),
+    ):
+        result = pipe.generate(**request, **options)
+        pipe.close()
+        assert result.logprobs is not None
+        answers.append([entry.token_log_probabilities[0] for entry in result.logprobs])
+    np.testing.assert_allclose(answers[0], answers[1], atol=1e-4)
+    assert np.abs(np.array(answers[0]) - answers[2]).max() > 1e-2

@@ -77,14 +77,16 @@ def test_positions_count_no_time(tmp_path) -> None:
 def test_size_of_a_clip(frames, size, limits, expected) -> None:
     settings = PatchSettings.read(
         Settings("x", {"size": {"shortest_edge": limits[0], "longest_edge": limits[1]}}),
-        room.VIDEO_DEFAULTS,
+        room.Qwen3VLProcessor.video_defaults,
     )
     width, height = smart_size(room.at_least(size[::-1], settings.factor), settings, frames)
     assert (height, width) == expected
 
 
 def test_frame_numbers_and_times() -> None:
-    limits = ClipSettings.read(Settings("x", {"max_frames": 8}), room.MAX_VIDEO_TOKENS)
+    limits = ClipSettings.read(
+        Settings("x", {"max_frames": 8}), room.Qwen3VLProcessor.max_video_tokens
+    )
 
     def chosen(total: int, rate: float, **options: float) -> list[int]:
         request = PromptRequest("x", **options)

@@ -1,0 +1,54 @@
+"""What Llama3Config refuses to read."""
+
+from typing import Any
+
+import pytest
+
+from mlx_vlm_pipes.architectures.llama3 import Llama3Config
+from mlx_vlm_pipes.errors import ConfigError
+from tests.architectures.driving import pipeline_config
+
+SCALED = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LONG = {"short_factor": [1.0] * 64, "long_factor": [2.0] * 64}
+
+
+def initialize(rope: dict[str, Any], kind: str = "llama", **options: Any) -> Llama3Config:
+    values = {"model_type": kind, "rope_scaling": rope, "max_position_embeddings": 8192}
+    return Llama3Config.initialize(pipeline_config(values, **options))
+
+
+@pytest.mark.parametrize(
+    ("rope", "unread"),
+    [
+        ({"rope_type": "default", "mrope_section": [16, 24, 24]}, "mrope_section"),
+        ({"type": "mrope", "mrope_interleaved": True}, "mrope_interleaved"),
+        ({"rope_type": "default", "factor": 2.0}, "factor"),
+        ({"rope_type": "llama3", **SCALED, "attention_factor": 1.1}, "attention_factor"),
+        ({"rope_type": "longrope", **LONG, "short_mscale": 1.2}, "short_mscale"),
+        ({"type": "dynamic", "factor": 2.0, "beta_fast": 32}, "beta_fast"),
+        ({"rope_type": "default", "full_attention": {"rope_theta": 1.0}}, "full_attention"),
+    ],
+)
+def test_a_rope_key_that_nobody_reads_is_refused(rope: dict[str, Any], unread: str) -> None:
+    with pytest.raises(ConfigError, match=f"'{unread}', which this architecture does not have"):
+        initialize(rope)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "default", "type": "default", "rope_theta": 5e5, "factor": None},
+        {"rope_type": "llama3", "type": "llama3", "rope_theta": 5e5, **SCALED,
+         "original_max_position_embeddings": 4096},
+        {"type": "su", **LONG, "factor": 2.0, "attention_factor": 1.0, "rope_theta": 1e4,
+         "original_max_position_embeddings": 4096, "partial_rotary_factor": 1.0},
+        {"type": "dynamic", "rope_type": "dynamic", "factor": 2.0},
+    ],
+)  # fmt: skip
+def test_what_transformers_writes_is_taken(rope: dict[str, Any]) -> None:
+    assert initialize(rope).max_seq_len == 8192
+
+
+def test_there_is_nothing_to_override() -> None:
+    with pytest.raises(ConfigError, match="'max_dynamic_patch'; this architecture knows none"):
+        initialize({}, vision_config_overrides={"max_dynamic_patch": 3})
