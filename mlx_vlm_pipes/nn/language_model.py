@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 
 import mlx.core as mx
@@ -21,6 +20,7 @@ from mlx_vlm_pipes.nn.decoder import (
     PrefillRow,
     last_tokens,
 )
+from mlx_vlm_pipes.nn.host_compiler import cpu_compiles
 from mlx_vlm_pipes.nn.lora_groups import token_slots
 from mlx_vlm_pipes.nn.ragged import merge_image_features, placed_features
 
@@ -29,8 +29,7 @@ PREFILL = StepMode()
 
 def can_compile() -> bool:
     """MLX's CPU backend compiles through g++; a GPU backend needs nothing from the host."""
-    on_gpu = mx.default_device().type == mx.DeviceType.gpu
-    return on_gpu or shutil.which("g++") is not None or shutil.which("c++") is not None
+    return mx.default_device().type == mx.DeviceType.gpu or cpu_compiles()
 
 
 def captured_layers(
