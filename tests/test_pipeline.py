@@ -188,7 +188,7 @@ def test_whole_characters_only(pipe: Pipeline) -> None:
 def test_mistakes_are_one_line_errors(pipe: Pipeline) -> None:
     with pytest.raises(InputError, match="unknown option 'max_token'"):
         pipe.generate(PROMPT, max_token=3)  # pyright: ignore[reportCallIssue]  # the mistake under test
-    with pytest.raises(InputError, match="unknown option 'min_p'; options: fps, "):
+    with pytest.raises(InputError, match="unknown option 'min_p'; options: allow_private, fps, "):
         pipe.encode(PROMPT, min_p=0.1)  # pyright: ignore[reportCallIssue]  # of an answer, not a prompt
     with pytest.raises(InputError, match="temperature is -1, expected"):
         pipe.plan(PROMPT, temperature=-1)

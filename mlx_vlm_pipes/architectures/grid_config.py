@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from mlx_vlm_pipes.checkpoint.state import VISION
 from mlx_vlm_pipes.errors import ConfigError
+from mlx_vlm_pipes.weights.layout import ConvToMatrix, Transform
 
 
 class GridTowerConfig:
@@ -10,6 +12,7 @@ class GridTowerConfig:
 
     hidden_size: int
     num_attention_heads: int
+    out_hidden_size: int
     in_channels: int
     patch_size: int
     temporal_patch_size: int
@@ -36,3 +39,16 @@ class GridTowerConfig:
                 f"vision hidden_size {self.hidden_size} with {self.num_attention_heads} heads; "
                 "expected heads of a multiple of 4 elements"
             )
+
+    def check_width(self, text_width: int) -> None:
+        """Raises: ConfigError unless the tower's rows fit among the decoder's embeddings."""
+        if self.out_hidden_size != text_width:
+            raise ConfigError(
+                f"vision out_hidden_size {self.out_hidden_size}, expected the text hidden_size "
+                f"{text_width}"
+            )
+
+    def transforms(self) -> tuple[Transform, ...]:
+        """The patch convolution becomes a matrix in the order of `pixel_values`."""
+        kernel = (self.temporal_patch_size, self.patch_size, self.patch_size)
+        return (ConvToMatrix(f"{VISION}patch_embed.proj.weight", self.in_channels, kernel),)

@@ -52,10 +52,14 @@ class Decode:
             self._flight = self._launch_fresh()
         return crossing
 
-    def drop(self) -> list[Job]:
-        """Forget all jobs and the step in flight; returns the jobs."""
-        jobs, self.jobs, self._flight = self.jobs, [], None
-        return jobs
+    def settle(self) -> None:
+        """Wait for the step in flight, so that what comes next is not measured with it."""
+        if self._flight is not None:
+            mx.eval(self._flight.tokens)
+
+    def drop(self) -> None:
+        """Forget all jobs and the step in flight."""
+        self.jobs, self._flight = [], None
 
     def _follow(self, flight: Flight) -> Flight | None:
         """The step after `flight`, from its unread tokens; None where rows are to change."""

@@ -13,7 +13,6 @@ from mlx_vlm_pipes.contexts import TextContext
 from mlx_vlm_pipes.engine.plan import Plan, make_plan
 from mlx_vlm_pipes.engine.requests import Handle
 from mlx_vlm_pipes.engine.scheduler import Scheduler
-from mlx_vlm_pipes.engine.slices import prompt_logits
 from mlx_vlm_pipes.engine.state import EngineConfig, EngineStats
 from mlx_vlm_pipes.engine.text import StreamDecoder
 from mlx_vlm_pipes.engine.worker import OwnerThread
@@ -53,8 +52,17 @@ class Engine:
         return handle
 
     def prompt_logits(self, context: TextContext) -> np.ndarray:
-        """float32 [T, V]: logits at every prompt position, outside the batch and its caches."""
-        return self.worker.call(lambda: prompt_logits(self.scheduler.state, context))
+        """float32 [T, V]: logits at every prompt position, slice by slice beside what runs.
+
+        Raises: InputError for token ids beyond the vocabulary, OutOfBudget for a prompt that can
+        never fit.
+        """
+        handle, logits = self.worker.call(lambda: self.scheduler.submit_logits(context))
+        try:
+            handle.next_chunk()  # there are none: it waits for the end
+        finally:
+            handle.close()
+        return logits.whole()
 
     def plan(self, context: TextContext) -> Plan:
         """What a request would need on this engine; nothing is computed."""

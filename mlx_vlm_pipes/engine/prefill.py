@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import mlx.core as mx
 
 from mlx_vlm_pipes.contexts import ImageMetadata
 from mlx_vlm_pipes.engine.caches import common_prefix
+from mlx_vlm_pipes.engine.pace import Pace
 from mlx_vlm_pipes.engine.requests import Job
 from mlx_vlm_pipes.engine.results import Results
 from mlx_vlm_pipes.engine.slices import SliceRow, encode, image_key, run_slice
-from mlx_vlm_pipes.engine.state import EngineState
+from mlx_vlm_pipes.engine.state import MIN_SLICE, EngineState
 from mlx_vlm_pipes.errors import InputError
 from mlx_vlm_pipes.log_probabilities import LogProbabilities, log_probabilities
 
@@ -25,41 +27,70 @@ class Prefill:
     def __init__(self, state: EngineState, results: Results) -> None:
         self._state, self._results = state, results
         self.jobs: list[Job] = []
+        self._turn = 0
+        self._patches, self._tokens, self._scored = Pace(), Pace(), Pace()
 
     def advance(self, *, others_wait: bool) -> list[Job]:
         """One bounded slice of work; returns the jobs that decode from now on.
 
         others_wait: whether running requests wait for it, which makes it smaller.
         """
-        begun = time.perf_counter()
-        images, tokens, started = self._encode_images(), 0, []
-        if not images:
-            group = self._next_group(others_wait=others_wait)
-            tokens = sum(size for _, size in group)
-            started = self._run_or_isolate(group)
+        begun = self._state.clock()
+        wait_s = self._state.config.running_wait_ms / 1000 if others_wait else None
+        order, missing = self._order(), self._missing_images()
+        images, tokens, started = 0, 0, []
+        if order[0] in missing:
+            images = self._encode_images([missing.get(job, {}) for job in order], wait_s)
+        else:
+            ready = [job for job in order if job not in missing]
+            tokens, started = self._run_slice(ready, wait_s)
         if others_wait:
-            seconds = time.perf_counter() - begun
+            seconds = self._state.clock() - begun
             self._state.note_slice(tokens=tokens, images=images, seconds=seconds)
         return started
 
+    def _order(self) -> list[Job]:
+        """Who comes first: the oldest, or each second time a job that is much shorter.
+
+        So a long prompt always goes on, and a short one does not wait for all of it.
+        """
+        self._turn += 1
+        shortest = min(job.remaining_prompt for job in self.jobs)
+        if self._turn % 2 or 2 * shortest > self.jobs[0].remaining_prompt:
+            return self.jobs
+        return sorted(self.jobs, key=lambda job: job.remaining_prompt)
+
     # ---- pictures
 
-    def _encode_images(self) -> int:
-        """Encode one micro-batch of the pictures that prefill will need; how many it was."""
-        owners: dict[int, Job] = {}
-        batch: dict[int, ImageMetadata] = {}
+    def _missing_images(self) -> dict[Job, dict[int, ImageMetadata]]:
+        """The pictures that have yet to be encoded for each job, by key; fetches known ones."""
+        missing: dict[Job, dict[int, ImageMetadata]] = {}
         for job in self.jobs:
             for image in job.context.next_images:
                 key = image_key(image)
-                if key in job.features or key in batch:
+                if key in job.features:
                     continue
                 known = self._state.images.get(image.image_hash)
                 if known is not None:
                     job.features[key] = known
-                elif len(batch) < self._state.config.image_batch:
-                    batch[key], owners[key] = image, job
-        if batch:
-            self._share(self._encode(batch), batch, owners)
+                else:
+                    missing.setdefault(job, {})[key] = image
+        return missing
+
+    def _encode_images(
+        self, missing: Sequence[Mapping[int, ImageMetadata]], wait_s: float | None
+    ) -> int:
+        """Encode one micro-batch of pictures, taken in this order; how many it was."""
+        batch: dict[int, ImageMetadata] = {}
+        patches, room = 0, math.inf if wait_s is None else self._patches.fitting(wait_s)
+        for key, image in (item for images in missing for item in images.items()):
+            more = self._state.model.vision_work(image).tokens
+            fits = len(batch) < self._state.config.image_batch and patches + more <= room
+            if key not in batch and (fits or not batch):
+                batch[key], patches = image, patches + more
+        begun = self._state.clock()
+        self._share(self._encode(batch), batch)
+        self._patches.note(patches, self._state.clock() - begun)
         return len(batch)
 
     def _encode(self, batch: dict[int, ImageMetadata]) -> dict[int, mx.array | Exception]:
@@ -73,10 +104,7 @@ class Prefill:
         return {key: own for part in parts for key, own in part.items()}
 
     def _share(
-        self,
-        made: dict[int, mx.array | Exception],
-        batch: dict[int, ImageMetadata],
-        owners: dict[int, Job],
+        self, made: Mapping[int, mx.array | Exception], batch: Mapping[int, ImageMetadata]
     ) -> None:
         """Give vision rows to the jobs that wait for them, and to the cache."""
         for key, rows in made.items():
@@ -88,32 +116,29 @@ class Prefill:
                 continue
             for job in waiting:
                 job.features[key] = rows
-            owners[key].images_encoded += 1
+            for job in waiting[:1]:  # none, where another of its pictures has failed it
+                job.images_encoded += 1
             self._state.stats.images_encoded += 1
             self._state.images.put([batch[key].image_hash], [rows])
 
     # ---- tokens
 
-    def _next_group(self, *, others_wait: bool) -> Group:
+    def _run_slice(self, order: Sequence[Job], wait_s: float | None) -> tuple[int, list[Job]]:
+        """One slice of tokens; how many it had, and the jobs that decode from now on."""
         config = self._state.config
-        room = config.running_chunk if others_wait else config.prefill_chunk
-        group: list[tuple[Job, int]] = []
-        for job in self.jobs:
-            size = _slice_of(job, room)
-            if size < 1 or (group and size > room):
-                break
-            if job.wants_echo and group:
-                break  # logits of all positions are returned for one row at a time
-            group.append((job, size))
-            room -= size
-            if job.wants_echo:
-                break
-        return group
+        pace = self._scored if order[0].wants_all_logits else self._tokens
+        room = config.prefill_chunk
+        if wait_s is not None:
+            room = int(min(config.running_chunk, max(MIN_SLICE, pace.fitting(wait_s))))
+        group = next_group(order, room)
+        tokens = sum(size for _, size in group)
+        begun = self._state.clock()
+        started = self._run_or_isolate(group)
+        pace.note(tokens, self._state.clock() - begun)
+        return tokens, started
 
     def _run_or_isolate(self, group: Group) -> list[Job]:
         """Run a slice; where it fails, find out whose failure it is."""
-        if not group:
-            return []
         try:
             self._run(group)
         except Exception as error:
@@ -132,24 +157,31 @@ class Prefill:
         jobs = [job for job, _ in group]
         for job, size in group:
             job.context.tokens.chunk(size)
-        echo = jobs[0].wants_echo
+        first = jobs[0]
         rows = [SliceRow(job.context, job.row, job.features) for job in jobs]
-        count = group[0][1] if echo else 1
+        count = group[0][1] if first.wants_all_logits else 1
         outputs = run_slice(self._state.model, self._state.cache, rows, count)
         logits = outputs.last_logits()
         mx.eval(logits, *(a for job in jobs for a in job.row.arrays()))
-        if echo:
-            _note_echo(jobs[0], outputs.logits)
+        if first.wants_echo:
+            _note_echo(first, outputs.logits)
+        if first.prompt_logits is not None:
+            first.prompt_logits.add(outputs.logits)
         self._state.stats.prefill_tokens += sum(size for _, size in group)
         for i, (job, size) in enumerate(group):
             job.first_logits = logits[i : i + 1] if job.remaining_prompt == size else None
 
     def _finish(self, group: Group) -> list[Job]:
         """Hand out first tokens where prompts are done; the others go on with their next slice."""
-        ended = [job for job, _ in group if job.first_logits is not None]
+        ended = []
         for job, _ in group:
             if job.first_logits is None:
                 job.context.tokens.advance_chunk()
+            elif job.prompt_logits is None:
+                ended.append(job)
+            else:
+                self.jobs.remove(job)
+                self._results.finish_prompt(job)
         if not ended:
             return []
         rows = [job.first_logits for job in ended if job.first_logits is not None]
@@ -179,6 +211,22 @@ class Prefill:
             return False
         making = max(common_prefix(job.keys, other.keys) for other in self.jobs)
         return making >= self._state.prefixes.match(job.keys)[0] + SHARED_MIN
+
+
+def next_group(order: Sequence[Job], room: int) -> Group:
+    """The jobs of a slice of about `room` tokens, filled in this order; never empty."""
+    group: list[tuple[Job, int]] = []
+    for job in order:
+        if group and job.wants_all_logits:
+            continue  # logits of all positions are returned for one row at a time
+        size = _slice_of(job, room)
+        if size < 1 or (group and size > room):
+            break
+        group.append((job, size))
+        room -= size
+        if job.wants_all_logits:
+            break
+    return group
 
 
 def _slice_of(job: Job, room: int) -> int:

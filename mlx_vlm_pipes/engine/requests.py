@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
+import os
 import queue
 import threading
 import time
@@ -16,6 +18,7 @@ import numpy as np
 from mlx_vlm_pipes.contexts import TextContext
 from mlx_vlm_pipes.engine.sampling import RowSampler
 from mlx_vlm_pipes.engine.text import StreamDecoder, TextStream
+from mlx_vlm_pipes.engine.worker import require_same_process
 from mlx_vlm_pipes.kv_cache import CacheRow
 from mlx_vlm_pipes.log_probabilities import LogProbabilities
 
@@ -78,8 +81,9 @@ class Clock:
 class Handle:
     """The caller's end of a request: iterate it for chunks; close it to cancel.
 
-    Safe from any thread. An exception in the request is raised where it is iterated. owner: what
-    must live on until the answer is complete.
+    Safe from any thread. Readers share the chunks: each goes to one of them, the end to all. An
+    exception in the request is raised where it is iterated. owner: what must live on until the
+    answer is complete.
     """
 
     def __init__(self) -> None:
@@ -87,13 +91,14 @@ class Handle:
         self._queue: queue.SimpleQueue[Chunk | BaseException | None] = queue.SimpleQueue()
         self._closed = threading.Event()
         self._done = False
-        self._wake: Callable[[], object] | None = None
+        self._wakes: tuple[Callable[[], object], ...] = ()  # of async readers
+        self._lock = threading.Lock()  # for _wakes
+        self._process = os.getpid()
 
     def put(self, item: Chunk | BaseException | None) -> None:
         """Engine's side: a chunk, a failure, or None at the end."""
         self._queue.put(item)
-        wake = self._wake
-        if wake is not None:
+        for wake in self._wakes:
             with contextlib.suppress(RuntimeError):  # the listener's event loop has ended
                 wake()
 
@@ -109,30 +114,43 @@ class Handle:
         return ChunkIterator(self)
 
     async def __aiter__(self) -> AsyncIterator[Chunk]:
+        require_same_process(self._process)
         loop, ready = asyncio.get_running_loop(), asyncio.Event()
-        self._wake = lambda: loop.call_soon_threadsafe(ready.set)
+        wake = functools.partial(loop.call_soon_threadsafe, ready.set)
+        with self._lock:
+            self._wakes = (*self._wakes, wake)
         try:
-            while not self._done:
+            while True:
                 ready.clear()
                 try:
-                    item = self._queue.get_nowait()
+                    chunk = self._take(block=False)
                 except queue.Empty:
                     await ready.wait()
                     continue
-                chunk = self._take(item)
-                if chunk is not None:
-                    yield chunk
+                if chunk is None:
+                    return
+                yield chunk
         finally:
-            self._wake = None
+            with self._lock:
+                self._wakes = tuple(other for other in self._wakes if other is not wake)
             self.close()
 
     def next_chunk(self) -> Chunk | None:
-        """Wait for the next chunk; None at the end. Raises: what the request failed with."""
-        return None if self._done else self._take(self._queue.get())
+        """Wait for the next chunk; None at the end.
 
-    def _take(self, item: Chunk | BaseException | None) -> Chunk | None:
+        Raises: what the request failed with; EngineClosed in a forked process.
+        """
+        require_same_process(self._process)
+        return self._take(block=True)
+
+    def _take(self, *, block: bool) -> Chunk | None:
+        """The next chunk, None at the end. Raises: queue.Empty where there is none yet."""
+        if self._done:
+            return None
+        item = self._queue.get(block)
         if item is None or isinstance(item, BaseException):
             self._done, self.owner = True, None
+            self.put(item)  # for the others that wait
         if isinstance(item, BaseException):
             raise item
         return item
@@ -157,6 +175,24 @@ class ChunkIterator(Iterator[Chunk]):
         self._handle.close()
 
 
+class PromptLogits:
+    """Logits at every position of a prompt, as they come, slice by slice."""
+
+    def __init__(self) -> None:
+        self._parts: list[np.ndarray] = []
+
+    def add(self, logits: mx.array) -> None:
+        """float32 [tokens of a slice, V]."""
+        self._parts.append(np.array(logits))
+
+    def clear(self) -> None:
+        self._parts.clear()
+
+    def whole(self) -> np.ndarray:
+        """float32 [T, V], once the request has ended."""
+        return np.concatenate(self._parts)
+
+
 @dataclass(eq=False)
 class Job:
     """One request inside the engine. It owns its arrays; nothing else holds per-request state.
@@ -164,7 +200,8 @@ class Job:
     keys: int64 [prompt], what the prefix cache compares. capacity: cache tokens at its longest.
     held: its cache row, from its admission to its end. features: vision rows, by image key, that
     its prompt still needs. first_logits: logits [1, V] behind its prompt, until its first token
-    is out. failure: what its sampler raised.
+    is out. failure: what its sampler raised. prompt_logits: where the logits of its prompt go, if
+    it is these that are asked for, and no answer.
     """
 
     context: TextContext
@@ -182,6 +219,7 @@ class Job:
     failure: Exception | None = None
     prompt_logprobs: LogProbabilities | None = None
     echoed: list[LogProbabilities] = field(default_factory=list)
+    prompt_logits: PromptLogits | None = None
 
     @property
     def row(self) -> CacheRow:
@@ -198,6 +236,11 @@ class Job:
     def wants_echo(self) -> bool:
         """Whether the prompt's tokens are still to be scored."""
         return self.context.log_probabilities_echo and self.prompt_logprobs is None
+
+    @property
+    def wants_all_logits(self) -> bool:
+        """Whether its slices give logits at all positions, not at the last only."""
+        return self.wants_echo or self.prompt_logits is not None
 
     @property
     def remaining_prompt(self) -> int:

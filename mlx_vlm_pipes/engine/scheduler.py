@@ -9,14 +9,16 @@ from __future__ import annotations
 import time
 from collections import deque
 
+import numpy as np
+
 from mlx_vlm_pipes.contexts import TextContext, require_known_tokens
 from mlx_vlm_pipes.engine.caches import common_prefix, prefix_keys
 from mlx_vlm_pipes.engine.decode import Decode
 from mlx_vlm_pipes.engine.prefill import SHARED_MIN, Prefill
-from mlx_vlm_pipes.engine.requests import Handle, Job, new_job
+from mlx_vlm_pipes.engine.requests import Handle, Job, PromptLogits, new_job
 from mlx_vlm_pipes.engine.results import Results
 from mlx_vlm_pipes.engine.state import EngineConfig, EngineState, EngineStats
-from mlx_vlm_pipes.engine.text import StreamDecoder
+from mlx_vlm_pipes.engine.text import NoText, StreamDecoder
 from mlx_vlm_pipes.interfaces import PipelineModelWithKVCache
 from mlx_vlm_pipes.kv_cache import KVCache
 
@@ -57,8 +59,23 @@ class Scheduler:
         """
         require_known_tokens(context.tokens.all, self.state.model.vocab_size)
         keys = prefix_keys(context, self.state.salt(context, len(context.tokens)))
-        capacity = self.state.capacity_needed(context)
-        job = new_job(context, decoder, self.vocab_size, keys, capacity)
+        capacity = self.state.capacity_needed(context, context.sampling_params.max_new_tokens)
+        return self._queue(new_job(context, decoder, self.vocab_size, keys, capacity))
+
+    def submit_logits(self, context: TextContext) -> tuple[Handle, PromptLogits]:
+        """Queue a request for the logits of a prompt: once its handle has ended, they are there.
+
+        It shares no prefix: those tokens' logits are not kept. Raises: as `submit`.
+        """
+        require_known_tokens(context.tokens.all, self.state.model.vocab_size)
+        self.state.model.adapter_slot(context.model_name)  # raises for an unknown one
+        capacity = self.state.capacity_needed(context, 1)
+        job = new_job(context, NoText(), self.vocab_size, np.zeros(0, np.int64), capacity)
+        job.prompt_logits = PromptLogits()
+        return self._queue(job), job.prompt_logits
+
+    def _queue(self, job: Job) -> Handle:
+        self._results.live.add(job)
         self.waiting.append(job)
         return job.handle
 
@@ -77,12 +94,17 @@ class Scheduler:
         return self.is_busy
 
     def fail_all(self, error: BaseException) -> None:
-        """End every request with this exception."""
-        jobs = [*self.waiting, *self.prefilling, *self._decode.drop()]
+        """End every request with this exception; the batch's cache is made anew."""
         self.waiting.clear()
         self.prefilling.clear()
-        for job in jobs:
-            self._results.fail(job, error)
+        self._fail_decoding(error)
+
+    def _fail_decoding(self, error: BaseException) -> None:
+        """End every request that neither waits nor is in prefill, with the cache of the batch."""
+        self._decode.drop()
+        self.state.cache = KVCache(self.state.model.kv_params)
+        for job in self._results.live.difference(self.waiting, self.prefilling):
+            self._results.abandon(job, error)
 
     def _drop_cancelled(self) -> None:
         for jobs in (self.waiting, self.prefilling, self.running):
@@ -91,37 +113,41 @@ class Scheduler:
                 self._results.cancel(job)
 
     def _admit(self) -> None:
-        """Move waiting jobs to prefill while rows and bytes last, in order."""
+        """Move waiting jobs to prefill while rows and bytes last, in order.
+
+        One whose prefix is being made waits for it and lets the others pass.
+        """
         config = self.state.config
-        while self.waiting:
-            job, others = self.waiting[0], [*self.prefilling, *self.running]
+        for job in list(self.waiting):
+            others = [*self.prefilling, *self.running]
             need = self.state.bytes_needed([*others, job])
             if others and (len(others) >= self.state.max_rows or need > config.kv_bytes):
                 return
             if self._prefill.is_making(job):
-                return
-            self.waiting.popleft()
+                continue
+            self.waiting.remove(job)
+            self.prefilling.append(job)
             job.clock.started = time.perf_counter()
+            self._keep_shared(job)
             job.held = self.state.row_from_prefix(job)
             self.state.prefixes.shrink(config.kv_bytes - need)
-            self.prefilling.append(job)
+
+    def _keep_shared(self, job: Job) -> None:
+        """Put the running prompt that begins most like this job's into the prefix cache."""
+        shared = [(common_prefix(job.keys, other.keys), other) for other in self.running]
+        length, other = max(shared, key=lambda pair: pair[0], default=(0, job))
+        if length >= SHARED_MIN and length > self.state.prefixes.match(job.keys)[0]:
+            self.state.remember(other)
 
     def _advance_prefill(self) -> None:
-        started = self._prefill.advance(others_wait=bool(self.running))
-        for job in started:
-            shared = [common_prefix(job.keys, other.keys) for other in self.waiting]
-            if max(shared, default=0) >= SHARED_MIN:
-                self.state.remember(job)
-        self.running.extend(started)
+        if self.running:
+            self._decode.settle()
+        self.running.extend(self._prefill.advance(others_wait=bool(self.running)))
 
     def _advance_decode(self) -> None:
         try:
-            crossing = self._decode.step()
+            for job in self._decode.step():
+                self.state.reset_row(job)
+                self.prefilling.insert(0, job)
         except Exception as error:  # the batch arrays are lost with the step
-            for job in self._decode.drop():
-                self._results.fail(job, error)
-            self.state.cache = KVCache(self.state.model.kv_params)
-            return
-        for job in crossing:
-            self.state.reset_row(job)
-            self.prefilling.insert(0, job)
+            self._fail_decoding(error)

@@ -1,7 +1,4 @@
-"""One slice of prefill: pictures through the tower, tokens through the decoder.
-
-The batch's prefill and the logits of a whole prompt go through the same two functions.
-"""
+"""One slice of prefill: pictures through the tower, tokens through the decoder."""
 
 from __future__ import annotations
 
@@ -9,10 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
-import numpy as np
 
-from mlx_vlm_pipes.contexts import ImageMetadata, TextContext, require_known_tokens
-from mlx_vlm_pipes.engine.state import EngineState
+from mlx_vlm_pipes.contexts import ImageMetadata, TextContext
 from mlx_vlm_pipes.interfaces import ModelOutputs, PipelineModelWithKVCache
 from mlx_vlm_pipes.kv_cache import CacheRow, KVCache, cache_inputs, increment_cache_lengths
 
@@ -60,25 +55,3 @@ def run_slice(
     outputs = model.execute(inputs)
     increment_cache_lengths(kv, [row.context.tokens.active_length for row in rows])
     return outputs
-
-
-def prompt_logits(state: EngineState, context: TextContext) -> np.ndarray:
-    """float32 [T, V]: logits at every position of a prompt, in a cache of its own."""
-    model, config, tokens = state.model, state.config, context.tokens
-    require_known_tokens(tokens.all, model.vocab_size)
-    images = {image_key(image): image for image in context.next_images}
-    keys, features = list(images), {}
-    for begin in range(0, len(keys), config.image_batch):
-        batch = keys[begin : begin + config.image_batch]
-        features |= encode(model, {key: images[key] for key in batch})
-    cache = KVCache(model.kv_params)
-    row = SliceRow(context, state.new_row(context, cache), features)
-    pieces = []
-    while tokens.active_length:
-        begin = tokens.processed_length
-        end = begin + min(config.prefill_chunk, tokens.active_length)
-        size = context.uncut(begin, end) - begin
-        tokens.chunk(size)
-        pieces.append(np.array(run_slice(model, cache, [row], size).logits))
-        tokens.advance_chunk()
-    return np.concatenate(pieces)

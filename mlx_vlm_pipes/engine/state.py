@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -10,23 +12,29 @@ import mlx.core as mx
 from mlx_vlm_pipes.contexts import TextContext
 from mlx_vlm_pipes.engine.caches import ImageCache, PrefixCache, prefix_keys
 from mlx_vlm_pipes.engine.requests import Job
-from mlx_vlm_pipes.errors import InputError, OutOfBudget
+from mlx_vlm_pipes.errors import OutOfBudget
 from mlx_vlm_pipes.interfaces import PipelineModelWithKVCache
 from mlx_vlm_pipes.kv_cache import CacheRow, KVCache, capacity_bucket, row_bucket
+from mlx_vlm_pipes.options import Option
+
+MIN_SLICE = 16  # tokens; a slice of fewer takes hardly less time: the weights are read anyway
 
 
 @dataclass(frozen=True)
 class EngineConfig:
     """Limits of the engine. Bytes and tokens.
 
-    prefill_chunk bounds a slice of prefill while nothing decodes; running_chunk (tokens) and
-    image_batch (pictures) bound what a running request may wait for between two of its tokens.
-    Raises: InputError for a limit that would let nothing run.
+    prefill_chunk bounds a slice of prefill while nothing decodes. While requests run, they wait
+    between two of their tokens for a slice of about running_wait_ms milliseconds: as many tokens
+    or pictures as the slices before say, at most running_chunk tokens or image_batch pictures, at
+    least MIN_SLICE tokens or one picture.
+    Raises: InputError for a limit that would let nothing run, or of a wrong type.
     """
 
     max_batch_size: int = 16
     prefill_chunk: int = 2048
     running_chunk: int = 512
+    running_wait_ms: float = 250.0
     image_batch: int = 4
     kv_bytes: int = 8 << 30
     prefix_bytes: int = 1 << 30
@@ -34,9 +42,12 @@ class EngineConfig:
     enable_prefix_caching: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("max_batch_size", "prefill_chunk", "running_chunk", "image_batch"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}, expected at least 1")
+        counts = ("max_batch_size", "prefill_chunk", "running_chunk", "image_batch")
+        lows = {**dict.fromkeys(counts, 1), "kv_bytes": 0, "prefix_bytes": 0, "image_bytes": 0}
+        for name, low in lows.items():
+            Option("", name=name, kind=int, low=low).read(getattr(self, name))
+        Option("", name="running_wait_ms", kind=float, above=0).read(self.running_wait_ms)
+        Option("", name="enable_prefix_caching", kind=bool).read(self.enable_prefix_caching)
 
 
 @dataclass
@@ -69,6 +80,7 @@ class EngineState:
         self.prefixes = PrefixCache(config.prefix_bytes if config.enable_prefix_caching else 0)
         self.images = ImageCache(config.image_bytes)
         self.stats = EngineStats()
+        self.clock: Callable[[], float] = time.perf_counter  # seconds
         self._buckets: set[tuple[int, int]] = set()
 
     @property
@@ -78,13 +90,12 @@ class EngineState:
 
     # ---- what a request needs
 
-    def capacity_needed(self, context: TextContext) -> int:
-        """Cache capacity of a request at its longest, in tokens.
+    def capacity_needed(self, context: TextContext, new_tokens: int | None) -> int:
+        """Cache capacity of a request at its longest, in tokens; None: no limit but max_length.
 
         Raises: OutOfBudget if a row of that size can never fit.
         """
-        limit = context.sampling_params.max_new_tokens
-        asked = context.max_length if limit is None else len(context.tokens) + limit
+        asked = context.max_length if new_tokens is None else len(context.tokens) + new_tokens
         longest = min(asked, context.max_length)
         capacity = capacity_bucket(longest)
         need = capacity * self.model.kv_params.bytes_per_token
@@ -111,16 +122,16 @@ class EngineState:
 
     # ---- rows
 
-    def new_row(self, context: TextContext, cache: KVCache | None = None) -> CacheRow:
-        """An empty row for a request's tokens, of the batch's cache or of another one."""
-        row = (cache or self.cache).new_row()
+    def new_row(self, context: TextContext) -> CacheRow:
+        """An empty row of the batch's cache for a request's tokens."""
+        row = self.cache.new_row()
         row.planned_length = len(context.tokens)
         return row
 
     def row_from_prefix(self, job: Job) -> CacheRow:
         """A row that starts with the longest cached prefix of a job's prompt."""
         row, tokens = self.new_row(job.context), job.context.tokens
-        if not self.config.enable_prefix_caching or job.wants_echo:
+        if not self.config.enable_prefix_caching or job.wants_all_logits:
             return row
         length, stored = self.prefixes.match(job.keys)
         length = min(length, len(tokens) - 1)  # one token must run to give logits
@@ -142,10 +153,21 @@ class EngineState:
         tokens.rewind_processing(tokens.processed_length)
         job.cached_tokens = 0
         job.echoed.clear()
+        if job.prompt_logits is not None:
+            job.prompt_logits.clear()
         job.held = self.new_row(job.context)
 
     def remember(self, job: Job) -> None:
-        """Keep what is cached for a job, if anything is, as a prefix for later ones."""
+        """Keep what is cached for a job, if anything is, as a prefix for later ones.
+
+        What goes wrong with it (memory) is a warning: no answer needs it.
+        """
+        try:
+            self._remember(job)
+        except Exception as error:
+            warnings.warn(f"a prefix is not cached: {error}", RuntimeWarning, stacklevel=2)
+
+    def _remember(self, job: Job) -> None:
         row, tokens = job.held, job.context.tokens
         if row is None or not self.config.enable_prefix_caching:
             return

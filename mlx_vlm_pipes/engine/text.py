@@ -14,6 +14,16 @@ class StreamDecoder(Protocol):
     def flush(self) -> str: ...
 
 
+class NoText:
+    """The decoder of a request that makes no tokens."""
+
+    def add(self, token: int) -> str:
+        raise RuntimeError(f"token {token} for a request that makes none")
+
+    def flush(self) -> str:
+        return ""
+
+
 class TextStream:
     """One request's text. A stop string ends it and never appears, also across token borders."""
 

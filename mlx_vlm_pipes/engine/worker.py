@@ -6,6 +6,7 @@ Everything that touches an array runs here, callable from any thread.
 from __future__ import annotations
 
 import atexit
+import os
 import threading
 import weakref
 from collections import deque
@@ -19,16 +20,31 @@ from mlx_vlm_pipes.errors import EngineClosed
 
 T = TypeVar("T")
 _LIVE: weakref.WeakSet[OwnerThread] = weakref.WeakSet()
+_PROCESSES: set[int] = set()  # that have run a model: this one, or those it was forked from
+
+
+def require_same_process(process: int) -> None:
+    """Raises: EngineClosed in a process forked from that one: its threads are not there."""
+    if os.getpid() != process:
+        raise EngineClosed(
+            "a model was run before this process was forked, and MLX's threads do not survive "
+            'that; start the process with multiprocessing.get_context("spawn") and load there'
+        )
 
 
 class OwnerThread:
     """Runs calls in order and, between them, `idle_work` for as long as it returns True.
 
     last_work runs once, when the thread ends.
+    Raises: EngineClosed in a process that was forked from one with such a thread.
     """
 
     def __init__(self) -> None:
         self._calls: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
+        self._process = os.getpid()
+        for process in _PROCESSES:
+            require_same_process(process)
+        _PROCESSES.add(self._process)
         self._wake = threading.Condition()
         self._stopping = False
         self.idle_work: Callable[[], bool] | None = None
@@ -45,6 +61,7 @@ class OwnerThread:
 
     def post(self, function: Callable[[], T]) -> Future[T]:
         """As call, without waiting."""
+        require_same_process(self._process)
         future: Future[T] = Future()
         with self._wake:
             if self._stopping:
@@ -54,7 +71,9 @@ class OwnerThread:
         return future
 
     def stop(self) -> None:
-        """End the thread after the step it is in."""
+        """End the thread after the step it is in. A forked process has no such thread."""
+        if os.getpid() != self._process:
+            return
         with self._wake:
             self._stopping = True
             self._wake.notify()
@@ -62,17 +81,27 @@ class OwnerThread:
             self._thread.join(timeout=10)
 
     def _run(self) -> None:
+        try:
+            self._work()
+        finally:  # whatever ends it: nobody may wait for ever
+            with self._wake:
+                self._stopping = True
+            self._close()
+
+    def _work(self) -> None:
         busy = False
         while True:
             with self._wake:
                 while not (self._calls or busy or self._stopping):
                     self._wake.wait()
                 if self._stopping:
-                    break
+                    return
                 calls, self._calls = self._calls, deque()
             while calls:
                 _serve(*calls.popleft())
             busy = self.idle_work() if self.idle_work is not None else False
+
+    def _close(self) -> None:
         for future, _ in self._calls:
             future.set_exception(EngineClosed("the pipeline is closed"))
         if self.last_work is not None:

@@ -21,6 +21,7 @@ from mlx_vlm_pipes.nn.attention import (
     merge_heads,
     prefill_attention,
 )
+from mlx_vlm_pipes.nn.capture import Capture
 from mlx_vlm_pipes.nn.linear import fuse_linears, linear_part
 from mlx_vlm_pipes.nn.lora import LoRATable, adapted
 from mlx_vlm_pipes.nn.rope import Rope, RopeSpec, Rotation
@@ -107,28 +108,7 @@ class Added:
 
     def after(self, layer: int, h: mx.array) -> mx.array:
         """Hidden states [T, E] behind a layer, with its features; the caller's stay as they are."""
-        if layer >= len(self.features):
-            return h
         return h.at[self.places].add(self.features[layer].astype(h.dtype))
-
-
-class Capture:
-    """Outputs of some decoder layers, kept while the hidden states pass by (EAGLE3).
-
-    layers: indices in the order wanted.
-    """
-
-    def __init__(self, layers: Sequence[int]) -> None:
-        self.layers = layers
-        self._outputs: dict[int, mx.array] = {}
-
-    def keep(self, layer: int, h: mx.array) -> None:
-        if layer in self.layers:
-            self._outputs[layer] = h
-
-    def joined(self) -> mx.array:
-        """[T, layers * E], after each layer and before the final norm."""
-        return mx.concatenate([self._outputs[layer] for layer in self.layers], axis=-1)
 
 
 def last_tokens(rows: Sequence[PrefillRow], tail: int) -> mx.array:
@@ -468,18 +448,14 @@ class DenseDecoder(nn.Module):
         for `capture`.
         """
         last = len(self.layers) - 1
-        for i, layer in enumerate(self.layers[:-1]):
-            h = layer.prefill(h, rows, slots)
-            h = h if added is None else added.after(i, h)
+        for i, layer in enumerate(self.layers):
+            gets_more = added is not None and i < len(added.features)
+            h = layer.prefill(h, rows, slots, tail if i == last and not gets_more else None)
             if capture is not None:
                 capture.keep(i, h)
-        if added is None or len(added.features) <= last:
-            h = self.layers[last].prefill(h, rows, slots, tail)
-        else:
-            h = added.after(last, self.layers[last].prefill(h, rows, slots))
-            h = h if tail is None else h[last_tokens(rows, tail)]
-        if capture is not None:
-            capture.keep(last, h)
+            if added is not None and gets_more:
+                h = added.after(i, h)
+                h = h if i < last or tail is None else h[last_tokens(rows, tail)]
         return h
 
     def decode(

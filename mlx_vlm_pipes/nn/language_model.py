@@ -12,9 +12,9 @@ from mlx_vlm_pipes.errors import ConfigError, InputError
 from mlx_vlm_pipes.interfaces import ModelOutputs, Phase, ReturnHiddenStates, ReturnLogits, StepMode
 from mlx_vlm_pipes.kv_cache import KVCacheInputs, Layer, RowCacheInputs, Span, cache_format, rows_of
 from mlx_vlm_pipes.nn.attention import decode_mask
+from mlx_vlm_pipes.nn.capture import Capture
 from mlx_vlm_pipes.nn.decoder import (
     Added,
-    Capture,
     DecodeStep,
     DenseDecoder,
     PrefillRow,

@@ -17,6 +17,8 @@ from tests.engine.driving import FAMILIES, Driven, fixture_requests
 from tests.fixtures_helper import FIXTURES, reference
 
 BAR = 2e-5
+# what transformers takes beside the tokens
+INPUTS = ("pixel_values", "pixel_attention_mask", "image_grid_thw", "image_sizes")
 STEPS = 2  # last tokens of a prompt that are decoded, not prefilled
 
 
@@ -24,17 +26,15 @@ def eagle(folder: Path, mode: ReturnLogits, *layers: int) -> Any:
     return load(folder, mode, ReturnHiddenStates.EAGLE3, layers)
 
 
-def text_prompt(folder: Path) -> tuple[str, np.ndarray]:
-    """The name and token ids of a prompt without pictures."""
-    requests = fixture_requests(folder).items()
-    name = next(n for n, request in requests if not request["images"] and not request["videos"])
-    return name, reference(folder)[1][f"{name}/input_ids"].astype(np.int64)
+def first_prompt(folder: Path) -> str:
+    """The name of a prompt; with a picture in it, where the room sees."""
+    return next(iter(fixture_requests(folder)))
 
 
-def captured(model: Any, folder: Path) -> np.ndarray:
-    """[T, k * E] of the text prompt: two chunks, then decode steps."""
-    name, ids = text_prompt(folder)
-    context = Driven(folder).context(fixture_requests(folder)[name]["prompt"])
+def captured(model: Any, folder: Path, name: str) -> np.ndarray:
+    """[T, k * E] of a stored prompt: two chunks, then decode steps."""
+    request, ids = fixture_requests(folder)[name], reference(folder)[1][f"{name}/input_ids"]
+    context = Driven(folder).context(request["prompt"], request["images"])
     assert context.tokens.all.tolist() == ids.tolist()
     kv, parts = new_cache(model), []
     for size in (4, len(ids) - 4 - STEPS):
@@ -57,12 +57,13 @@ def test_the_last_layer_makes_the_stored_logits(name: str, mode: ReturnLogits) -
     folder = FIXTURES / name
     model = eagle(folder, mode, -1, 0)
     width = model.language.decoder.config.hidden_size
-    states = captured(model, folder)
+    name = first_prompt(folder)
+    states = captured(model, folder, name)
     assert states.shape[1] == 2 * width
     logits = np.array(model.language.decoder.logits(mx.array(states[:, :width])))
-    assert relative(logits, reference(folder)[1][f"{text_prompt(folder)[0]}/logits"]) < BAR
+    assert relative(logits, reference(folder)[1][f"{name}/logits"]) < BAR
     assert relative(states[:, width:], states[:, :width]) > 0.1
-    assert relative(captured(eagle(folder, mode, 0), folder), states[:, width:]) < BAR
+    assert relative(captured(eagle(folder, mode, 0), folder, name), states[:, width:]) < BAR
 
 
 def test_an_empty_batch_has_as_many_columns() -> None:
@@ -95,10 +96,14 @@ def test_every_layer_equals_transformers(name: str) -> None:
     is_text = not hasattr(config, "vision_config")
     kind = "AutoModelForCausalLM" if is_text else "AutoModelForImageTextToText"
     theirs = getattr(transformers, kind).from_pretrained(folder, dtype=torch.float32).eval()
-    _, ids = text_prompt(folder)
+    name, arrays = first_prompt(folder), reference(folder)[1]
+    given = {n: torch.tensor(arrays[f"{name}/{n}"]) for n in INPUTS if f"{name}/{n}" in arrays}
+    ids = torch.tensor(arrays[f"{name}/input_ids"][None].astype(np.int64))
+    if "image_grid_thw" in given:
+        given["mm_token_type_ids"] = (ids == config.image_token_id).long()
     with torch.no_grad():
-        states = theirs(torch.tensor(ids[None]), output_hidden_states=True).hidden_states
+        states = theirs(ids, **given, output_hidden_states=True).hidden_states
     inner = len(states) - 2  # the first is the embedding's, the last is behind the final norm
     model = eagle(folder, ReturnLogits.LAST_TOKEN, *range(inner))
     wanted = np.concatenate([state[0].numpy() for state in states[1:-1]], axis=-1)
-    assert relative(captured(model, folder), wanted) < BAR
+    assert relative(captured(model, folder, name), wanted) < BAR

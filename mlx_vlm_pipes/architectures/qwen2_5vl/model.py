@@ -17,7 +17,7 @@ from mlx_vlm_pipes.architectures.qwen2_5vl.context import (
 from mlx_vlm_pipes.architectures.qwen2_5vl.model_config import Qwen2_5VLConfig
 from mlx_vlm_pipes.architectures.qwen2_5vl.sizes import VisionSizes
 from mlx_vlm_pipes.architectures.qwen2_5vl.vision_model import VisionModel
-from mlx_vlm_pipes.architectures.qwen2_5vl.weight_adapters import LAYOUTS, transforms
+from mlx_vlm_pipes.architectures.qwen2_5vl.weight_adapters import LAYOUTS
 from mlx_vlm_pipes.checkpoint.state import (
     LANGUAGE,
     VISION,
@@ -106,7 +106,7 @@ class Qwen2_5VLModel(MRopeModel[Qwen2_5VLInputs]):
 
     @classmethod
     def transforms(cls, config: Qwen2_5VLConfig) -> tuple[Transform, ...]:
-        return transforms(config.vision_config)
+        return config.vision_config.transforms()
 
     @classmethod
     def blueprint(

@@ -162,11 +162,7 @@ class Qwen2_5VLConfig(WithPartFields, TwoPartConfig):
         llm = Llama3Config.initialize_from_config(
             pipeline_config, text_cfg, rope_keys=("mrope_section",)
         )
-        if vision.out_hidden_size != llm.hidden_size:
-            raise ConfigError(
-                f"vision out_hidden_size {vision.out_hidden_size}, expected the text hidden_size "
-                f"{llm.hidden_size}"
-            )
+        vision.check_width(llm.hidden_size)
         return cls(
             devices=pipeline_config.model.devices,
             image_token_id=lookup(cfg, "image_token_id", default=IMAGE_TOKEN_ID),

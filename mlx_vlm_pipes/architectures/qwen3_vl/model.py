@@ -12,7 +12,7 @@ from mlx_vlm_pipes.architectures.qwen3_vl.context import Qwen3VLTextAndVisionCon
 from mlx_vlm_pipes.architectures.qwen3_vl.model_config import Qwen3VLConfig
 from mlx_vlm_pipes.architectures.qwen3_vl.sizes import VisionSizes
 from mlx_vlm_pipes.architectures.qwen3_vl.vision_model import VisionModel
-from mlx_vlm_pipes.architectures.qwen3_vl.weight_adapters import LAYOUTS, transforms
+from mlx_vlm_pipes.architectures.qwen3_vl.weight_adapters import LAYOUTS
 from mlx_vlm_pipes.checkpoint.state import LANGUAGE, VISION, StateDict, part
 from mlx_vlm_pipes.config import PipelineConfig
 from mlx_vlm_pipes.contexts import ImageMetadata
@@ -81,7 +81,7 @@ class Qwen3VLModel(MRopeModel[Qwen3VLInputs]):
 
     @classmethod
     def transforms(cls, config: Qwen3VLConfig) -> tuple[Transform, ...]:
-        return transforms(config.vision_config)
+        return config.vision_config.transforms()
 
     @classmethod
     def blueprint(

@@ -124,11 +124,7 @@ class Qwen3VLConfig(TwoPartConfig):
         llm = Qwen3Config.initialize_from_config(
             pipeline_config, text_cfg, rope_keys=("mrope_section", "mrope_interleaved")
         )
-        if vision.out_hidden_size != llm.hidden_size:
-            raise ConfigError(
-                f"vision out_hidden_size {vision.out_hidden_size}, expected the text hidden_size "
-                f"{llm.hidden_size}"
-            )
+        vision.check_width(llm.hidden_size)
         taps = len(vision.deepstack_visual_indexes)
         if taps > llm.num_hidden_layers:
             raise ConfigError(

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from mlx_vlm_pipes.architectures.qwen3_vl.model_config import VisionConfig
 from mlx_vlm_pipes.checkpoint.state import VISION
-from mlx_vlm_pipes.weights import ConvToMatrix, Layout, Prefix
+from mlx_vlm_pipes.weights import Layout, Prefix
 from mlx_vlm_pipes.weights.layout import (
     DECODER_CANONICAL,
     DECODER_MLX_VLM,
     MLXForm,
-    Transform,
     decoder,
 )
 
@@ -23,10 +21,3 @@ LAYOUTS = (
     Layout("canonical", (*DECODER_CANONICAL, Prefix(VISION, VISION))),
 )
 MLX_FORM = MLXForm(("mlx-vlm",), model_types={"qwen3_vl_vision": "qwen3_vl"})
-
-
-def transforms(vision_config: VisionConfig) -> tuple[Transform, ...]:
-    """The patch convolution becomes a matrix in the order of `pixel_values`."""
-    side = vision_config.patch_size
-    kernel = (vision_config.temporal_patch_size, side, side)
-    return (ConvToMatrix(f"{VISION}patch_embed.proj.weight", vision_config.in_channels, kernel),)
