@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
@@ -57,7 +58,9 @@ def run_command(
     """
     _prepare_streams()
     try:
-        return run(_parsed(parser, argv))
+        with warnings.catch_warnings():
+            warnings.showwarning = _say_warning
+            return run(_parsed(parser, argv))
     except PipesError as error:
         say(f"error: {' '.join(str(error).split())}")
         return USER_MISTAKE
@@ -150,6 +153,10 @@ def _prepare_streams() -> None:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115  # as long as the process
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
+
+
+def _say_warning(message: Warning | str, *_: object) -> None:
+    say(f"warning: {' '.join(str(message).split())}")
 
 
 def _drop(stream: TextIO) -> None:

@@ -15,7 +15,8 @@
     ├── EngineClosed (RuntimeError)       the pipeline was closed before the answer was complete
     └── ImageTokenMismatch (ValueError)   vision rows and placeholders differ in number
 
-Each message is one line: what was wrong, what was expected, what to do.
+`PipesWarning` is the category of our warnings. Each message is one line: what was wrong, what was
+expected, what to do.
 """
 
 
@@ -69,6 +70,10 @@ class OutOfBudget(InputError):
 
 class EngineClosed(PipesError, RuntimeError):
     """The pipeline was closed; nothing runs any more."""
+
+
+class PipesWarning(UserWarning):
+    """Something works, but less well than the user may think; said once, in one line."""
 
 
 class ImageTokenMismatch(PipesError, ValueError):

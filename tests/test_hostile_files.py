@@ -227,6 +227,24 @@ def test_index_files(index, tmp_path):
     assert run(check.main, [str(folder)]) == 1
 
 
+@pytest.mark.parametrize("kind", ["pipe", "endless", "folder"])
+@pytest.mark.parametrize(
+    "name",
+    ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json",
+     "preprocessor_config.json", "chat_template.jinja", "model.safetensors"],
+)  # fmt: skip
+def test_files_that_are_none(name, kind, tmp_path):
+    folder = copy_case("idefics3", tmp_path / "model")
+    (folder / name).unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(folder / name)
+    elif kind == "endless":
+        (folder / name).symlink_to("/dev/zero")
+    else:
+        (folder / name).mkdir()
+    survives(folder)
+
+
 ESCAPES = {
     "class walk": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
     "globals": "{{ raise_exception.__globals__ }}",

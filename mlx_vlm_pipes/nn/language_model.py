@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 
 import mlx.core as mx
@@ -22,6 +21,7 @@ from mlx_vlm_pipes.nn.decoder import (
     PrefillRow,
     last_tokens,
 )
+from mlx_vlm_pipes.nn.host_compiler import cpu_compiles
 from mlx_vlm_pipes.nn.lora_groups import token_slots
 from mlx_vlm_pipes.nn.ragged import merge_image_features, placed_features
 
@@ -30,7 +30,7 @@ PREFILL = StepMode()
 
 def can_compile(device: DeviceRef) -> bool:
     """MLX's CPU backend compiles through g++; a GPU backend needs nothing from the host."""
-    return device.is_gpu() or shutil.which("g++") is not None or shutil.which("c++") is not None
+    return device.is_gpu() or cpu_compiles()
 
 
 def captured_layers(

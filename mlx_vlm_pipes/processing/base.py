@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, TypedDict
+from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 
 import numpy as np
 
@@ -35,10 +35,13 @@ from mlx_vlm_pipes.processing.messages import (
     conversation,
     user_texts,
 )
-from mlx_vlm_pipes.processing.settings import read_json
+from mlx_vlm_pipes.processing.settings import PixelSettings, read_json
 from mlx_vlm_pipes.processing.tokenizer import Tokenizer
 from mlx_vlm_pipes.processing.transforms import image_hash
 from mlx_vlm_pipes.processing.types import MediaRecord, ProcessedPrompt, PromptRequest
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 MODEL_OPTIONS = ("min_pixels", "max_pixels")  # of a PromptRequest; not every model takes them
 MAX_RETRY_SECONDS = 0.5  # a template that fails this slowly gets no second form to try
@@ -380,8 +383,8 @@ class VisionProcessor(TextProcessor, ABC):
             **fields, vision_token_ids=list(self.tokens.ids), images=processed.images
         )
 
-    def load(self, source: Any, request: PromptRequest) -> Any:
-        return load_image(source, request.access)
+    def load(self, source: Any, request: PromptRequest, pixels: PixelSettings) -> Image:
+        return load_image(source, request.access, convert=pixels.convert_rgb)
 
 
 def check_num_tokens(count: int, size: tuple[int, int]) -> None:

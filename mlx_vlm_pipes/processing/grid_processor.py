@@ -87,7 +87,7 @@ class GridProcessor(VisionProcessor):
 
     def encode_image(self, source: Any, request: PromptRequest) -> EncodedMedia:
         settings = self.image_settings.limited(request)
-        image = self.load(source, request)
+        image = self.load(source, request, settings.pixels)
         resized = fit(image, image.size, settings)
         frames = np.repeat(to_array(resized, settings.pixels)[None], settings.step, axis=0)
         made = self.grid_image(*cut(frames, settings, image.size))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from mlx_vlm_pipes.errors import MediaError
+from mlx_vlm_pipes.errors import MediaError, PipesWarning
 from mlx_vlm_pipes.paths import user_path
 from mlx_vlm_pipes.processing.fetch import Access, fetch, is_url
 
@@ -25,6 +25,11 @@ if TYPE_CHECKING:
 MAX_IMAGE_PIXELS = 178_956_970  # where Pillow itself refuses
 MAX_FILE_BYTES = 2**30  # of a picture: as many pixels, uncompressed and 16 bits deep, take less
 ANYWHERE = Access()
+DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
+DEEP_PICTURE = (
+    "grey pictures of more than 8 bits are cut off at 255, as transformers does: most of them"
+    " becomes white; divide them by 257 first"
+)
 # Formats whose decoders are Pillow's own or well kept C libraries; EPS would start Ghostscript.
 FORMATS = (
     "PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "MPO", "AVIF", "JPEG2000", "ICO", "TGA",
@@ -32,23 +37,24 @@ FORMATS = (
 )  # fmt: skip
 
 
-def load_image(source: Any, access: Access = ANYWHERE) -> Image:
+def load_image(source: Any, access: Access = ANYWHERE, *, convert: bool = True) -> Image:
     """One picture as an RGB PIL image.
 
     Args: source, a path, an http(s) or data: URL, bytes, a binary file object, a PIL image, or an
     array: uint8 [H, W], [H, W, 1], [H, W, 3] or [H, W, 4], or floats from 0 to 1. Animations give
     their first frame; EXIF orientation is applied. access: what a text may name.
+    convert: False does as transformers where `do_convert_rgb` is false: files lose their
+    transparency, pictures and arrays give their three channels whatever these mean.
     Raises: MediaError naming the source.
     """
     from PIL import Image as pil
 
-    if isinstance(source, pil.Image):
-        return to_rgb(source, describe(source))
-    if isinstance(source, np.ndarray):
-        return to_rgb(_from_array(source), describe(source))
     name = describe(source)
+    if isinstance(source, (pil.Image, np.ndarray)):
+        image = _from_array(source) if isinstance(source, np.ndarray) else source
+        return to_rgb(image, name) if convert else _three_channels(image, name)
     image = open_image(read_bytes(source, access), name)
-    return to_rgb(image, name)
+    return to_rgb(image if convert else _decoded(image, name).convert("RGB"), name)
 
 
 def read_bytes(source: Any, access: Access = ANYWHERE) -> bytes:
@@ -107,12 +113,11 @@ def to_rgb(image: Image, name: str) -> Image:
     convert_to_rgb.
     """
     from PIL import Image as pil
-    from PIL import ImageOps
 
-    check_size(image.size, name)
+    image = _decoded(image, name)
     try:
-        image.load()
-        image = ImageOps.exif_transpose(image)
+        if image.mode in DEEP_MODES and _reaches_beyond_bytes(image):
+            warnings.warn(DEEP_PICTURE, PipesWarning, stacklevel=1)  # one place: said once
         if image.mode == "RGB" and image.info.get("transparency") is None:
             return image
         if "A" in image.getbands() or image.info.get("transparency") is not None:
@@ -120,9 +125,43 @@ def to_rgb(image: Image, name: str) -> Image:
             white = pil.new("RGBA", image.size, (255, 255, 255, 255))
             return pil.alpha_composite(white, image).convert("RGB")
         return image.convert("RGB")
+    except Exception as error:
+        raise _undecodable(name, error) from error
+
+
+def _three_channels(image: Image, name: str) -> Image:
+    """Raises: MediaError for another number of channels, as transformers fails there."""
+    from PIL import Image as pil
+
+    image = _decoded(image, name)
+    if len(image.getbands()) != 3:
+        raise MediaError(
+            f"{name} has mode {image.mode}; this checkpoint takes pictures as they are "
+            "(do_convert_rgb is false), convert it to RGB"
+        )
+    return pil.frombytes("RGB", image.size, image.tobytes())
+
+
+def _decoded(image: Image, name: str) -> Image:
+    """All pixels, upright. Raises: MediaError if they cannot be decoded."""
+    from PIL import ImageOps
+
+    check_size(image.size, name)
+    try:
+        image.load()
+        return ImageOps.exif_transpose(image)
     except Exception as error:  # decoders raise anything from OSError to SyntaxError
-        reason = " ".join(str(error).split())[:120]
-        raise MediaError(f"{name} cannot be decoded as a picture: {reason}") from error
+        raise _undecodable(name, error) from error
+
+
+def _undecodable(name: str, error: Exception) -> MediaError:
+    reason = " ".join(str(error).split())[:120]
+    return MediaError(f"{name} cannot be decoded as a picture: {reason}")
+
+
+def _reaches_beyond_bytes(image: Image) -> bool:
+    _, highest = image.getextrema()
+    return isinstance(highest, (int, float)) and highest > 255
 
 
 def describe(source: Any) -> str:

@@ -122,7 +122,10 @@ class Settings:
 
 @dataclass(frozen=True)
 class PixelSettings:
-    """What happens to the pixels of every family: resampling filter, scale, mean and deviation."""
+    """What happens to the pixels of every family: resampling filter, scale, mean and deviation.
+
+    convert_rgb: False takes the channels of a picture as they are, whatever they mean.
+    """
 
     resample: int
     do_resize: bool
@@ -131,6 +134,7 @@ class PixelSettings:
     do_normalize: bool
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    convert_rgb: bool
 
     @classmethod
     def read(
@@ -158,6 +162,7 @@ class PixelSettings:
             do_normalize=settings.flag("do_normalize", default=True),
             mean=settings.channels("image_mean", mean),
             std=deviations,
+            convert_rgb=settings.flag("do_convert_rgb", default=True),
         )
 
 

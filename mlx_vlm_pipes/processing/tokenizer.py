@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_vlm_pipes.errors import InputError, ProcessorError
 from mlx_vlm_pipes.processing.chat_template import ChatTemplate, find_template
+from mlx_vlm_pipes.processing.growth import checked_growth
 from mlx_vlm_pipes.processing.settings import read_json
 
 if TYPE_CHECKING:
     import tokenizers
 
 MAX_TOKENIZER_BYTES = 256 * 2**20
+MAX_GROWN_CHARACTERS = 2**28
 MAX_HELD_TOKENS = 64
 # How Qwen2's vocab.json and merges.txt are used: its pre-tokenizer is not in those files.
 QWEN_SPLIT = (
@@ -38,6 +40,8 @@ class Tokenizer:
         self.backend = _load_backend(folder, self._config)
         self.backend.no_truncation()
         self.backend.no_padding()
+        checked_growth(folder, [self.backend.decoder])
+        self._growth = checked_growth(folder, [self.backend.normalizer, self.backend.pre_tokenizer])
 
     @property
     def bos_token(self) -> str | None:
@@ -62,7 +66,15 @@ class Tokenizer:
         return dict(sorted(((t, i) for t, i in known.items() if i >= rows), key=lambda x: x[1]))
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids. With add_special_tokens, what the tokenizer's post-processor adds (BOS)."""
+        """Token ids. With add_special_tokens, what the tokenizer's post-processor adds (BOS).
+
+        Raises: InputError for half a character, or a text that may grow to MAX_GROWN_CHARACTERS.
+        """
+        if len(text) * self._growth > MAX_GROWN_CHARACTERS:
+            raise InputError(
+                f"a text of {len(text)} characters; this tokenizer takes at most "
+                f"{int(MAX_GROWN_CHARACTERS / self._growth)}"
+            )
         try:
             return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
         except Exception as error:
@@ -182,8 +194,7 @@ def _load_backend(folder: Path, config: Mapping[str, Any]) -> tokenizers.Tokeniz
 def _from_json(path: Path) -> tokenizers.Tokenizer:
     import tokenizers
 
-    if path.stat().st_size > MAX_TOKENIZER_BYTES:
-        raise ProcessorError(f"{path}: {path.stat().st_size} bytes; expected at most 256 MiB")
+    _check_size(path)
     try:
         return tokenizers.Tokenizer.from_file(str(path))
     except BaseException as error:
@@ -196,6 +207,8 @@ def _from_vocabulary(folder: Path, config: Mapping[str, Any]) -> tokenizers.Toke
     import tokenizers
     from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
+    for name in ("vocab.json", "merges.txt"):
+        _check_size(folder / name)
     try:
         model = models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
     except BaseException as error:
@@ -238,6 +251,11 @@ def _add_missing(backend: tokenizers.Tokenizer, folder: Path, config: Mapping[st
         if known or number != backend.get_vocab_size(with_added_tokens=True):
             continue  # a token at another id would meet another row of the embedding
         (backend.add_special_tokens if token.special else backend.add_tokens)([token])
+
+
+def _check_size(path: Path) -> None:
+    if path.stat().st_size > MAX_TOKENIZER_BYTES:
+        raise ProcessorError(f"{path}: {path.stat().st_size} bytes; expected at most 256 MiB")
 
 
 def _raise_if_damaged(path: Path, error: BaseException) -> None:

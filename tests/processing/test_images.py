@@ -2,13 +2,14 @@
 
 import base64
 import io
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from mlx_vlm_pipes.errors import MediaError
+from mlx_vlm_pipes.errors import MediaError, PipesWarning
 from mlx_vlm_pipes.processing import images
 from mlx_vlm_pipes.processing.fetch import Access
 from mlx_vlm_pipes.processing.images import load_image
@@ -52,6 +53,31 @@ def test_transparency_lies_on_white_and_orientation_is_applied() -> None:
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I", "I;16", "F", "HSV"])
 def test_every_mode_becomes_rgb(mode) -> None:
     assert load_image(Image.new(mode, (3, 2))).mode == "RGB"
+
+
+def test_deep_grey_is_cut_off_as_transformers_does_and_that_is_said() -> None:
+    """test_reference.py compares with transformers itself."""
+    levels = np.array([[0, 100, 255, 256, 30_000, 65_535]], np.uint16)
+    with pytest.warns(PipesWarning, match="cut off at 255"):
+        loaded = load_image(encoded(Image.fromarray(levels)))
+    assert np.asarray(loaded)[0, :, 0].tolist() == [0, 100, 255, 255, 255, 255]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_image(Image.fromarray(levels[:, :3]))
+
+
+def test_without_conversion_three_channels_are_taken_as_they_are() -> None:
+    image = picture(5, 4)
+    for mode in ("RGB", "YCbCr", "HSV"):
+        raw = image.convert(mode)
+        found = load_image(raw, convert=False)
+        assert found.mode == "RGB"
+        np.testing.assert_array_equal(np.asarray(found), np.asarray(raw))
+    for mode in ("L", "LA", "RGBA", "P", "CMYK", "1", "I;16"):
+        with pytest.raises(MediaError, match=f"has mode {mode}; .*do_convert_rgb is false"):
+            load_image(Image.new(mode, (3, 2)), convert=False)
+    clear = Image.new("RGBA", (2, 3), (255, 7, 0, 0))  # a file is opened as RGB, not laid on white
+    assert load_image(encoded(clear), convert=False).getpixel((0, 0)) == (255, 7, 0)
 
 
 def test_first_frame_of_an_animation() -> None:

@@ -13,6 +13,7 @@ from mlx_vlm_pipes.architectures.idefics3 import processing as idefics3
 from mlx_vlm_pipes.architectures.internvl import processing as internvl
 from mlx_vlm_pipes.architectures.pixtral import processing as pixtral
 from mlx_vlm_pipes.architectures.qwen2_5vl import processing as qwen
+from mlx_vlm_pipes.errors import MediaError
 from mlx_vlm_pipes.processing.images import load_image
 from mlx_vlm_pipes.processing.tokenizer import Tokenizer
 from mlx_vlm_pipes.processing.types import PromptRequest
@@ -20,7 +21,7 @@ from mlx_vlm_pipes.processing.video import VideoInfo, arange_indices
 from tests.fixtures_helper import cases, reference
 from tests.processing import folders
 
-pytestmark = pytest.mark.reference
+pytestmark = [pytest.mark.reference, pytest.mark.filterwarnings("ignore:grey pictures")]
 
 SIZES = [(1, 1), (1, 37), (90, 1), (3, 3), (16, 16), (33, 17), (64, 64), (200, 31), (57, 160)]
 SIZES += [
@@ -168,6 +169,52 @@ def test_colour_conversion() -> None:
             opened = Image.open(io.BytesIO(source)) if isinstance(source, bytes) else source
             expected = convert_to_rgb(opened, return_numpy=True)
             np.testing.assert_array_equal(np.asarray(load_image(source)), expected)
+
+
+@pytest.mark.parametrize(
+    ("room", "kind", "tokens", "name", "their_kind", "settings"),
+    [
+        (
+            idefics3, "Idefics3Processor", folders.IDEFICS3_TOKENS,
+            "idefics3", "Idefics3ImageProcessorPil",
+            {"size": {"longest_edge": 64}, "max_image_size": {"longest_edge": 16}},
+        ),
+        (
+            pixtral, "PixtralProcessor", folders.PIXTRAL_TOKENS,
+            "pixtral", "PixtralImageProcessorPil",
+            {"size": {"longest_edge": 64}, "patch_size": {"height": 8, "width": 8}},
+        ),
+        (
+            internvl, "InternVLProcessor", folders.INTERNVL_TOKENS,
+            "got_ocr2", "GotOcr2ImageProcessorPil",
+            {"size": {"height": 28, "width": 28}, "max_patches": 1},
+        ),
+        (
+            qwen, "Qwen2_5VLProcessor", folders.QWEN_TOKENS,
+            "qwen2_vl", "Qwen2VLImageProcessorPil", {"min_pixels": 784, "max_pixels": 7840},
+        ),
+    ],
+    ids=["idefics3", "pixtral", "internvl", "qwen2_5vl"],
+)  # fmt: skip
+def test_without_conversion(tmp_path, room, kind, tokens, name, their_kind, settings) -> None:
+    """Three channels of any meaning, taken as they are; any other number fails on both sides."""
+    settings = {**settings, "do_convert_rgb": False}
+    vision = {"patch_size": {"pixtral": 8, "got_ocr2": 7}.get(name, 14), "image_size": 28}
+    vision |= {"spatial_merge_size": 2, "temporal_patch_size": 2}
+    config = {"vision_config": vision, "model_type": room.__name__.split(".")[-2]}
+    processor = ours(tmp_path, room, kind, tokens, settings, config)
+    reference_processor = theirs(name, their_kind, settings)
+    for mode in ("RGB", "YCbCr", "HSV", "L", "LA", "P", "RGBA", "CMYK", "1"):
+        image = folders.picture(57, 48).convert(mode)
+        if len(image.getbands()) != 3:
+            with pytest.raises(ValueError, match="mean must have"):
+                reference_processor([image], return_tensors="np")
+            with pytest.raises(MediaError, match="do_convert_rgb"):
+                processor.encode_image(image, PromptRequest(""))
+            continue
+        expected = reference_processor([image], return_tensors="np")
+        got = processor.arrays([processor.encode_image(image, PromptRequest(""))])
+        np.testing.assert_array_equal(got["pixel_values"], expected["pixel_values"])
 
 
 def test_sizes_above_the_cap() -> None:

@@ -123,7 +123,7 @@ class Idefics3Processor(VisionProcessor):
             )
 
     def encode_image(self, source: Any, request: PromptRequest) -> EncodedMedia:
-        image = self.load(source, request)
+        image = self.load(source, request, self.settings.pixels)
         rows, columns = frame_grid(image.size, self.settings)
         check_num_tokens((rows * columns + 1) * self.image_seq_len, image.size)
         frames, rows, columns = split(image, self.settings)

@@ -92,7 +92,7 @@ class InternVLProcessor(VisionProcessor):
         return f"internvl|{self.pixels}|{self.tiles}"
 
     def encode_image(self, source: Any, request: PromptRequest) -> EncodedMedia:
-        image = self.load(source, request)
+        image = self.load(source, request, self.pixels)
         tiles, rows, columns = cut(image, self.tiles, self.pixels)
         array = np.stack([to_array(tile, self.pixels) for tile in tiles])  # [tiles, 3, S, S]
         run = len(tiles) * self.tiles.tokens

@@ -65,7 +65,7 @@ class PixtralProcessor(VisionProcessor):
             raise InputError(f"{self.architecture} takes no video; give frames of it as images")
 
     def encode_image(self, source: Any, request: PromptRequest) -> EncodedMedia:
-        image = self.load(source, request)
+        image = self.load(source, request, self.pixels)
         resized = image
         if self.pixels.do_resize:
             size = fitting_size(image.size, self.max_size, self.patch_px)
