@@ -6,10 +6,10 @@ from abc import abstractmethod
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
-from mlx_vlm_pipes.architectures.facts import RoomFacts
 from mlx_vlm_pipes.architectures.llama3.model_config import Llama3Config
 from mlx_vlm_pipes.config import KVCacheConfig, KVCacheParams, MAXModelConfig, PipelineConfig
 from mlx_vlm_pipes.dtypes import DeviceRef, DType
+from mlx_vlm_pipes.facts import RoomFacts
 from mlx_vlm_pipes.hf_config import AutoConfig, text_config
 from mlx_vlm_pipes.interfaces import ArchConfigWithKVCache
 

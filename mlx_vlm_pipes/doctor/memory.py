@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from mlx_vlm_pipes.architectures.registry import Room
 from mlx_vlm_pipes.checkpoint.modules import blueprint
 from mlx_vlm_pipes.doctor.report import GB, Checkup
 from mlx_vlm_pipes.doctor.tensors import Tensors
 from mlx_vlm_pipes.engine.engine import default_engine_config, machine_memory
 from mlx_vlm_pipes.engine.plan import cache_bytes, peak_bytes, prefill_bytes
+from mlx_vlm_pipes.registry import Room
 
 TOKENS = 4096
 

@@ -7,11 +7,11 @@ import mlx.core as mx
 import pytest
 
 from mlx_vlm_pipes.architectures.qwen3_vl.model_config import Qwen3VLConfig
-from mlx_vlm_pipes.architectures.registry import find_room
 from mlx_vlm_pipes.dtypes import DType
 from mlx_vlm_pipes.errors import ConfigError, UnsupportedModel
 from mlx_vlm_pipes.hf_config import HuggingFaceConfig
 from mlx_vlm_pipes.interfaces import ReturnHiddenStates, ReturnLogits
+from mlx_vlm_pipes.registry import find_room
 from mlx_vlm_pipes.weights import WeightData
 from tests.architectures.driving import changed, pipeline_config
 
