@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mlx_vlm_pipes.checkpoint.modules import blueprint
+from mlx_vlm_pipes.checkpoint.blueprint import Checkpoint, blueprint
 from mlx_vlm_pipes.doctor.report import GB, Checkup
 from mlx_vlm_pipes.doctor.tensors import Tensors
 from mlx_vlm_pipes.engine.engine import default_engine_config, machine_memory
@@ -25,7 +25,7 @@ def estimate_memory(room: Room, tensors: Tensors, checkup: Checkup) -> None:
         config, tensors.pipeline, model.devices, model.kv_cache, model.cache_dtype
     )
     limits = default_engine_config(machine_memory())
-    _, decoder = blueprint(room_class, tensors.pipeline, tensors.state)
+    _, decoder = blueprint(room_class, Checkpoint(tensors.pipeline, tensors.state))
     step = prefill_bytes(decoder, params.dtype.size_in_bytes, TOKENS, limits)
     checkup.load_bytes = load
     checkup.run_bytes = needed = peak_bytes(load, cache_bytes(params, TOKENS), step, limits)
