@@ -63,11 +63,11 @@ class Ours:
     """Our engine's scheduler, driven on this thread, prompts as token ids."""
 
     def __init__(self, folder: Path) -> None:
-        from mlx_vlm_pipes.architectures.registry import find_room
         from mlx_vlm_pipes.engine.scheduler import Scheduler
         from mlx_vlm_pipes.engine.state import EngineConfig
         from mlx_vlm_pipes.hf_config import read_config
         from mlx_vlm_pipes.loading import LoadOptions, load_model
+        from mlx_vlm_pipes.registry import find_room
 
         config = read_config(folder)
         self.model = load_model(find_room(config), folder, config, LoadOptions())

@@ -20,11 +20,11 @@ from decode import SHAPES, Silent, write_model
 from random_model import write_random_model
 
 from mlx_vlm_pipes import EngineConfig, load
-from mlx_vlm_pipes.architectures.registry import find_room
 from mlx_vlm_pipes.contexts import SamplingParams, TextContext, TokenBuffer
 from mlx_vlm_pipes.engine.scheduler import Scheduler
 from mlx_vlm_pipes.hf_config import read_config
 from mlx_vlm_pipes.loading import LoadOptions, load_model
+from mlx_vlm_pipes.registry import find_room
 
 
 def text_scheduler(folder: Path) -> Scheduler:

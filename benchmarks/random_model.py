@@ -34,11 +34,11 @@ def write_random_model(
 
     The weights carry our canonical names, which every adapter leaves alone.
     """
-    from mlx_vlm_pipes.architectures.registry import find_room
     from mlx_vlm_pipes.checkpoint.modules import expected_shapes
     from mlx_vlm_pipes.checkpoint.state import StateDict
     from mlx_vlm_pipes.config import ModelConfig, PipelineConfig
     from mlx_vlm_pipes.hf_config import read_config
+    from mlx_vlm_pipes.registry import find_room
 
     source = ROOT / "tests" / "fixtures" / fixture
     shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.safetensors*", "reference*"))

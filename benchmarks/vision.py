@@ -97,10 +97,10 @@ class Ours:
     """Encode and prefill through the documented model, on this thread."""
 
     def __init__(self, folder: Path) -> None:
-        from mlx_vlm_pipes.architectures.registry import find_room
         from mlx_vlm_pipes.hf_config import read_config
         from mlx_vlm_pipes.loading import LoadOptions, load_model
         from mlx_vlm_pipes.processing.types import PromptRequest
+        from mlx_vlm_pipes.registry import find_room
 
         config = read_config(folder)
         room = find_room(config)

@@ -10,43 +10,26 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from mlx_vlm_pipes.dtypes import DeviceRef, DeviceSpec, DType, scan_available_devices
+from mlx_vlm_pipes.encoding import (
+    COMPUTE_TYPES,
+    ENCODINGS,
+    fitting_encoding,
+    split_encoding,
+    stored_encoding,
+)
 from mlx_vlm_pipes.errors import ConfigError
 from mlx_vlm_pipes.hf_config import HuggingFaceConfig, read_config
 from mlx_vlm_pipes.quantization import LoRAConfig, QuantizationConfig, QuantizationEncoding
-
-if TYPE_CHECKING:
-    from mlx_vlm_pipes.weights import Weights
-
-# encoding: (dtype that the config reports, dtype of the cache)
-_ENCODINGS: dict[str, tuple[DType, DType]] = {
-    "float32": (DType.float32, DType.float32),
-    "bfloat16": (DType.bfloat16, DType.bfloat16),
-    "float16": (DType.float16, DType.float16),
-    "q4_0": (DType.uint8, DType.float32),
-    "q4_k": (DType.uint8, DType.float32),
-    "q6_k": (DType.uint8, DType.float32),
-    "gptq": (DType.uint8, DType.bfloat16),
-    "float8_e4m3fn": (DType.float8_e4m3fn, DType.bfloat16),
-    "float4_e2m1fnx2": (DType.uint8, DType.bfloat16),
-}
-COMPUTE_TYPES = ("float32", "float16", "bfloat16")
-_PACKED = ("mlx", "gptq")  # a type to compute in may follow: "mlx:float32"
-
-
-def split_encoding(encoding: str) -> tuple[str, DType | None]:
-    """An encoding's name, and the type that packed weights are to compute in, if one is said.
-
-    Raises: ConfigError for a name that is none.
-    """
-    kind, colon, compute = encoding.partition(":")
-    suffix_fits = kind in _PACKED and compute in COMPUTE_TYPES if colon else True
-    if (kind not in _ENCODINGS and kind not in _PACKED) or not suffix_fits:
-        known = ", ".join(dict.fromkeys((*_ENCODINGS, *_PACKED)))
-        raise ConfigError(f"quantization_encoding {encoding!r}; use None or one of {known}")
-    return kind, DType[compute] if compute else None
+from mlx_vlm_pipes.weights import (
+    Weights,
+    find_weight_files,
+    load_state_dict,
+    load_weights,
+    parse_quantization,
+)
 
 
 @dataclass
@@ -246,11 +229,18 @@ class ModelConfig:
         Model constructors do so with their weights; by hand it is needed for `initialize` alone.
         weights: those to look at, by default weight_path, filled in from model_path. A float
         encoding other than the stored one casts on load. Returns self; a second call changes
-        nothing. Raises: ConfigError for an encoding that nobody knows or the weights contradict.
+        nothing. Raises: ConfigError for an encoding that nobody knows or the weights contradict,
+        CheckpointError for files that cannot be read.
         """
-        from mlx_vlm_pipes.checkpoint.encoding import resolve  # it reads files, this module none
-
-        resolve(self, weights)
+        if self.quantization_encoding is not None:
+            split_encoding(self.quantization_encoding)  # refuse nonsense before files are opened
+        if weights is None:
+            self.weight_path = self.weight_path or find_weight_files(self.model_path)
+            weights = load_weights(self.weight_path)
+        declared = parse_quantization(self.require_huggingface_config().to_dict())
+        found = stored_encoding(load_state_dict(weights), declared)
+        self.quantization_encoding = fitting_encoding(self.quantization_encoding, found)
+        self._quant, self._scales_dtype = found.packing, found.scales_dtype
         return self
 
     def require_huggingface_config(self) -> HuggingFaceConfig:
@@ -273,7 +263,7 @@ class ModelConfig:
         if compute is not None:
             return compute
         if kind != "mlx":
-            return _ENCODINGS[kind][0]
+            return ENCODINGS[kind][0]
         if self._scales_dtype is None:
             raise ConfigError("the dtype of 'mlx' is that of the scales; call resolve() first")
         return self._scales_dtype
@@ -289,7 +279,7 @@ class ModelConfig:
         kind, compute = self._encoding()
         if compute is not None or kind == "mlx":
             return self.dtype
-        return _ENCODINGS[kind][1]
+        return ENCODINGS[kind][1]
 
     @property
     def graph_quantization_encoding(self) -> QuantizationEncoding | None:

@@ -10,11 +10,11 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from mlx_vlm_pipes.architectures.facts import NO_FACTS, Composite, RoomFacts
-from mlx_vlm_pipes.architectures.registry import find_facts
 from mlx_vlm_pipes.config_limits import check_limits
 from mlx_vlm_pipes.errors import ConfigError
+from mlx_vlm_pipes.facts import NO_FACTS, Composite, RoomFacts
 from mlx_vlm_pipes.json_files import require_json
+from mlx_vlm_pipes.registry import find_facts
 
 # What nn/activations.py has; the names stand here so that they can be checked without MLX.
 ACTIVATIONS = (

@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlx_vlm_pipes.architectures.registry import Room, find_room
-from mlx_vlm_pipes.checkpoint.encoding import dominant_type
-from mlx_vlm_pipes.config import COMPUTE_TYPES, KVCacheConfig, ModelConfig, PipelineConfig
+from mlx_vlm_pipes.config import KVCacheConfig, ModelConfig, PipelineConfig
 from mlx_vlm_pipes.dtypes import Device, DeviceRef, DeviceSpec, DType, default_device
+from mlx_vlm_pipes.encoding import COMPUTE_TYPES, dominant_type
 from mlx_vlm_pipes.engine.engine import Engine
 from mlx_vlm_pipes.engine.state import EngineConfig
 from mlx_vlm_pipes.engine.worker import OwnerThread
@@ -21,6 +20,7 @@ from mlx_vlm_pipes.interfaces import InferenceSession, PipelineModelWithKVCache,
 from mlx_vlm_pipes.paths import is_there, user_path
 from mlx_vlm_pipes.pipeline import Pipeline
 from mlx_vlm_pipes.quantization import LoRAConfig
+from mlx_vlm_pipes.registry import Room, find_room
 from mlx_vlm_pipes.weights import Weights, find_weight_files, load_weights
 
 BUNDLED = Path(__file__).parent / "assets" / "tiny-idefics3"

@@ -1,1 +1,1 @@
-"""One room per architecture; `registry` knows the list."""
+"""One room per architecture; `mlx_vlm_pipes.registry` knows the list."""

@@ -8,17 +8,16 @@ from dataclasses import replace
 from typing import Any, ClassVar, Generic, TypeVar, cast
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
+from mlx_vlm_pipes.checkpoint.blueprint import Blueprint, Checkpoint
 from mlx_vlm_pipes.checkpoint.canonical import canonical_state
 from mlx_vlm_pipes.checkpoint.modules import load_decoder, load_module
-from mlx_vlm_pipes.checkpoint.state import LANGUAGE, StateDict, part, tower_state
-from mlx_vlm_pipes.config import KVCacheConfig, KVCacheParams, PipelineConfig
+from mlx_vlm_pipes.config import KVCacheConfig, KVCacheParams, PipelineConfig, weights_format
 from mlx_vlm_pipes.contexts import ImageMetadata, TextAndVisionContext, TextContext
 from mlx_vlm_pipes.dtypes import DeviceRef, DType
-from mlx_vlm_pipes.errors import ConfigError
+from mlx_vlm_pipes.errors import ConfigError, WeightsError
 from mlx_vlm_pipes.hf_config import AutoConfig
 from mlx_vlm_pipes.interfaces import (
     Buffer,
@@ -31,15 +30,12 @@ from mlx_vlm_pipes.interfaces import (
     Phase,
     PipelineModelWithKVCache,
     RaggedInputs,
-    ReturnHiddenStates,
-    ReturnLogits,
     VisionInputs,
     one_device,
     require_inputs,
     require_kind,
 )
 from mlx_vlm_pipes.kv_cache import KVCacheInputs
-from mlx_vlm_pipes.nn.decoder import DecoderConfig
 from mlx_vlm_pipes.nn.language_model import LanguageModel, captured_layers
 from mlx_vlm_pipes.nn.lora_groups import group_fields, next_group_fields
 from mlx_vlm_pipes.nn.ragged import (
@@ -83,6 +79,13 @@ class CheckpointModel(LogProbabilitiesMixin, PipelineModelWithKVCache[ContextT])
         )
 
     @classmethod
+    def calculate_max_seq_len(
+        cls, pipeline_config: PipelineConfig, huggingface_config: AutoConfig
+    ) -> int:
+        """What the room's config class makes of it. Raises: ConfigError for a longer max_length."""
+        return cls.config_class.calculate_max_seq_len(pipeline_config, huggingface_config)
+
+    @classmethod
     def read_config(cls, pipeline_config: PipelineConfig) -> tuple[Any, tuple[Transform, ...]]:
         """What config.json alone says, and the changes of values that it implies."""
         config = cls.config_class.initialize(pipeline_config)
@@ -96,18 +99,8 @@ class CheckpointModel(LogProbabilitiesMixin, PipelineModelWithKVCache[ContextT])
 
     @classmethod
     @abstractmethod
-    def blueprint(
-        cls,
-        config: Any,
-        pipeline_config: PipelineConfig,
-        state: StateDict,
-        return_logits: ReturnLogits = ReturnLogits.LAST_TOKEN,
-        return_hidden_states: ReturnHiddenStates = ReturnHiddenStates.NONE,
-    ) -> tuple[nn.Module | None, DecoderConfig]:
-        """The tower, if any, and the decoder's sizes for a canonical state dict.
-
-        Nothing is read and no weights are in; `config` is finalised.
-        """
+    def blueprint(cls, config: Any, checkpoint: Checkpoint) -> Blueprint:
+        """The networks for a checkpoint, which finalises `config`. Nothing is read of it."""
 
     def load_parts(self, session: InferenceSession) -> list[Model]:
         """Read the weights through the adapter; the tower, if any, and the language model.
@@ -119,16 +112,17 @@ class CheckpointModel(LogProbabilitiesMixin, PipelineModelWithKVCache[ContextT])
         state = canonical_state(
             self.weights, self.adapter, self.layouts, self.pipeline_config, changes
         )
-        tower, decoder_config = self.blueprint(
-            config, self.pipeline_config, state, self.return_logits, self.return_hidden_states
+        checkpoint = Checkpoint(
+            self.pipeline_config, state, self.return_logits, self.return_hidden_states
         )
+        tower, decoder_config = self.blueprint(config, checkpoint)
         captured = captured_layers(
             self.return_hidden_states, self.eagle_layers, decoder_config.num_layers
         )
         parts = []
         if tower is not None:
-            parts.append(load_module(session, tower, tower_state(state, self.tower_prefix)))
-        decoder, loaded = load_decoder(session, decoder_config, part(state, LANGUAGE))
+            parts.append(load_module(session, tower, checkpoint.tower(self.tower_prefix)))
+        decoder, loaded = load_decoder(session, decoder_config, checkpoint.text)
         self.model_config = config
         self.language = LanguageModel(
             decoder,
@@ -211,6 +205,12 @@ class VisionLanguageModel(
         """
         vision, language = self.load_parts(session)
         return vision, language
+
+    def require_safetensors(self, error: type[ConfigError | WeightsError]) -> None:
+        """Raises: `error`, the documented one of the room, for weight files of another kind."""
+        files = self.pipeline_config.model.weight_path
+        if files and weights_format(files) != "safetensors":
+            raise error(f"weight files {files[0].name}, ...; expected .safetensors")
 
     # ---- what a room says
 

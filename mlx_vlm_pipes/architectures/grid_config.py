@@ -2,16 +2,42 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from mlx_vlm_pipes.checkpoint.state import VISION
+from mlx_vlm_pipes.dtypes import DType
 from mlx_vlm_pipes.errors import ConfigError
-from mlx_vlm_pipes.weights.layout import ConvToMatrix, Transform
+from mlx_vlm_pipes.hf_config import AutoConfig, axial_theta, optional_int, require_int
+from mlx_vlm_pipes.weights.layout import (
+    DECODER_CANONICAL,
+    DECODER_MLX_VLM,
+    ConvToMatrix,
+    Layout,
+    Prefix,
+    Transform,
+    decoder,
+)
+
+GRID_LAYOUTS = (
+    Layout(
+        "huggingface",  # of transformers 5, and of Qwen3-VL from the beginning
+        (*decoder("model.language_model.", "lm_head."), Prefix("model.visual.", VISION)),
+    ),
+    # mlx-lm names the decoder alike and drops the tower
+    Layout("mlx-vlm", (*DECODER_MLX_VLM, Prefix("vision_tower.", VISION))),
+    Layout("canonical", (*DECODER_CANONICAL, Prefix(VISION, VISION))),
+)
 
 
 class GridTowerConfig:
-    """Sizes that follow from a tower's fields. patch_size in pixels."""
+    """Sizes that follow from a tower's fields. patch_size in pixels.
+
+    Each dataclass has these fields in its own documented order.
+    """
 
     hidden_size: int
     num_attention_heads: int
+    intermediate_size: int
     out_hidden_size: int
     in_channels: int
     patch_size: int
@@ -31,6 +57,25 @@ class GridTowerConfig:
     def merge_unit(self) -> int:
         """Patches that become one row for the decoder."""
         return self.spatial_merge_size**2
+
+    @staticmethod
+    def shared_fields(vision_config: AutoConfig) -> dict[str, Any]:
+        """The values of fields that all rooms read alike.
+
+        Raises: ConfigError for missing keys, or a type of rope that we do not have.
+        """
+        cfg = vision_config
+        return {
+            "dtype": DType.bfloat16,  # both until `finalize`
+            "llm_dtype": DType.bfloat16,
+            "in_channels": optional_int(cfg, "in_channels", "in_chans", default=3),
+            "hidden_size": require_int(cfg, "hidden_size"),
+            "num_attention_heads": require_int(cfg, "num_heads", "num_attention_heads"),
+            "depth": require_int(cfg, "depth", "num_hidden_layers"),
+            "intermediate_size": require_int(cfg, "intermediate_size"),
+            "out_hidden_size": require_int(cfg, "out_hidden_size"),
+            "rope_theta": axial_theta(cfg),
+        }
 
     def check_heads(self) -> None:
         """Raises: ConfigError for heads that do not divide the width, or by row and column."""

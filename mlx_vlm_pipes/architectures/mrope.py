@@ -1,37 +1,54 @@
-"""What pipeline models share whose decoder turns by time, height and width (M-RoPE)."""
+"""What pipeline models share of grids of patches and turns by time, height and width (M-RoPE)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_vlm_pipes.architectures.base import VisionLanguageModel
-from mlx_vlm_pipes.contexts import TextAndVisionContext
+from mlx_vlm_pipes.architectures.grid_config import GridTowerConfig
+from mlx_vlm_pipes.checkpoint.state import VISION
+from mlx_vlm_pipes.contexts import ImageMetadata, TextAndVisionContext
 from mlx_vlm_pipes.dtypes import Device
 from mlx_vlm_pipes.errors import ConfigError
 from mlx_vlm_pipes.interfaces import (
     AlwaysSignalBuffersMixin,
     Buffer,
+    LayerWork,
     Phase,
     VisionInputs,
     require_kind,
 )
+from mlx_vlm_pipes.kv_cache import KVCacheInputs
 from mlx_vlm_pipes.nn.ragged import active_images
-from mlx_vlm_pipes.processing.grids import GridContext
+from mlx_vlm_pipes.processing.grids import GridContext, GridImage
+from mlx_vlm_pipes.weights.layout import Transform
 
 
+@dataclass
 class MRopeInputs(VisionInputs[list[Buffer]]):
-    """Vision inputs with three-axis positions, uint32 [3, T], one array a device.
+    """Vision inputs with three-axis positions; every list holds one array, for the one device.
 
+    tokens int32 [T]; input_row_offsets uint32 [B + 1]; position_ids uint32 [3, T], time, height
+    and width; return_n_logits int64 [1]; image_token_indices int32 [M], rows of the flat tokens;
+    pixel_values float [P, C*tp*p*p], None in a step without pixels, as what a room adds to them.
     Raises: ConfigError without the KV cache, which is documented as required.
     """
 
     per_device = True
+    tokens: Buffer
+    input_row_offsets: list[Buffer]
     signal_buffers: list[Buffer]
     position_ids: Buffer
+    return_n_logits: Buffer
+    image_token_indices: list[Buffer] | None = None
+    pixel_values: list[Buffer] | None = None
+    kv_cache_inputs: KVCacheInputs[Buffer, Buffer] = field(kw_only=True)  # pyright: ignore[reportIncompatibleVariableOverride]  # documented as required
+    image_embeddings: Buffer | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         if self.kv_cache_inputs is None:
@@ -42,9 +59,30 @@ MRopeT = TypeVar("MRopeT", bound=MRopeInputs)
 
 
 class MRopeModel(AlwaysSignalBuffersMixin, VisionLanguageModel[MRopeT]):
-    """A vision-language model whose contexts carry their own decoder positions."""
+    """A model of pictures as grids of patches, whose contexts carry the decoder's positions."""
 
     context_class: ClassVar[type[GridContext]]
+    tower_prefix = VISION
+
+    @classmethod
+    def transforms(cls, config: Any) -> tuple[Transform, ...]:
+        return config.vision_config.transforms()
+
+    @property
+    def tower(self) -> GridTowerConfig:
+        """The tower's part of the configuration."""
+        return self.model_config.vision_config
+
+    def count_rows(self, image: ImageMetadata) -> int:
+        """Vision rows that a picture, clip or frame makes: one for each merged patch."""
+        t, h, w = require_kind(image, GridImage).grid_thw
+        return t * h * w // self.tower.merge_unit
+
+    def vision_work(self, image: ImageMetadata) -> LayerWork:
+        times, rows, columns = require_kind(image, GridImage).grid_thw
+        frame, width = rows * columns, self.tower.hidden_size
+        scores = times * self.tower.num_attention_heads * frame**2
+        return LayerWork(times * frame, width, width, self.tower.intermediate_size, scores)
 
     @staticmethod
     def prepare_decoder_position_ids(

@@ -6,12 +6,15 @@ from abc import abstractmethod
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
-from mlx_vlm_pipes.architectures.facts import RoomFacts
 from mlx_vlm_pipes.architectures.llama3.model_config import Llama3Config
+from mlx_vlm_pipes.checkpoint.state import expanded_scales
+from mlx_vlm_pipes.checkpoint.tie import declared_tied
 from mlx_vlm_pipes.config import KVCacheConfig, KVCacheParams, MAXModelConfig, PipelineConfig
 from mlx_vlm_pipes.dtypes import DeviceRef, DType
+from mlx_vlm_pipes.facts import RoomFacts
 from mlx_vlm_pipes.hf_config import AutoConfig, text_config
 from mlx_vlm_pipes.interfaces import ArchConfigWithKVCache
+from mlx_vlm_pipes.weights import WeightData
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -41,7 +44,11 @@ class VisionLanguageConfig(ArchConfigWithKVCache):
     def initialize_from_config(
         cls, pipeline_config: PipelineConfig, huggingface_config: AutoConfig
     ) -> Self:
-        """From a whole configuration."""
+        """From a whole configuration.
+
+        Raises: ConfigError without a vision_config, for missing or contradicting keys, and for
+        values that we do not run.
+        """
 
     @staticmethod
     def calculate_max_seq_len(
@@ -70,10 +77,23 @@ class VisionLanguageConfig(ArchConfigWithKVCache):
 class TwoPartConfig(VisionLanguageConfig):
     """One that holds its decoder's configuration as a part."""
 
+    llm_config: Llama3Config
+
     @property
-    @abstractmethod
     def decoder(self) -> Llama3Config:
-        """The text part."""
+        """The text part, `llm_config` unless its documented name is another."""
+        return self.llm_config
+
+    def finalize_outer(
+        self, huggingface_config: AutoConfig, llm_state_dict: dict[str, WeightData]
+    ) -> None:
+        """Take what the whole config.json says of the decoder: scaled weights, the tied head.
+
+        Raises: UnsupportedModel for a quantisation method that is not read.
+        """
+        self.decoder.quant_config = expanded_scales(huggingface_config, llm_state_dict)
+        if declared_tied(huggingface_config, text_config(huggingface_config)):
+            self.decoder.tie_word_embeddings = True  # either part may say it
 
     def get_kv_params(self) -> KVCacheParams:
         return self.decoder.get_kv_params()

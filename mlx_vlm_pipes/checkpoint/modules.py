@@ -10,6 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from mlx_vlm_pipes.checkpoint.blueprint import Checkpoint, blueprint
 from mlx_vlm_pipes.checkpoint.state import LANGUAGE, StateDict, part, tower_state
 from mlx_vlm_pipes.checkpoint.tie import HEAD, settle_head
 from mlx_vlm_pipes.config import PipelineConfig
@@ -37,7 +38,7 @@ def expected_shapes(model_class: Any, pipeline_config: PipelineConfig, state: St
     counts as wanted: loading drops it.
     Raises: CheckpointError as loading does, for what keeps the modules from being built.
     """
-    tower, decoder_config = blueprint(model_class, pipeline_config, state)
+    tower, decoder_config = blueprint(model_class, Checkpoint(pipeline_config, state))
     text = part(state, LANGUAGE)
     if f"{HEAD}.weight" in text:
         decoder_config = replace(decoder_config, tie_word_embeddings=False)
@@ -49,14 +50,6 @@ def expected_shapes(model_class: Any, pipeline_config: PipelineConfig, state: St
         quantize_like(tower, tower_state(state, prefix))
         shapes |= {prefix + name: shape for name, shape in parameter_shapes(tower).items()}
     return shapes
-
-
-def blueprint(
-    model_class: Any, pipeline_config: PipelineConfig, state: StateDict
-) -> tuple[nn.Module | None, DecoderConfig]:
-    """The tower, if any, and the decoder's sizes that a model class makes of a state dict."""
-    config, _ = model_class.read_config(pipeline_config)
-    return model_class.blueprint(config, pipeline_config, state)
 
 
 def require_fit(model_class: Any, pipeline_config: PipelineConfig, state: StateDict) -> Shapes:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_vlm_pipes.architectures.registry import Room, find_room
 from mlx_vlm_pipes.checkpoint.canonical import canonical, unpack
 from mlx_vlm_pipes.checkpoint.modules import require_fit
 from mlx_vlm_pipes.checkpoint.state import LANGUAGE
@@ -17,6 +16,7 @@ from mlx_vlm_pipes.errors import WeightsError
 from mlx_vlm_pipes.hf_config import read_config, text_config
 from mlx_vlm_pipes.loading import LoadOptions, model_config_for
 from mlx_vlm_pipes.quantization import QuantizationConfig
+from mlx_vlm_pipes.registry import Room, find_room
 from mlx_vlm_pipes.weights import (
     ConvToChannelsLast,
     ConvToMatrix,

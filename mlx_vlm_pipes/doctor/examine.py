@@ -6,7 +6,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from mlx_vlm_pipes.architectures.registry import find_room
 from mlx_vlm_pipes.doctor.memory import estimate_memory
 from mlx_vlm_pipes.doctor.processor import examine_processor
 from mlx_vlm_pipes.doctor.report import Checkup
@@ -14,6 +13,7 @@ from mlx_vlm_pipes.doctor.tensors import Tensors, examine_tensors, read_headers
 from mlx_vlm_pipes.errors import CheckpointNotFound, ConfigError
 from mlx_vlm_pipes.hf_config import HuggingFaceConfig
 from mlx_vlm_pipes.json_files import read_json, require_json
+from mlx_vlm_pipes.registry import find_room
 
 CODE_SUFFIXES = (
     ".py", ".pyc", ".so", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack",

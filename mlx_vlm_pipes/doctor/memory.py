@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from mlx_vlm_pipes.architectures.registry import Room
-from mlx_vlm_pipes.checkpoint.modules import blueprint
+from mlx_vlm_pipes.checkpoint.blueprint import Checkpoint, blueprint
 from mlx_vlm_pipes.doctor.report import GB, Checkup
 from mlx_vlm_pipes.doctor.tensors import Tensors
 from mlx_vlm_pipes.engine.engine import machine_memory
 from mlx_vlm_pipes.engine.plan import cache_bytes, peak_bytes, prefill_bytes
 from mlx_vlm_pipes.engine.state import EngineConfig
+from mlx_vlm_pipes.registry import Room
 
 TOKENS = 4096
 
@@ -26,7 +26,7 @@ def estimate_memory(room: Room, tensors: Tensors, checkup: Checkup) -> None:
         config, tensors.pipeline, model.devices, model.kv_cache, model.cache_dtype
     )
     limits = EngineConfig.from_pipeline(tensors.pipeline, machine_memory(), load)
-    _, decoder = blueprint(room_class, tensors.pipeline, tensors.state)
+    _, decoder = blueprint(room_class, Checkpoint(tensors.pipeline, tensors.state))
     fused = model.devices[0].is_gpu()
     step = prefill_bytes(decoder, params.dtype.size_in_bytes, TOKENS, limits, fused=fused)
     checkup.load_bytes = load

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from mlx_vlm_pipes.architectures.registry import Room
 from mlx_vlm_pipes.checkpoint.state import LANGUAGE
 from mlx_vlm_pipes.contexts import require_known_tokens
 from mlx_vlm_pipes.doctor.report import Checkup
@@ -18,6 +17,7 @@ from mlx_vlm_pipes.processing.base import TextProcessor
 from mlx_vlm_pipes.processing.chat_template import find_template
 from mlx_vlm_pipes.processing.tokenizer import Tokenizer
 from mlx_vlm_pipes.processing.types import PromptRequest
+from mlx_vlm_pipes.registry import Room
 
 _PROMPT = "Is this template in order?"
 

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlx_vlm_pipes.architectures.registry import Room
 from mlx_vlm_pipes.checkpoint.canonical import canonical_state
 from mlx_vlm_pipes.checkpoint.headers import HeaderWeights
 from mlx_vlm_pipes.checkpoint.modules import expected_shapes
@@ -20,6 +19,7 @@ from mlx_vlm_pipes.errors import PipesError, WeightsError
 from mlx_vlm_pipes.hf_config import HuggingFaceConfig, text_config, tie_flag
 from mlx_vlm_pipes.loading import LoadOptions, model_config_for
 from mlx_vlm_pipes.quantization import QuantizationConfig
+from mlx_vlm_pipes.registry import Room
 from mlx_vlm_pipes.weights import (
     ScaledFormat,
     TensorInfo,

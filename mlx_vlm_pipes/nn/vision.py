@@ -97,6 +97,32 @@ class SegmentAttention(nn.Module):
         return self.proj(out.reshape(x.shape))
 
 
+class PatchEmbed(nn.Module):
+    """A convolution with kernel = stride, as a matrix: [P, C*tp*p*p] -> [P, E]."""
+
+    def __init__(self, elements: int, size: int, *, bias: bool) -> None:
+        super().__init__()
+        self.proj = nn.Linear(elements, size, bias=bias)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.proj(x)
+
+
+class SegmentBlock(nn.Module):
+    """One layer: [P, E] -> [P, E]; the segments decide how far it sees. Norms come first."""
+
+    def __init__(
+        self, attention: SegmentAttention, mlp: nn.Module, norm1: nn.Module, norm2: nn.Module
+    ) -> None:
+        super().__init__()
+        self.norm1, self.attn = norm1, attention
+        self.norm2, self.mlp = norm2, mlp
+
+    def __call__(self, h: mx.array, segments: Segments) -> mx.array:
+        h = h + self.attn(self.norm1(h), segments)
+        return h + self.mlp(self.norm2(h))
+
+
 def pixel_shuffle(x: mx.array, rows: int, columns: int, factor: int) -> mx.array:
     """Fold blocks of factor x factor patches into channels.
 

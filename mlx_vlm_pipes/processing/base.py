@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 
 import numpy as np
 
-from mlx_vlm_pipes.architectures.facts import RoomFacts
 from mlx_vlm_pipes.contexts import (
     EOSTracker,
     ImageMetadata,
@@ -26,6 +25,7 @@ from mlx_vlm_pipes.contexts import (
     TokenBuffer,
 )
 from mlx_vlm_pipes.errors import InputError, ProcessorError
+from mlx_vlm_pipes.facts import RoomFacts
 from mlx_vlm_pipes.processing.images import load_image
 from mlx_vlm_pipes.processing.messages import (
     KINDS,

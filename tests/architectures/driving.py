@@ -10,7 +10,6 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_vlm_pipes.architectures.registry import find_room
 from mlx_vlm_pipes.config import ModelConfig, PipelineConfig
 from mlx_vlm_pipes.contexts import TextAndVisionContext
 from mlx_vlm_pipes.dtypes import DeviceRef, DeviceSpec
@@ -18,6 +17,7 @@ from mlx_vlm_pipes.hf_config import HuggingFaceConfig
 from mlx_vlm_pipes.interfaces import InferenceSession, ReturnHiddenStates, ReturnLogits
 from mlx_vlm_pipes.kv_cache import KVCache, KVCacheInputs, cache_inputs, increment_cache_lengths
 from mlx_vlm_pipes.nn.ragged import active_images
+from mlx_vlm_pipes.registry import find_room
 from mlx_vlm_pipes.weights import find_weight_files, load_weights
 
 

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from mlx_vlm_pipes.architectures.registry import find_room
 from mlx_vlm_pipes.config import ModelConfig, PipelineConfig
 from mlx_vlm_pipes.errors import CheckpointError
 from mlx_vlm_pipes.hf_config import HuggingFaceConfig, read_config
+from mlx_vlm_pipes.registry import find_room
 from tests.fixtures_helper import cases
 
 pytestmark = pytest.mark.reference

@@ -33,8 +33,8 @@ def named(**arrays: mx.array) -> dict[str, WeightData]:
 
 @pytest.mark.parametrize("folder", cases(), ids=lambda path: path.name)
 def test_headers_and_tensors_become_the_same_state(folder: Path) -> None:
-    from mlx_vlm_pipes.architectures.registry import find_room
     from mlx_vlm_pipes.hf_config import read_config
+    from mlx_vlm_pipes.registry import find_room
 
     config = read_config(folder)
     made = PipelineConfig(ModelConfig(huggingface_config=config, quantization_encoding="float32"))

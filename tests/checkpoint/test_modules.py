@@ -6,17 +6,17 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from mlx_vlm_pipes.architectures.registry import find_room
 from mlx_vlm_pipes.checkpoint.canonical import canonical, unpack
 from mlx_vlm_pipes.checkpoint.state import LANGUAGE, part
 from mlx_vlm_pipes.conversion import ConvertOptions, convert
 from mlx_vlm_pipes.hf_config import read_config
 from mlx_vlm_pipes.quantization import LoRAConfig
+from mlx_vlm_pipes.registry import find_room
 from mlx_vlm_pipes.weights import find_weight_files, load_weights
-from tests.checkpoint.test_encoding import by_hand
 from tests.engine.models import write_llama
 from tests.fixtures_helper import FIXTURES
 from tests.test_convert import make_adapter
+from tests.test_encoding import by_hand
 
 
 def stored(folder: Path) -> dict[str, mx.array]:

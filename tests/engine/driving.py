@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mlx_vlm_pipes.architectures.registry import find_room
 from mlx_vlm_pipes.contexts import TextContext
 from mlx_vlm_pipes.engine.requests import Chunk, Handle
 from mlx_vlm_pipes.engine.scheduler import Scheduler
@@ -14,6 +13,7 @@ from mlx_vlm_pipes.hf_config import read_config, text_config
 from mlx_vlm_pipes.loading import LoadOptions, load_model
 from mlx_vlm_pipes.pipeline import sampling_params
 from mlx_vlm_pipes.processing.types import PromptRequest
+from mlx_vlm_pipes.registry import find_room
 from tests.fixtures_helper import FIXTURES, reference
 
 FAMILIES = ["llama-tied", "idefics3", "pixtral", "internvl-qwen2", "qwen25vl", "qwen3vl"]

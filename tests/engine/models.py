@@ -9,7 +9,6 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_vlm_pipes.architectures.registry import find_room
 from mlx_vlm_pipes.contexts import SamplingParams, TextContext, TokenBuffer
 from mlx_vlm_pipes.engine.requests import Handle
 from mlx_vlm_pipes.engine.scheduler import Scheduler
@@ -17,6 +16,7 @@ from mlx_vlm_pipes.engine.state import EngineConfig
 from mlx_vlm_pipes.hf_config import read_config
 from mlx_vlm_pipes.interfaces import PipelineModelWithKVCache
 from mlx_vlm_pipes.loading import LoadOptions, load_model
+from mlx_vlm_pipes.registry import find_room
 
 VOCAB = 128
 

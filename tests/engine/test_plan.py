@@ -26,8 +26,8 @@ def test_plan_against_measured_peak(folder: Path) -> None:
         for _ in range(8):  # the largest: how far MLX runs ahead changes from run to run
             pipe.engine.forget()
             answer = pipe.generate(**request, max_tokens=facts["max_new"])
-        assert plan.prompt_tokens == answer.usage.prompt_tokens
-        assert plan.image_tokens == answer.usage.image_tokens
+            assert plan.prompt_tokens == answer.usage.prompt_tokens
+            assert plan.image_tokens == answer.usage.image_tokens
         measured = pipe.peak_memory_bytes()
         assert measured <= plan.peak_bytes <= 1.35 * measured, fact["name"]
     pipe.close()

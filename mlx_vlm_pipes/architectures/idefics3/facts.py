@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from mlx_vlm_pipes.architectures.facts import Composite, RoomFacts
 from mlx_vlm_pipes.config_limits import size
+from mlx_vlm_pipes.facts import Composite, RoomFacts
 
 VISION = {
     "hidden_size": 1152, "intermediate_size": 3072, "num_hidden_layers": 12,

@@ -12,11 +12,7 @@ from mlx_vlm_pipes.architectures.idefics3.model_config import Idefics3Config
 from mlx_vlm_pipes.architectures.idefics3.vision_model import Idefics3Vision
 from mlx_vlm_pipes.architectures.idefics3.weight_adapters import LAYOUTS, transforms
 from mlx_vlm_pipes.architectures.llama3.model_config import bounded_max_seq_len
-from mlx_vlm_pipes.checkpoint.state import (
-    LANGUAGE,
-    StateDict,
-    part,
-)
+from mlx_vlm_pipes.checkpoint.blueprint import Blueprint, Checkpoint
 from mlx_vlm_pipes.config import PipelineConfig
 from mlx_vlm_pipes.contexts import ImageMetadata
 from mlx_vlm_pipes.errors import MediaError
@@ -26,11 +22,8 @@ from mlx_vlm_pipes.interfaces import (
     InferenceSession,
     LayerWork,
     Model,
-    ReturnHiddenStates,
-    ReturnLogits,
     VisionInputs,
 )
-from mlx_vlm_pipes.nn.decoder import DecoderConfig
 from mlx_vlm_pipes.nn.vision import pixel_array
 from mlx_vlm_pipes.weights.layout import Transform
 
@@ -78,18 +71,10 @@ class Idefics3Model(VisionLanguageModel[Idefics3Inputs]):
         return transforms(config.vision_config)
 
     @classmethod
-    def blueprint(
-        cls,
-        config: Idefics3Config,
-        pipeline_config: PipelineConfig,
-        state: StateDict,
-        return_logits: ReturnLogits = ReturnLogits.LAST_TOKEN,
-        return_hidden_states: ReturnHiddenStates = ReturnHiddenStates.NONE,
-    ) -> tuple[Idefics3Vision, DecoderConfig]:
-        text = part(state, LANGUAGE)
-        outer = pipeline_config.model.require_huggingface_config()
-        config.finalize(outer, text, return_logits, return_hidden_states)
-        return Idefics3Vision(config.vision_config), config.text_config.decoder_config()
+    def blueprint(cls, config: Idefics3Config, checkpoint: Checkpoint) -> Blueprint:
+        config.finalize(checkpoint.outer, checkpoint.text, *checkpoint.modes)
+        tower = Idefics3Vision(config.vision_config)
+        return Blueprint(tower, config.text_config.decoder_config())
 
     def load_model(self, session: InferenceSession | None = None) -> tuple[Model, Model]:
         """Vision and language model, with their weights in; the model's own session by default.

@@ -10,8 +10,6 @@ from mlx_vlm_pipes.architectures.idefics3.sizes import FrameSizes
 from mlx_vlm_pipes.architectures.llama3.model_config import Llama3Config, NormMethod
 from mlx_vlm_pipes.architectures.part_fields import PartField, WithPartFields
 from mlx_vlm_pipes.architectures.vision_language_config import TwoPartConfig
-from mlx_vlm_pipes.checkpoint.state import expanded_scales
-from mlx_vlm_pipes.checkpoint.tie import declared_tied
 from mlx_vlm_pipes.config import PipelineConfig
 from mlx_vlm_pipes.dtypes import DeviceRef, DType
 from mlx_vlm_pipes.errors import ConfigError, UnsupportedModel
@@ -119,10 +117,7 @@ class Idefics3Config(WithPartFields, TwoPartConfig):
     def initialize_from_config(
         cls, pipeline_config: PipelineConfig, huggingface_config: AutoConfig
     ) -> Self:
-        """From the outer configuration.
-
-        Raises: ConfigError or UnsupportedModel for what the two parts refuse.
-        """
+        """As the base says. Raises: UnsupportedModel for another kind of tower or decoder too."""
         cfg = huggingface_config
         _check_type("text", text_config(cfg), _TEXT_TYPES)
         text = Llama3Config.initialize_from_config(pipeline_config, text_config(cfg))
@@ -146,18 +141,15 @@ class Idefics3Config(WithPartFields, TwoPartConfig):
         norm_method: NormMethod = "rms_norm",
     ) -> None:
         """Read what only the decoder's weights can say. Looks at names and dtypes, not values."""
-        text = text_config(huggingface_config)
         self.text_config.finalize(
-            text,
+            text_config(huggingface_config),
             llm_state_dict,
             return_logits,
             return_hidden_states,
             norm_method,
             attention_bias=False,
         )
-        self.text_config.quant_config = expanded_scales(huggingface_config, llm_state_dict)
-        if declared_tied(huggingface_config, text):  # either part may say it
-            self.text_config.tie_word_embeddings = True
+        self.finalize_outer(huggingface_config, llm_state_dict)
 
 
 def _check_type(part: str, config: Any, known: tuple[str, ...]) -> None:

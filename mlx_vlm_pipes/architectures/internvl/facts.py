@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from mlx_vlm_pipes.architectures.facts import Composite, RoomFacts
 from mlx_vlm_pipes.config_limits import FACTOR, FLAG, TEXT, number, sides, size
+from mlx_vlm_pipes.facts import Composite, RoomFacts
 
 FACTS = RoomFacts(
     class_defaults={

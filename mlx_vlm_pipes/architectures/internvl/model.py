@@ -13,8 +13,8 @@ from mlx_vlm_pipes.architectures.internvl.model_config import InternVLConfig
 from mlx_vlm_pipes.architectures.internvl.sizes import TileSizes
 from mlx_vlm_pipes.architectures.internvl.vision_model import VisionModel, as_patches
 from mlx_vlm_pipes.architectures.internvl.weight_adapters import LAYOUTS, transforms
-from mlx_vlm_pipes.checkpoint.state import LANGUAGE, StateDict, part
-from mlx_vlm_pipes.config import PipelineConfig, upper_bounded_default, weights_format
+from mlx_vlm_pipes.checkpoint.blueprint import Blueprint, Checkpoint
+from mlx_vlm_pipes.config import PipelineConfig, upper_bounded_default
 from mlx_vlm_pipes.contexts import ImageMetadata, TextAndVisionContext
 from mlx_vlm_pipes.errors import InputError, WeightsError
 from mlx_vlm_pipes.hf_config import AutoConfig, lookup, require_vision_config, text_config
@@ -24,11 +24,8 @@ from mlx_vlm_pipes.interfaces import (
     InferenceSession,
     LayerWork,
     Model,
-    ReturnHiddenStates,
-    ReturnLogits,
     VisionInputs,
 )
-from mlx_vlm_pipes.nn.decoder import DecoderConfig
 from mlx_vlm_pipes.nn.vision import pixel_array
 from mlx_vlm_pipes.weights.layout import Transform
 
@@ -101,30 +98,19 @@ class InternVLModel(AlwaysSignalBuffersMixin, VisionLanguageModel[InternVLInputs
         return transforms(config.vision_config)
 
     @classmethod
-    def blueprint(
-        cls,
-        config: InternVLConfig,
-        pipeline_config: PipelineConfig,
-        state: StateDict,
-        return_logits: ReturnLogits = ReturnLogits.LAST_TOKEN,
-        return_hidden_states: ReturnHiddenStates = ReturnHiddenStates.NONE,
-    ) -> tuple[VisionModel, DecoderConfig]:
-        del return_hidden_states  # no field of the configuration
-        text, vision = part(state, LANGUAGE), state.without(LANGUAGE)
+    def blueprint(cls, config: InternVLConfig, checkpoint: Checkpoint) -> Blueprint:
+        vision = checkpoint.tower(cls.tower_prefix)
         floats = [w.dtype for name, w in vision.items() if name.endswith("class_embedding")]
-        dtype = floats[0] if floats else pipeline_config.model.dtype
-        outer = pipeline_config.model.require_huggingface_config()
-        config.finalize(outer, text, vision, dtype, return_logits)
-        return VisionModel(config), config.llm_config.decoder_config()
+        dtype = floats[0] if floats else checkpoint.pipeline_config.model.dtype
+        config.finalize(checkpoint.outer, checkpoint.text, vision, dtype, checkpoint.return_logits)
+        return Blueprint(VisionModel(config), config.llm_config.decoder_config())
 
     def load_model(self, session: InferenceSession) -> tuple[Model, Model]:
         """The vision and the language model, weights in and evaluated.
 
         Raises: WeightsError for files that are not safetensors, or that do not fit the config.
         """
-        paths = self.pipeline_config.model.weight_path
-        if paths and weights_format(paths) != "safetensors":
-            raise WeightsError("InternVL weights must be .safetensors files")
+        self.require_safetensors(WeightsError)
         return super().load_model(session)
 
     def count_rows(self, image: ImageMetadata) -> int:

@@ -146,10 +146,6 @@ class InternVLConfig(TwoPartConfig):
         """1 / downsample_ratio: patches in a row of the block that becomes one vision row."""
         return round(1 / self.downsample_ratio)
 
-    @property
-    def decoder(self) -> Llama3Config | Qwen3Config:
-        return self.llm_config
-
     @classmethod
     def initialize_from_config(
         cls, pipeline_config: PipelineConfig, huggingface_config: AutoConfig

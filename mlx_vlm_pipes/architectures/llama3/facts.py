@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from mlx_vlm_pipes.architectures.facts import RoomFacts
 from mlx_vlm_pipes.config_limits import FACTOR
+from mlx_vlm_pipes.facts import RoomFacts
 
 LLAMA = {
     "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,

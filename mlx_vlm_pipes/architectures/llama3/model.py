@@ -9,13 +9,11 @@ from typing import Any, Literal
 import mlx.core as mx
 
 from mlx_vlm_pipes.architectures.base import CheckpointModel, announce, following
-from mlx_vlm_pipes.architectures.llama3.model_config import Llama3Config, bounded_max_seq_len
+from mlx_vlm_pipes.architectures.llama3.model_config import Llama3Config
 from mlx_vlm_pipes.architectures.llama3.weight_adapters import LAYOUTS
-from mlx_vlm_pipes.checkpoint.state import LANGUAGE, StateDict, part
-from mlx_vlm_pipes.config import PipelineConfig
+from mlx_vlm_pipes.checkpoint.blueprint import Blueprint, Checkpoint
 from mlx_vlm_pipes.contexts import TextContext
 from mlx_vlm_pipes.errors import InputError
-from mlx_vlm_pipes.hf_config import AutoConfig, lookup, require_int
 from mlx_vlm_pipes.interfaces import (
     Buffer,
     InferenceSession,
@@ -24,14 +22,11 @@ from mlx_vlm_pipes.interfaces import (
     ModelOutputs,
     PipelineModelWithKVCache,
     RaggedInputs,
-    ReturnHiddenStates,
-    ReturnLogits,
     require_inputs,
     require_kind,
 )
 from mlx_vlm_pipes.kv_cache import KVCacheInputs
 from mlx_vlm_pipes.nn.buffer_step import BufferStep
-from mlx_vlm_pipes.nn.decoder import DecoderConfig
 from mlx_vlm_pipes.nn.ragged import (
     flat_tokens,
     replica_splits,
@@ -93,32 +88,15 @@ class LlamaModelBase(CheckpointModel[TextContext], PipelineModelWithKVCache[Text
         self.model = self.load_model(session)
 
     @classmethod
-    def calculate_max_seq_len(
-        cls, pipeline_config: PipelineConfig, huggingface_config: AutoConfig
-    ) -> int:
-        """Raises: ConfigError if max_length exceeds the model's limit."""
-        limit = require_int(huggingface_config, "max_position_embeddings")
-        kind = lookup(huggingface_config, "model_type", default="llama")
-        return bounded_max_seq_len(kind, limit, pipeline_config.model.max_length)
-
-    @classmethod
-    def blueprint(
-        cls,
-        config: Llama3Config,
-        pipeline_config: PipelineConfig,
-        state: StateDict,
-        return_logits: ReturnLogits = ReturnLogits.LAST_TOKEN,
-        return_hidden_states: ReturnHiddenStates = ReturnHiddenStates.NONE,
-    ) -> tuple[None, DecoderConfig]:
+    def blueprint(cls, config: Llama3Config, checkpoint: Checkpoint) -> Blueprint:
         config.finalize(
-            pipeline_config.model.require_huggingface_config(),
-            part(state, LANGUAGE),
-            return_logits,
-            return_hidden_states,
+            checkpoint.outer,
+            checkpoint.text,
+            *checkpoint.modes,
             cls.norm_method,
             cls.attention_bias,
         )
-        return None, config.decoder_config()
+        return Blueprint(None, config.decoder_config())
 
     def load_model(self, session: InferenceSession) -> Model:
         """Read the weights through the adapter, build the decoder, install and evaluate."""

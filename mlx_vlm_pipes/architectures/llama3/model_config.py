@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
+from mlx_vlm_pipes.architectures.decoder_fields import DecoderFields
 from mlx_vlm_pipes.architectures.llama3.facts import FACTS
 from mlx_vlm_pipes.checkpoint.state import expanded_scales
 from mlx_vlm_pipes.checkpoint.tie import tied_by_names
@@ -31,12 +32,11 @@ from mlx_vlm_pipes.hf_config import (
     rope_theta,
     text_config,
 )
-from mlx_vlm_pipes.interfaces import ArchConfigWithKVCache, ReturnHiddenStates, ReturnLogits
+from mlx_vlm_pipes.interfaces import ReturnHiddenStates, ReturnLogits
 from mlx_vlm_pipes.nn.decoder import DecoderConfig
 from mlx_vlm_pipes.nn.rope import (
     Llama3RopeScalingParams,
     LongRoPEScalingParams,
-    RopeSpec,
     read_rope_scaling,
 )
 from mlx_vlm_pipes.quantization import (
@@ -54,13 +54,14 @@ NormMethod = Literal["rms_norm", "layer_norm"]
 
 
 @dataclass(kw_only=True)
-class Llama3Config(ArchConfigWithKVCache):
+class Llama3Config(DecoderFields):
     """What the decoder reads. Sizes in elements, lengths in tokens.
 
     The fields below `data_parallel_degree` are ours; the documented ones stand above. norm_dtype
     is the type of the norms' weights after loading; what a norm gives has the type of its input.
     """
 
+    has_qk_norm: ClassVar[bool] = False  # whatever the weights say
     hidden_size: int
     num_attention_heads: int
     num_key_value_heads: int
@@ -127,11 +128,12 @@ class Llama3Config(ArchConfigWithKVCache):
 
         rope_keys: of the rope dictionary, that the architecture has besides those of its type.
         Raises: ConfigError for missing keys, a rope type or activation that we do not have, or
-        an encoding that is not resolved yet.
+        an encoding that is not resolved yet; what `check` raises.
         """
         model_config = model_config or pipeline_config.model
         pipeline_config = replace(pipeline_config, model=model_config)
         cfg = huggingface_config
+        cls.check(cfg)
         devices = model_config.devices
         check_rope_keys(cfg, rope_keys)
         llama3, longrope = _rope_scaling(cfg)
@@ -171,6 +173,11 @@ class Llama3Config(ArchConfigWithKVCache):
             mrope_interleaved=bool(rope_dictionary(cfg).get("mrope_interleaved")),
         )
 
+    @classmethod
+    def check(cls, huggingface_config: AutoConfig) -> None:
+        """Refuse what the architecture does not run, beyond what its keys' readers refuse."""
+        del huggingface_config
+
     def finalize(
         self,
         huggingface_config: AutoConfig,
@@ -202,7 +209,7 @@ class Llama3Config(ArchConfigWithKVCache):
         self.output_bias = f"{attention}o_proj.bias" in names
         said = lookup(huggingface_config, "mlp_bias", default=False)
         self.mlp_bias = bool(said or "layers.0.mlp.down_proj.bias" in names)
-        self.qk_norm = f"{attention}q_norm.weight" in names
+        self.qk_norm = self.has_qk_norm or f"{attention}q_norm.weight" in names
         self.stacked_qkv = f"{attention}qkv_proj.weight" in names
         self.stacked_mlp = "layers.0.mlp.gate_up_proj.weight" in names
         text = text_config(huggingface_config)
@@ -254,49 +261,27 @@ class Llama3Config(ArchConfigWithKVCache):
     def get_num_layers(huggingface_config: AutoConfig) -> int:
         return require_int(text_config(huggingface_config), "num_hidden_layers")
 
-    def get_kv_params(self) -> KVCacheParams:
-        return self.kv_params
-
-    def get_max_seq_len(self) -> int:
-        return self.max_seq_len
-
     def decoder_config(self) -> DecoderConfig:
         """The same in the terms of the shared decoder."""
-        dim = self.kv_params.head_dim
-        return DecoderConfig(
-            hidden_size=self.hidden_size,
-            intermediate_size=self.intermediate_size,
-            num_layers=self.num_hidden_layers,
-            num_heads=self.num_attention_heads,
-            num_kv_heads=self.num_key_value_heads,
-            head_dim=dim,
-            vocab_size=self.vocab_size,
-            rope=RopeSpec(
-                dims=int(dim * self.partial_rotary_factor),
-                theta=self.rope_theta,
+        plain = self.plain_decoder(self.kv_params.head_dim, self.intermediate_size)
+        return replace(
+            plain,
+            rope=replace(
+                plain.rope,
                 interleaved=self.interleaved_rope_weights,
-                llama3=self.rope_scaling_params,
-                longrope=self.longrope_scaling_params,
                 mrope_section=self.mrope_section,
                 mrope_interleaved=self.mrope_interleaved,
             ),
-            attention_scale=self.attention_multiplier,
             norm_eps=self.rms_norm_eps,
             norm_dtype=None if self.norm_dtype is None else self.norm_dtype.to_mx(),
-            hidden_act=self.hidden_act,
-            qkv_bias=self.attention_bias,
             o_bias=self.output_bias,
-            mlp_bias=self.mlp_bias,
             qk_norm=self.qk_norm,
             clip_qkv=self.clip_qkv,
             stacked_qkv=self.stacked_qkv,
             stacked_mlp=self.stacked_mlp,
-            tie_word_embeddings=self.tie_word_embeddings,
             embedding_multiplier=self.embedding_multiplier,
             residual_multiplier=self.residual_multiplier,
             logits_scaling=self.logits_scaling,
-            sliding_window=self.sliding_window,
-            sliding_layers=self.sliding_layers,
         )
 
 

@@ -6,8 +6,8 @@
 
 from __future__ import annotations
 
-from mlx_vlm_pipes.architectures.facts import Composite, RoomFacts
 from mlx_vlm_pipes.config_limits import FLAG
+from mlx_vlm_pipes.facts import Composite, RoomFacts
 
 PROJECTOR = {"projector_hidden_act": "gelu", "multimodal_projector_bias": True}
 

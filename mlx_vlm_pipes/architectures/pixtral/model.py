@@ -17,20 +17,13 @@ from mlx_vlm_pipes.architectures.pixtral.vision_model import (
     to_patches,
 )
 from mlx_vlm_pipes.architectures.pixtral.weight_adapters import LAYOUTS, transforms
-from mlx_vlm_pipes.checkpoint.state import (
-    StateDict,
-)
-from mlx_vlm_pipes.config import PipelineConfig
+from mlx_vlm_pipes.checkpoint.blueprint import Blueprint, Checkpoint
 from mlx_vlm_pipes.contexts import ImageMetadata
-from mlx_vlm_pipes.hf_config import AutoConfig
 from mlx_vlm_pipes.interfaces import (
     Buffer,
     LayerWork,
-    ReturnHiddenStates,
-    ReturnLogits,
     VisionInputs,
 )
-from mlx_vlm_pipes.nn.decoder import DecoderConfig
 from mlx_vlm_pipes.nn.vision import pixel_array
 from mlx_vlm_pipes.weights.layout import Transform
 
@@ -70,28 +63,13 @@ class PixtralModel(VisionLanguageModel[PixtralInputs]):
     layouts = LAYOUTS
 
     @classmethod
-    def calculate_max_seq_len(
-        cls, pipeline_config: PipelineConfig, huggingface_config: AutoConfig
-    ) -> int:
-        """Raises: ConfigError if max_length exceeds the decoder's limit."""
-        return PixtralConfig.calculate_max_seq_len(pipeline_config, huggingface_config)
-
-    @classmethod
     def transforms(cls, config: PixtralConfig) -> tuple[Transform, ...]:
         return transforms(config)
 
     @classmethod
-    def blueprint(
-        cls,
-        config: PixtralConfig,
-        pipeline_config: PipelineConfig,
-        state: StateDict,
-        return_logits: ReturnLogits = ReturnLogits.LAST_TOKEN,
-        return_hidden_states: ReturnHiddenStates = ReturnHiddenStates.NONE,
-    ) -> tuple[PixtralVision, DecoderConfig]:
-        del pipeline_config, state, return_hidden_states  # nothing in a checkpoint decides here
-        config.return_logits = return_logits
-        return PixtralVision(config), config.decoder_config()
+    def blueprint(cls, config: PixtralConfig, checkpoint: Checkpoint) -> Blueprint:
+        config.return_logits = checkpoint.return_logits  # its tensors decide nothing
+        return Blueprint(PixtralVision(config), config.decoder_config())
 
     @property
     def placeholder(self) -> int:

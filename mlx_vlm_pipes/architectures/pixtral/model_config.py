@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from mlx_vlm_pipes.architectures.decoder_fields import DecoderFields
 from mlx_vlm_pipes.architectures.llama3.model_config import Llama3Config, bounded_max_seq_len
 from mlx_vlm_pipes.architectures.pixtral.facts import FACTS
 from mlx_vlm_pipes.architectures.pixtral.sizes import PatchSizes
@@ -25,7 +26,7 @@ from mlx_vlm_pipes.hf_config import (
 )
 from mlx_vlm_pipes.interfaces import ReturnLogits
 from mlx_vlm_pipes.nn.decoder import DecoderConfig
-from mlx_vlm_pipes.nn.rope import Llama3RopeScalingParams, LongRoPEScalingParams, RopeSpec
+from mlx_vlm_pipes.nn.rope import Llama3RopeScalingParams, LongRoPEScalingParams
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -34,7 +35,7 @@ _TEXT_TYPES = ("mistral", "llama")
 
 
 @dataclass(kw_only=True)
-class PixtralConfig(VisionLanguageConfig):
+class PixtralConfig(DecoderFields, VisionLanguageConfig):
     """What the model reads. Sizes in elements, lengths in tokens, image and patch in pixels.
 
     The fields below `return_logits` are ours; the documented ones stand above. image_size is the
@@ -140,38 +141,10 @@ class PixtralConfig(VisionLanguageConfig):
         limit = require_int(text_config(huggingface_config), "max_position_embeddings")
         return bounded_max_seq_len("Pixtral", limit, model_config.max_length)
 
-    def get_kv_params(self) -> KVCacheParams:
-        return self.kv_params
-
-    def get_max_seq_len(self) -> int:
-        return self.max_seq_len
-
     def decoder_config(self) -> DecoderConfig:
         """The text side in the terms of the shared decoder."""
-        return DecoderConfig(
-            hidden_size=self.hidden_size,
-            intermediate_size=self.feed_forward_length,
-            num_layers=self.num_hidden_layers,
-            num_heads=self.num_attention_heads,
-            num_kv_heads=self.num_key_value_heads,
-            head_dim=self.head_dim,
-            vocab_size=self.vocab_size,
-            rope=RopeSpec(
-                dims=int(self.head_dim * self.partial_rotary_factor),
-                theta=self.rope_theta,
-                llama3=self.rope_scaling_params,
-                longrope=self.longrope_scaling_params,
-            ),
-            attention_scale=self.attention_multiplier,
-            norm_eps=self.rms_norm_eps,
-            hidden_act=self.hidden_act,
-            qkv_bias=self.attention_bias,
-            o_bias=self.attention_bias,
-            mlp_bias=self.mlp_bias,
-            tie_word_embeddings=self.tie_word_embeddings,
-            sliding_window=self.sliding_window,
-            sliding_layers=self.sliding_layers,
-        )
+        plain = self.plain_decoder(self.head_dim, self.feed_forward_length)
+        return replace(plain, norm_eps=self.rms_norm_eps, o_bias=self.attention_bias)
 
 
 def _vision_fields(cfg: AutoConfig) -> dict[str, Any]:

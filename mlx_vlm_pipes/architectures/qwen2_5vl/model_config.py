@@ -16,18 +16,14 @@ from mlx_vlm_pipes.architectures.qwen2_5vl.facts import FACTS
 from mlx_vlm_pipes.architectures.qwen2_5vl.sizes import VisionSizes
 from mlx_vlm_pipes.architectures.vision_language_config import TwoPartConfig
 from mlx_vlm_pipes.checkpoint.state import expanded_scales, stored_dtype
-from mlx_vlm_pipes.checkpoint.tie import declared_tied
 from mlx_vlm_pipes.config import PipelineConfig
 from mlx_vlm_pipes.dtypes import DeviceRef, DType
 from mlx_vlm_pipes.errors import ConfigError
 from mlx_vlm_pipes.hf_config import (
     AutoConfig,
     activation_name,
-    axial_theta,
     head_dim,
     lookup,
-    optional_int,
-    require_int,
     require_vision_config,
     rope_dictionary,
     text_config,
@@ -83,23 +79,15 @@ class VisionConfig(GridTowerConfig):
         cfg, sizes = hf_vision_config, VisionSizes.read(hf_vision_config)
         blocks = lookup(cfg, "fullatt_block_indexes", default=FULL_ATTENTION_BLOCKS)
         config = cls(
-            dtype=DType.bfloat16,
-            llm_dtype=DType.bfloat16,
+            **cls.shared_fields(cfg),
             devices=pipeline_config.model.devices,
             patch_size=sizes.patch_size,
             temporal_patch_size=sizes.temporal_patch_size,
-            in_channels=optional_int(cfg, "in_channels", "in_chans", default=3),
-            hidden_size=require_int(cfg, "hidden_size"),
-            num_attention_heads=require_int(cfg, "num_heads", "num_attention_heads"),
-            depth=require_int(cfg, "depth"),
-            intermediate_size=require_int(cfg, "intermediate_size"),
-            out_hidden_size=require_int(cfg, "out_hidden_size"),
             fullatt_block_indexes=[int(block) for block in blocks],
             rms_norm_eps=RMS_NORM_EPS,
             window_size=sizes.window_size,
             spatial_merge_size=sizes.spatial_merge_size,
             hidden_act=activation_name(cfg, "hidden_act", default="silu"),
-            rope_theta=axial_theta(cfg),
         )
         config._check()
         return config
@@ -143,19 +131,11 @@ class Qwen2_5VLConfig(WithPartFields, TwoPartConfig):
     vision_config: VisionConfig
     llm_config: Llama3Config
 
-    @property
-    def decoder(self) -> Llama3Config:
-        return self.llm_config
-
     @classmethod
     def initialize_from_config(
         cls, pipeline_config: PipelineConfig, huggingface_config: AutoConfig
     ) -> Self:
-        """From the outer configuration.
-
-        Raises: ConfigError without a vision_config, for missing or contradicting keys, and for
-        values that we do not run.
-        """
+        """From either spelling. Raises: as the base says."""
         cfg, vision_cfg = huggingface_config, require_vision_config(huggingface_config)
         text_cfg = text_config(cfg)
         vision = VisionConfig.initialize_from_config(pipeline_config, vision_cfg)
@@ -193,7 +173,6 @@ class Qwen2_5VLConfig(WithPartFields, TwoPartConfig):
         """
         del pipeline_config  # the encoding that it names has been applied to the state dicts
         require_vision_config(huggingface_config)
-        text_cfg = text_config(huggingface_config)
         self.vision_config.finalize(
             huggingface_config,
             vision_state_dict,
@@ -201,15 +180,13 @@ class Qwen2_5VLConfig(WithPartFields, TwoPartConfig):
             stored_dtype(llm_state_dict, "embed_tokens"),
         )
         self.llm_config.finalize(
-            text_cfg,
+            text_config(huggingface_config),
             llm_state_dict,
             return_logits,
             norm_method=norm_method,
             attention_bias=True,
         )
-        self.llm_config.quant_config = expanded_scales(huggingface_config, llm_state_dict)
-        if declared_tied(huggingface_config, text_cfg):
-            self.llm_config.tie_word_embeddings = True
+        self.finalize_outer(huggingface_config, llm_state_dict)
 
 
 def _mrope_section(text_cfg: AutoConfig) -> list[int]:

@@ -15,7 +15,7 @@ from mlx_vlm_pipes.architectures.qwen2_5vl.model_config import VisionConfig
 from mlx_vlm_pipes.errors import InputError
 from mlx_vlm_pipes.nn.activations import activation
 from mlx_vlm_pipes.nn.rope import inverse_frequencies
-from mlx_vlm_pipes.nn.vision import SegmentAttention, Segments
+from mlx_vlm_pipes.nn.vision import PatchEmbed, SegmentAttention, SegmentBlock, Segments
 
 
 def window_order(
@@ -29,17 +29,6 @@ def window_order(
     lengths = np.diff(cu_window_seqlens.astype(np.int64))
     of_unit = np.repeat(lengths, lengths // unit)  # length of the window that a unit is in
     return window_index[np.argsort(of_unit, kind="stable")], np.sort(lengths)
-
-
-class PatchEmbed(nn.Module):
-    """A convolution with kernel = stride, as a matrix: [P, C*tp*p*p] -> [P, E]."""
-
-    def __init__(self, config: VisionConfig) -> None:
-        super().__init__()
-        self.proj = nn.Linear(config.patch_elements, config.hidden_size, bias=False)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return self.proj(x)
 
 
 class MLP(nn.Module):
@@ -57,19 +46,11 @@ class MLP(nn.Module):
         return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
 
 
-class Block(nn.Module):
-    """One layer: [P, E] -> [P, E]; the segments decide how far it sees."""
-
-    def __init__(self, config: VisionConfig) -> None:
-        super().__init__()
-        self.norm1 = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.norm2 = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.attn = SegmentAttention(config.hidden_size, config.num_attention_heads)
-        self.mlp = MLP(config)
-
-    def __call__(self, h: mx.array, segments: Segments) -> mx.array:
-        h = h + self.attn(self.norm1(h), segments)
-        return h + self.mlp(self.norm2(h))
+def _block(config: VisionConfig) -> SegmentBlock:
+    """One layer, not yet loaded."""
+    size = config.hidden_size
+    norms = (nn.RMSNorm(size, config.rms_norm_eps) for _ in range(2))
+    return SegmentBlock(SegmentAttention(size, config.num_attention_heads), MLP(config), *norms)
 
 
 class PatchMerger(nn.Module):
@@ -102,8 +83,8 @@ class VisionModel(nn.Module):
         self.full_blocks = frozenset(config.fullatt_block_indexes)
         # each axis takes half of the rotary pairs
         self._inv_freq = mx.array(inverse_frequencies(config.head_dim // 2, config.rope_theta))
-        self.patch_embed = PatchEmbed(config)
-        self.blocks = [Block(config) for _ in range(config.depth)]
+        self.patch_embed = PatchEmbed(config.patch_elements, config.hidden_size, bias=False)
+        self.blocks = [_block(config) for _ in range(config.depth)]
         self.merger = PatchMerger(config)
 
     def __call__(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from mlx_vlm_pipes.architectures.facts import Composite, RoomFacts
 from mlx_vlm_pipes.architectures.llama3.facts import QWEN
 from mlx_vlm_pipes.config_limits import INDICES, size
+from mlx_vlm_pipes.facts import Composite, RoomFacts
 
 FACTS = RoomFacts(
     class_defaults={

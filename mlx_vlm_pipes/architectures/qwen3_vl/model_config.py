@@ -10,29 +10,26 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from mlx_vlm_pipes.architectures.grid_config import GridTowerConfig
+from mlx_vlm_pipes.architectures.llama3.model_config import Llama3Config
 from mlx_vlm_pipes.architectures.qwen3 import Qwen3Config
 from mlx_vlm_pipes.architectures.qwen3_vl.facts import FACTS
 from mlx_vlm_pipes.architectures.qwen3_vl.sizes import VisionSizes
 from mlx_vlm_pipes.architectures.vision_language_config import TwoPartConfig
-from mlx_vlm_pipes.checkpoint.state import stored_dtype
-from mlx_vlm_pipes.checkpoint.tie import declared_tied
+from mlx_vlm_pipes.checkpoint.blueprint import Checkpoint
+from mlx_vlm_pipes.checkpoint.state import VISION, stored_dtype
 from mlx_vlm_pipes.config import PipelineConfig
 from mlx_vlm_pipes.dtypes import DeviceRef, DType
 from mlx_vlm_pipes.errors import ConfigError
 from mlx_vlm_pipes.hf_config import (
     AutoConfig,
     activation_name,
-    axial_theta,
     lookup,
-    optional_int,
     require_int,
     require_vision_config,
     rope_dictionary,
     text_config,
 )
-from mlx_vlm_pipes.interfaces import ReturnHiddenStates, ReturnLogits
 from mlx_vlm_pipes.nn.decoder import DecoderConfig
-from mlx_vlm_pipes.weights import WeightData
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -74,21 +71,13 @@ class VisionConfig(GridTowerConfig):
         """
         cfg, sizes = hf_vision_config, VisionSizes.read(hf_vision_config)
         config = cls(
-            dtype=DType.bfloat16,
-            llm_dtype=DType.bfloat16,
+            **cls.shared_fields(cfg),
             patch_size=sizes.patch_size,
             temporal_patch_size=sizes.temporal_patch_size,
-            in_channels=optional_int(cfg, "in_channels", default=3),
-            hidden_size=require_int(cfg, "hidden_size"),
-            num_attention_heads=require_int(cfg, "num_heads", "num_attention_heads"),
-            depth=require_int(cfg, "depth", "num_hidden_layers"),
-            intermediate_size=require_int(cfg, "intermediate_size"),
-            out_hidden_size=require_int(cfg, "out_hidden_size"),
             spatial_merge_size=sizes.spatial_merge_size,
             num_position_embeddings=sizes.table_side**2,
             deepstack_visual_indexes=_tapped_blocks(cfg),
             hidden_act=activation_name(cfg, "hidden_act", default="gelu_pytorch_tanh"),
-            rope_theta=axial_theta(cfg),
         )
         config.check_heads()
         return config
@@ -104,21 +93,13 @@ class Qwen3VLConfig(TwoPartConfig):
     video_token_id: int
     mrope_section: tuple[int, ...]
     vision_config: VisionConfig
-    llm_config: Qwen3Config
-
-    @property
-    def decoder(self) -> Qwen3Config:
-        return self.llm_config
+    llm_config: Llama3Config  # a Qwen3Config
 
     @classmethod
     def initialize_from_config(
         cls, pipeline_config: PipelineConfig, huggingface_config: AutoConfig
     ) -> Self:
-        """From the outer configuration.
-
-        Raises: ConfigError without a vision_config, for missing or contradicting keys, and for
-        values that we do not run; UnsupportedModel for mixture-of-experts layers.
-        """
+        """As the base says. Raises: UnsupportedModel for mixture-of-experts layers too."""
         cfg, text_cfg = huggingface_config, text_config(huggingface_config)
         vision = VisionConfig.initialize_from_config(require_vision_config(cfg))
         llm = Qwen3Config.initialize_from_config(
@@ -139,25 +120,17 @@ class Qwen3VLConfig(TwoPartConfig):
             llm_config=llm,
         )
 
-    def finalize(
-        self,
-        huggingface_config: AutoConfig,
-        llm_state_dict: dict[str, WeightData],
-        vision_state_dict: dict[str, WeightData],
-        return_logits: ReturnLogits,
-        return_hidden_states: ReturnHiddenStates = ReturnHiddenStates.NONE,
-    ) -> None:
+    def finalize(self, checkpoint: Checkpoint) -> None:
         """Read what only the weights can say: dtypes, biases, the tied head.
 
         Raises: ConfigError without one of the two tensors whose dtype decides, or for a
         quantisation that we do not know.
         """
-        text_cfg = text_config(huggingface_config)
-        self.vision_config.dtype = stored_dtype(vision_state_dict, "patch_embed.proj")
-        self.vision_config.llm_dtype = stored_dtype(llm_state_dict, "embed_tokens")
-        self.llm_config.finalize(text_cfg, llm_state_dict, return_logits, return_hidden_states)
-        if declared_tied(huggingface_config, text_cfg):
-            self.llm_config.tie_word_embeddings = True
+        outer, tensors = checkpoint.outer, checkpoint.text
+        self.vision_config.dtype = stored_dtype(checkpoint.tower(VISION), "patch_embed.proj")
+        self.vision_config.llm_dtype = stored_dtype(tensors, "embed_tokens")
+        self.llm_config.finalize(text_config(outer), tensors, *checkpoint.modes)
+        self.finalize_outer(outer, tensors)
 
     def decoder_config(self) -> DecoderConfig:
         """The same in the terms of the shared decoder."""

@@ -15,20 +15,9 @@ import numpy as np
 from mlx_vlm_pipes.architectures.qwen3_vl.model_config import VisionConfig
 from mlx_vlm_pipes.nn.activations import activation
 from mlx_vlm_pipes.nn.rope import inverse_frequencies
-from mlx_vlm_pipes.nn.vision import SegmentAttention, Segments
+from mlx_vlm_pipes.nn.vision import PatchEmbed, SegmentAttention, SegmentBlock, Segments
 
 NORM_EPS = 1e-6  # written into the reference's code, in no config.json
-
-
-class PatchEmbed(nn.Module):
-    """A convolution with kernel = stride, as a matrix: [P, C*tp*p*p] -> [P, E]."""
-
-    def __init__(self, config: VisionConfig) -> None:
-        super().__init__()
-        self.proj = nn.Linear(config.patch_elements, config.hidden_size)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return self.proj(x)
 
 
 class MLP(nn.Module):
@@ -44,19 +33,11 @@ class MLP(nn.Module):
         return self.linear_fc2(self.act(self.linear_fc1(x)))
 
 
-class Block(nn.Module):
-    """One layer: [P, E] -> [P, E]; every patch sees its whole picture or frame."""
-
-    def __init__(self, config: VisionConfig) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(config.hidden_size, NORM_EPS)
-        self.norm2 = nn.LayerNorm(config.hidden_size, NORM_EPS)
-        self.attn = SegmentAttention(config.hidden_size, config.num_attention_heads)
-        self.mlp = MLP(config)
-
-    def __call__(self, h: mx.array, segments: Segments) -> mx.array:
-        h = h + self.attn(self.norm1(h), segments)
-        return h + self.mlp(self.norm2(h))
+def _block(config: VisionConfig) -> SegmentBlock:
+    """One layer, not yet loaded."""
+    size = config.hidden_size
+    norms = (nn.LayerNorm(size, NORM_EPS) for _ in range(2))
+    return SegmentBlock(SegmentAttention(size, config.num_attention_heads), MLP(config), *norms)
 
 
 class PatchMerger(nn.Module):
@@ -87,9 +68,9 @@ class VisionModel(nn.Module):
         self.taps = config.deepstack_visual_indexes
         # each axis takes half of the rotary pairs
         self._inv_freq = mx.array(inverse_frequencies(config.head_dim // 2, config.rope_theta))
-        self.patch_embed = PatchEmbed(config)
+        self.patch_embed = PatchEmbed(config.patch_elements, config.hidden_size, bias=True)
         self.pos_embed = nn.Embedding(config.num_position_embeddings, config.hidden_size)
-        self.blocks = [Block(config) for _ in range(config.depth)]
+        self.blocks = [_block(config) for _ in range(config.depth)]
         self.merger = PatchMerger(config, norm_merged=False)
         self.deepstack_merger_list = [PatchMerger(config, norm_merged=True) for _ in self.taps]
 

@@ -12,7 +12,7 @@ from tests.architectures.qwen2_5vl.test_vision_model import tiny_config
 # layout: (prefix of the decoder, of its head, of the vision tower)
 PREFIXES = {
     "huggingface 4": ("model.", "lm_head.", "visual."),
-    "huggingface 5": ("model.language_model.", "lm_head.", "model.visual."),
+    "huggingface": ("model.language_model.", "lm_head.", "model.visual."),
     "mlx-vlm": ("language_model.model.", "language_model.lm_head.", "vision_tower."),
     "canonical": ("language_model.", "language_model.lm_head.", "vision_model."),
 }

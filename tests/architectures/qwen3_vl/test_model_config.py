@@ -7,11 +7,14 @@ import mlx.core as mx
 import pytest
 
 from mlx_vlm_pipes.architectures.qwen3_vl.model_config import Qwen3VLConfig
-from mlx_vlm_pipes.architectures.registry import find_room
+from mlx_vlm_pipes.checkpoint.blueprint import Checkpoint
+from mlx_vlm_pipes.checkpoint.state import LANGUAGE, StateDict
+from mlx_vlm_pipes.checkpoint.state import VISION as TOWER
 from mlx_vlm_pipes.dtypes import DType
 from mlx_vlm_pipes.errors import ConfigError, UnsupportedModel
 from mlx_vlm_pipes.hf_config import HuggingFaceConfig
 from mlx_vlm_pipes.interfaces import ReturnHiddenStates, ReturnLogits
+from mlx_vlm_pipes.registry import find_room
 from mlx_vlm_pipes.weights import WeightData
 from tests.architectures.driving import changed, pipeline_config
 
@@ -111,12 +114,13 @@ def weight(name: str, dtype: DType) -> WeightData:
 
 def finalized(cfg: dict[str, Any], *names: str) -> Qwen3VLConfig:
     config = read(cfg)
-    text = {n: weight(n, DType.float16) for n in names if "patch" not in n}
-    vision = {n: weight(n, DType.float32) for n in names if "patch" in n}
+    text = {LANGUAGE + n: weight(n, DType.float16) for n in names if "patch" not in n}
+    vision = {TOWER + n: weight(n, DType.float32) for n in names if "patch" in n}
+    modes = ReturnLogits.ALL, ReturnHiddenStates.LAST
+    checkpoint = Checkpoint(pipeline_config(cfg), StateDict({**text, **vision}), *modes)
 
     def once() -> Qwen3VLConfig:
-        modes = ReturnLogits.ALL, ReturnHiddenStates.LAST
-        config.finalize(HuggingFaceConfig(cfg), text, vision, *modes)
+        config.finalize(checkpoint)
         return dataclasses.replace(config)
 
     assert once() == once()

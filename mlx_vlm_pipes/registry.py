@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from mlx_vlm_pipes.architectures.facts import NO_FACTS, RoomFacts
 from mlx_vlm_pipes.errors import UnsupportedModel
+from mlx_vlm_pipes.facts import NO_FACTS, RoomFacts
 
 _ROOMS = "mlx_vlm_pipes.architectures"
 # room: (model class, processor class)

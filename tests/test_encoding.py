@@ -11,7 +11,6 @@ import pytest
 
 from mlx_vlm_pipes import load as load_pipeline
 from mlx_vlm_pipes.architectures.idefics3.model_config import Idefics3Config
-from mlx_vlm_pipes.architectures.registry import find_room
 from mlx_vlm_pipes.config import KVCacheConfig, ModelConfig, PipelineConfig
 from mlx_vlm_pipes.contexts import TextContext, TokenBuffer
 from mlx_vlm_pipes.conversion import ConvertOptions, convert
@@ -20,6 +19,7 @@ from mlx_vlm_pipes.errors import ConfigError
 from mlx_vlm_pipes.interfaces import InferenceSession
 from mlx_vlm_pipes.kv_cache import KVCache, cache_inputs
 from mlx_vlm_pipes.quantization import LoRAConfig, QuantizationEncoding
+from mlx_vlm_pipes.registry import find_room
 from mlx_vlm_pipes.weights import find_weight_files, load_weights
 from tests.fixtures_helper import FIXTURES
 from tests.test_check import copy_case, edit_json, edit_tensors

@@ -1,6 +1,6 @@
 """What is particular to an architecture, as data that needs no MLX.
 
-Each room has a `facts.py` with its `FACTS`; `registry` finds it by the names in config.json.
+Each room has a `facts.py` with its own `FACTS`; `registry` finds it by the names in config.json.
 """
 
 from __future__ import annotations

@@ -10,22 +10,26 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from mlx_vlm_pipes.checkpoint.state import config_dict
-from mlx_vlm_pipes.config import COMPUTE_TYPES, ModelConfig, split_encoding
 from mlx_vlm_pipes.dtypes import DType
 from mlx_vlm_pipes.errors import ConfigError
 from mlx_vlm_pipes.quantization import QuantizationConfig
-from mlx_vlm_pipes.weights import (
-    ScaledFormat,
-    WeightData,
-    Weights,
-    find_weight_files,
-    load_state_dict,
-    load_weights,
-    parse_quantization,
-)
+from mlx_vlm_pipes.weights import ScaledFormat, WeightData
+
+# encoding: (dtype that the config reports, dtype of the cache)
+ENCODINGS: dict[str, tuple[DType, DType]] = {
+    "float32": (DType.float32, DType.float32),
+    "bfloat16": (DType.bfloat16, DType.bfloat16),
+    "float16": (DType.float16, DType.float16),
+    "q4_0": (DType.uint8, DType.float32),
+    "q4_k": (DType.uint8, DType.float32),
+    "q6_k": (DType.uint8, DType.float32),
+    "gptq": (DType.uint8, DType.bfloat16),
+    "float8_e4m3fn": (DType.float8_e4m3fn, DType.bfloat16),
+    "float4_e2m1fnx2": (DType.uint8, DType.bfloat16),
+}
+COMPUTE_TYPES = ("float32", "float16", "bfloat16")
+_WITH_COMPUTE = ("mlx", "gptq")  # a type to compute in may follow: "mlx:float32"
 
 _PACKED = {
     "mlx": (".scales",),
@@ -52,24 +56,17 @@ class Stored:
     packing: QuantizationConfig | None
 
 
-def resolve(model: ModelConfig, weights: Weights | Mapping[str, Any] | None = None) -> None:
-    """Settle encoding and packing of `model`; a second time changes nothing.
+def split_encoding(encoding: str) -> tuple[str, DType | None]:
+    """An encoding's name, and the type that packed weights are to compute in, if one is said.
 
-    weights: those to look at, by default the files of weight_path, which is then filled in from
-    the folder model_path where it is empty.
-    Raises: ConfigError for an encoding that nobody knows or that the weights contradict,
-    CheckpointError for files that cannot be read.
+    Raises: ConfigError for a name that is none.
     """
-    if model.quantization_encoding is not None:
-        split_encoding(model.quantization_encoding)  # refuse nonsense before files are opened
-    if weights is None:
-        model.weight_path = model.weight_path or find_weight_files(model.model_path)
-        weights = load_weights(model.weight_path)
-    config = config_dict(model.require_huggingface_config())
-    found = stored_encoding(load_state_dict(weights), parse_quantization(config))
-    model.quantization_encoding = _fitting(model.quantization_encoding, found)
-    model._quant = found.packing
-    model._scales_dtype = found.scales_dtype
+    kind, colon, compute = encoding.partition(":")
+    suffix_fits = kind in _WITH_COMPUTE and compute in COMPUTE_TYPES if colon else True
+    if (kind not in ENCODINGS and kind not in _WITH_COMPUTE) or not suffix_fits:
+        known = ", ".join(dict.fromkeys((*ENCODINGS, *_WITH_COMPUTE)))
+        raise ConfigError(f"quantization_encoding {encoding!r}; use None or one of {known}")
+    return kind, DType[compute] if compute else None
 
 
 def stored_encoding(
@@ -111,7 +108,7 @@ def dominant_type(
     return max(counts, key=lambda kind: counts[kind]) if any(counts.values()) else default
 
 
-def _fitting(label: str | None, found: Stored) -> str:
+def fitting_encoding(label: str | None, found: Stored) -> str:
     """The encoding that a label means for these weights. Raises: ConfigError if it fits none."""
     if label is None:
         return found.own
