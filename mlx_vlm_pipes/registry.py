@@ -23,7 +23,7 @@ _CLASSES = {
 # names whose model class is not the room's own
 _MODELS = {"OlmoForCausalLM": "OlmoModel", "olmo": "OlmoModel"}
 # name in `architectures` or `model_type` of config.json: room
-_NAMES = {
+NAMES = {
     "LlamaForCausalLM": "llama3",
     "MistralForCausalLM": "llama3",
     "GraniteForCausalLM": "llama3",
@@ -85,7 +85,7 @@ def find_facts(names: Sequence[Any], model_type: Any) -> RoomFacts:
     Args: names, what `architectures` lists.
     """
     for name in (*names, model_type):
-        room = (_NAMES.get(name) or _PARTS.get(name)) if isinstance(name, str) else None
+        room = (NAMES.get(name) or _PARTS.get(name)) if isinstance(name, str) else None
         if room is not None:
             return _facts(room)
     return NO_FACTS
@@ -104,11 +104,11 @@ def find_room(huggingface_config: Any) -> Room:
     names = [n for n in found if isinstance(n, str)] if isinstance(found, (list, tuple)) else []
     kind = getattr(huggingface_config, "model_type", None)
     for name in (*names, kind):
-        if isinstance(name, str) and name in _NAMES:
-            room = _NAMES[name]
+        if isinstance(name, str) and name in NAMES:
+            room = NAMES[name]
             return Room(room, _MODELS.get(name, _CLASSES[room][0]))
     label = ", ".join(names) or repr(kind)
     raise UnsupportedModel(
         f"architecture {label} is not supported; supported: "
-        + ", ".join(n for n in _NAMES if n[0].isupper())
+        + ", ".join(n for n in NAMES if n[0].isupper())
     )

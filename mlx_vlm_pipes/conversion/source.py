@@ -12,7 +12,6 @@ from mlx_vlm_pipes.checkpoint.modules import require_fit
 from mlx_vlm_pipes.checkpoint.state import LANGUAGE
 from mlx_vlm_pipes.checkpoint.tie import EMBEDDING, HEAD, settle_head, tied_by_names
 from mlx_vlm_pipes.config import PipelineConfig
-from mlx_vlm_pipes.errors import WeightsError
 from mlx_vlm_pipes.hf_config import read_config, text_config
 from mlx_vlm_pipes.loading import LoadOptions, model_config_for
 from mlx_vlm_pipes.quantization import QuantizationConfig
@@ -26,7 +25,7 @@ from mlx_vlm_pipes.weights import (
     find_weight_files,
     load_weights,
 )
-from mlx_vlm_pipes.weights.layout import MLXForm, Reshape, Transform
+from mlx_vlm_pipes.weights.layout import MLXForm, Transform
 from mlx_vlm_pipes.weights.lora import LoRAAdapter, check_against_base, read_adapter
 from mlx_vlm_pipes.weights.quantized import settings_for
 
@@ -104,7 +103,7 @@ def open_source(folder: Path) -> Source:
     unpacked = unpack(weights, config)
     as_loaded = canonical(unpacked, adapters.LAYOUTS, changes)
     expected = require_fit(room.model_class(), pipeline, as_loaded)
-    state = canonical(unpacked, adapters.LAYOUTS, [_kept(change) for change in changes])
+    state = canonical(unpacked, adapters.LAYOUTS, _kept(changes))
     state.keep(drop_dummy_biases(state, expected))
     declared = tied_by_names(config, text_config(config), state, f"{HEAD_PATH}.weight")
     tied = settle_head(state, tied=declared, prefix=LANGUAGE)
@@ -116,18 +115,10 @@ def open_source(folder: Path) -> Source:
     )  # fmt: skip
 
 
-def _kept(change: Transform) -> Transform:
-    """The change that a written checkpoint needs: convolutions stay so, with channels last."""
-    if isinstance(change, ConvToMatrix):
-        return ConvToChannelsLast(change.name, change.channels, change.kernel)
-    if isinstance(change, Reshape):
-        return _Unchanged()
-    raise WeightsError(f"{type(change).__name__} has no counterpart in a written checkpoint")
-
-
-class _Unchanged:
-    def apply(self, weight: WeightData, file_format: str | None) -> list[WeightData] | None:
-        del weight, file_format
+def _kept(changes: Sequence[Transform]) -> list[Transform]:
+    """The changes that a written checkpoint needs: convolutions stay so, with channels last."""
+    convolutions = [change for change in changes if isinstance(change, ConvToMatrix)]
+    return [ConvToChannelsLast(conv.name, conv.channels, conv.kernel) for conv in convolutions]
 
 
 def by_module(state: Mapping[str, WeightData]) -> dict[str, dict[str, WeightData]]:

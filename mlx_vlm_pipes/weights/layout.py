@@ -2,7 +2,7 @@
 
 Canonical names: the decoder below `language_model.` (`embed_tokens.weight`, `layers.N.…`,
 `norm.weight`, `lm_head.weight`), the vision tower below `vision_model.`, a connector under its
-own name; convolutions have channels last, as MLX wants them.
+own name. A room's transforms make matrices of its convolutions over patches.
 
 Every rule is anchored at the start of a name and at its dots, and the longest rule wins: plain
 substring replacement mangles names such as `model.language_model.layers`. A table leaves names
@@ -247,8 +247,8 @@ def group_names(names: Iterable[str], limit: int = MAX_NAMED) -> str:
 class Transform(Protocol):
     """A change of values, addressed by canonical name; pure, lazy, and a no-op when repeated."""
 
-    def apply(self, weight: WeightData, file_format: str | None) -> list[WeightData] | None:
-        """The tensors that replace `weight`, or None where the transform does not concern it."""
+    def apply(self, weight: WeightData, file_format: str | None) -> WeightData:
+        """The tensor in the place of `weight`: itself where the transform does not concern it."""
         ...
 
 
@@ -264,9 +264,9 @@ class ConvToChannelsLast:
     channels: int
     kernel: tuple[int, ...]
 
-    def apply(self, weight: WeightData, file_format: str | None) -> list[WeightData] | None:
+    def apply(self, weight: WeightData, file_format: str | None) -> WeightData:
         if not _compile(self.name).fullmatch(weight.name):
-            return None
+            return weight
         torch_shape, mlx_shape = (self.channels, *self.kernel), (*self.kernel, self.channels)
         shape = weight.shape[1:]
         if shape not in (torch_shape, mlx_shape):
@@ -276,8 +276,8 @@ class ConvToChannelsLast:
                 f" {', '.join(map(str, mlx_shape))}] (MLX)"
             )
         if shape == mlx_shape and (shape != torch_shape or file_format != "pt"):
-            return [weight]
-        return [_with_data(weight, mx.moveaxis(weight.data, 1, -1))]
+            return weight
+        return _with_data(weight, mx.moveaxis(weight.data, 1, -1))
 
 
 @dataclass(frozen=True)
@@ -292,15 +292,14 @@ class ConvToMatrix:
     channels: int
     kernel: tuple[int, ...]
 
-    def apply(self, weight: WeightData, file_format: str | None) -> list[WeightData] | None:
+    def apply(self, weight: WeightData, file_format: str | None) -> WeightData:
         if not _compile(self.name).fullmatch(weight.name):
-            return None
+            return weight
         if len(weight.shape) == 2:
-            return [weight]
+            return weight
         last = ConvToChannelsLast(self.name, self.channels, self.kernel)
-        (moved,) = last.apply(weight, file_format) or [weight]
-        data = mx.moveaxis(moved.data, -1, 1)  # [out, C, *kernel]
-        return [_with_data(weight, data.reshape(weight.shape[0], -1))]
+        data = mx.moveaxis(last.apply(weight, file_format).data, -1, 1)  # [out, C, *kernel]
+        return _with_data(weight, data.reshape(weight.shape[0], -1))
 
 
 @dataclass(frozen=True)
@@ -310,14 +309,14 @@ class Reshape:
     name: str
     shape: tuple[int, ...]
 
-    def apply(self, weight: WeightData, file_format: str | None) -> list[WeightData] | None:
+    def apply(self, weight: WeightData, file_format: str | None) -> WeightData:
         if not _compile(self.name).fullmatch(weight.name):
-            return None
+            return weight
         if math.prod(self.shape) != math.prod(weight.shape):
             raise WeightsError(
                 f"'{clip(weight.name)}' is {list(weight.shape)}; expected {list(self.shape)}"
             )
-        return [_with_data(weight, mx.reshape(weight.data, self.shape))]
+        return _with_data(weight, mx.reshape(weight.data, self.shape))
 
 
 def _with_data(weight: WeightData, data: mx.array) -> WeightData:
@@ -347,24 +346,18 @@ def adapt(
             said = file_format or handle.metadata.get("format")
         if not isinstance(handle, WeightData):
             handle = handle.data()
-        for weight in _transformed(replace(handle, name=target), transforms, said, report):
-            if weight.name in adapted:
-                text = f"'{clip(weight.name)}' comes from two tensors of the checkpoint"
-                report("weights", WeightsError(text))
-            adapted[weight.name] = weight
+        weight = _transformed(replace(handle, name=target), transforms, said, report)
+        adapted[weight.name] = weight
     return adapted
 
 
 def _transformed(
     weight: WeightData, transforms: Sequence[Transform], file_format: str | None, report: Report
-) -> list[WeightData]:
-    """Each transform in turn, over all that the ones before it made."""
-    weights = [weight]
+) -> WeightData:
+    """Each transform in turn, on what the one before it made."""
     for transform in transforms:
         try:
-            results = [(old, transform.apply(old, file_format)) for old in weights]
+            weight = transform.apply(weight, file_format)
         except WeightsError as error:
             report("mis-shaped", error)
-            continue
-        weights = [new for old, made in results for new in ([old] if made is None else made)]
-    return weights
+    return weight

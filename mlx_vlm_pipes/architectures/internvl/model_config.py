@@ -13,8 +13,8 @@ from mlx_vlm_pipes.architectures.internvl.sizes import (
     number,
     square,
 )
-from mlx_vlm_pipes.architectures.llama3 import Llama3Config
-from mlx_vlm_pipes.architectures.qwen3 import Qwen3Config
+from mlx_vlm_pipes.architectures.llama3.model_config import Llama3Config
+from mlx_vlm_pipes.architectures.qwen3.model_config import Qwen3Config
 from mlx_vlm_pipes.architectures.vision_language_config import TwoPartConfig
 from mlx_vlm_pipes.checkpoint.state import expanded_scales
 from mlx_vlm_pipes.config import PipelineConfig

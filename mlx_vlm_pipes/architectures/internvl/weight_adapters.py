@@ -1,6 +1,6 @@
 """Tensor names of InternVL checkpoints. Ours: the original's tower, transformers' projector.
 
-A checkpoint's own `attn.qkv` stays one matrix; separate projections are joined after loading.
+A checkpoint's own `attn.qkv` stays one matrix, and separate projections stay separate.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from mlx_vlm_pipes.architectures.decoder_fields import DecoderFields
 from mlx_vlm_pipes.architectures.llama3.facts import FACTS
@@ -136,16 +136,13 @@ class Llama3Config(DecoderFields):
         cls.check(cfg)
         devices = model_config.devices
         check_rope_keys(cfg, rope_keys)
-        llama3, longrope = _rope_scaling(cfg)
         window, window_layers = _sliding_window(cfg)
         return cls(
             hidden_size=require_int(cfg, "hidden_size"),
             num_attention_heads=require_int(cfg, "num_attention_heads"),
             num_key_value_heads=_num_kv_heads(cfg),
             num_hidden_layers=require_int(cfg, "num_hidden_layers"),
-            rope_theta=rope_theta(cfg),
-            rope_scaling_params=llama3,
-            longrope_scaling_params=longrope,
+            **_rope_fields(cfg),
             max_seq_len=cls.calculate_max_seq_len(pipeline_config, cfg, model_config),
             intermediate_size=require_int(cfg, "intermediate_size"),
             interleaved_rope_weights=_is_interleaved(model_config),
@@ -165,12 +162,9 @@ class Llama3Config(DecoderFields):
             lora_config=pipeline_config.lora,
             use_subgraphs=model_config.use_subgraphs,
             data_parallel_degree=model_config.data_parallel_degree,
-            partial_rotary_factor=_partial_rotary_factor(cfg),
             sliding_window=window,
             sliding_layers=window_layers,
             hidden_act=activation_name(cfg, "hidden_act", default="silu"),
-            mrope_section=_mrope_section(cfg),
-            mrope_interleaved=bool(rope_dictionary(cfg).get("mrope_interleaved")),
         )
 
     @classmethod
@@ -312,24 +306,23 @@ def _num_kv_heads(cfg: AutoConfig) -> int:
     return kv_heads
 
 
-def _rope_scaling(
-    cfg: AutoConfig,
-) -> tuple[Llama3RopeScalingParams | None, LongRoPEScalingParams | None]:
+def _rope_fields(cfg: AutoConfig) -> dict[str, Any]:
+    """What says how the decoder turns queries and keys."""
     rope = rope_dictionary(cfg)
     positions = require_int(cfg, "max_position_embeddings")
     original = lookup(cfg, "original_max_position_embeddings")
     original = original or rope.get("original_max_position_embeddings") or positions
-    return read_rope_scaling(rope, original, positions)
-
-
-def _partial_rotary_factor(cfg: AutoConfig) -> float:
-    inside = rope_dictionary(cfg).get("partial_rotary_factor")
-    return float(inside or lookup(cfg, "partial_rotary_factor", default=1.0))
-
-
-def _mrope_section(cfg: AutoConfig) -> tuple[int, ...] | None:
-    section = rope_dictionary(cfg).get("mrope_section")
-    return None if section is None else tuple(int(n) for n in section)
+    llama3, longrope = read_rope_scaling(rope, original, positions)
+    share = rope.get("partial_rotary_factor") or lookup(cfg, "partial_rotary_factor", default=1.0)
+    section = rope.get("mrope_section")
+    return {
+        "rope_theta": rope_theta(cfg),
+        "rope_scaling_params": llama3,
+        "longrope_scaling_params": longrope,
+        "partial_rotary_factor": float(share),
+        "mrope_section": None if section is None else tuple(int(n) for n in section),
+        "mrope_interleaved": bool(rope.get("mrope_interleaved")),
+    }
 
 
 def _sliding_window(cfg: AutoConfig) -> tuple[int | None, tuple[bool, ...] | None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from mlx_vlm_pipes.architectures.llama3 import Llama3Config
+from mlx_vlm_pipes.architectures.llama3.model_config import Llama3Config
 from mlx_vlm_pipes.errors import UnsupportedModel
 from mlx_vlm_pipes.hf_config import AutoConfig, lookup
 

@@ -85,7 +85,3 @@ class Qwen3VLTextAndVisionContext(GridContext):
                 "Qwen3VLProcessor makes them"
             )
         return own
-
-    def require_pixels(self) -> None:
-        """Raises: as grid_images."""
-        self.grid_images()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from mlx_vlm_pipes.architectures.grid_config import GridTowerConfig
 from mlx_vlm_pipes.architectures.llama3.model_config import Llama3Config
-from mlx_vlm_pipes.architectures.qwen3 import Qwen3Config
+from mlx_vlm_pipes.architectures.qwen3.model_config import Qwen3Config
 from mlx_vlm_pipes.architectures.qwen3_vl.facts import FACTS
 from mlx_vlm_pipes.architectures.qwen3_vl.sizes import VisionSizes
 from mlx_vlm_pipes.architectures.vision_language_config import TwoPartConfig
