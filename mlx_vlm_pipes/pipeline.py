@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from typing import BinaryIO, TypeAlias
 
     from PIL.Image import Image
-    from typing_extensions import Unpack
+    from typing_extensions import Self, Unpack
 
     from mlx_vlm_pipes.processing.base import TextProcessor
     from mlx_vlm_pipes.processing.tokenizer import Tokenizer
@@ -67,7 +67,8 @@ class GenerationResult:
 class Pipeline:
     """A loaded checkpoint: `encode`, `logits`, `generate`, `stream`, `generate_batch`.
 
-    Safe to call from any thread; the model itself runs on one of its own.
+    Safe to call from any thread; the model itself runs on one of its own. `with load(...) as pipe:`
+    closes it at the end.
     """
 
     def __init__(
@@ -76,6 +77,12 @@ class Pipeline:
         self.model = model
         self.processor = processor
         self.engine = engine
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     @property
     def config(self) -> Any:
@@ -191,6 +198,8 @@ class Pipeline:
     ) -> list[GenerationResult]:
         """Answer several requests together: the same answers as one at a time, in order.
 
+        Where numbers are rounded (kv_bits, a dtype of 16 bits) the two differ by less than the
+        rounding itself does, which may exchange tokens that are almost equally likely.
         options hold for all requests; a request's own come first. The first failure is raised,
         and the rest of the batch cancelled.
         """
