@@ -20,9 +20,11 @@ from mlx_vlm_pipes.options import (
     PROMPT_OPTIONS,
     SAMPLING_OPTIONS,
     GenerateOptions,
+    Option,
     PromptOptions,
     complete_options,
     read_options,
+    unfit,
 )
 from mlx_vlm_pipes.processing.types import ProcessedPrompt, PromptRequest
 
@@ -179,11 +181,10 @@ class Pipeline:
         Answer i is the one that `generate` gives with `seed` + i; without a seed, and with a
         temperature, all differ. Raises: InputError for anything wrong with the request.
         """
-        if not isinstance(n, int) or n < 1:
-            raise InputError(f"n is {n!r}, expected a number of answers, at least 1")
+        count = Option("", name="n", kind=int, low=1).read(n)
         given = read_options(options, OPTIONS)
         processed = self._read(prompt, images, videos, given)
-        seeds = [given["seed"] + i if "seed" in given else None for i in range(n)]
+        seeds = [given["seed"] + i if "seed" in given else None for i in range(count)]
         handles: list[Handle] = []
         try:
             for seed in seeds:
@@ -203,6 +204,8 @@ class Pipeline:
         options hold for all requests; a request's own come first. The first failure is raised,
         and the rest of the batch cancelled.
         """
+        if not isinstance(requests, Sequence) or isinstance(requests, (str, bytes)):
+            raise unfit("requests", requests, "a list of prompts and of dicts with a prompt")
         handles: list[Handle] = []
         try:
             for request in requests:
@@ -233,6 +236,8 @@ class Pipeline:
         self.engine.close()
 
     def _submit_request(self, request: BatchRequest | str, shared: GenerateOptions) -> Handle:
+        if not isinstance(request, (str, Mapping)):
+            raise unfit("a request", request, "a prompt, or a dict with 'prompt' or 'messages'")
         own: dict[str, Any] = {"prompt": request} if isinstance(request, str) else dict(request)
         prompt, messages = own.pop("prompt", None), own.pop("messages", None)
         if (prompt is None) == (messages is None):

@@ -44,7 +44,7 @@ def configure(pipe: Pipeline, **limits: Any) -> None:
 def gap(a: GenerationResult, b: GenerationResult) -> float:
     """Largest difference of the best log-probabilities, up to the first place with other tokens."""
     found = 0.0
-    for i, (x, y) in enumerate(zip(a.logprobs, b.logprobs, strict=True)):
+    for i, (x, y) in enumerate(zip(a.logprobs or [], b.logprobs or [], strict=True)):
         found = max(found, abs(x.token_log_probabilities[0] - y.token_log_probabilities[0]))
         if a.tokens[i] != b.tokens[i]:
             break
