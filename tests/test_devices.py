@@ -5,7 +5,6 @@ The other device here is "cpu:1": MLX takes it as its default, and nothing can b
 
 from __future__ import annotations
 
-import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +23,7 @@ from mlx_vlm_pipes.errors import ConfigError
 from mlx_vlm_pipes.interfaces import InferenceSession
 from mlx_vlm_pipes.kv_cache import KVCache, cache_inputs, increment_cache_lengths
 from mlx_vlm_pipes.loading import select_device
+from mlx_vlm_pipes.nn import language_model
 from mlx_vlm_pipes.nn.language_model import can_compile
 from mlx_vlm_pipes.weights import load_weights
 from tests.engine.driving import IDEFICS3, LLAMA, Driven, fixture_requests
@@ -144,7 +144,7 @@ def test_a_pipeline_runs_on_its_device_and_leaves_the_default_alone() -> None:
 
 
 def test_compiling_and_plans_ask_for_the_models_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutil, "which", lambda _: None)
+    monkeypatch.setattr(language_model, "cpu_compiles", lambda: False)
     assert (can_compile(DeviceRef.CPU()), can_compile(DeviceRef.GPU())) == (False, True)
     driven = Driven(LLAMA)
     context = driven.context("word " * 100, max_tokens=4)
