@@ -17,6 +17,7 @@ from mlx_vlm_pipes.engine.worker import OwnerThread
 from mlx_vlm_pipes.errors import CheckpointNotFound, ConfigError, clip
 from mlx_vlm_pipes.hf_config import HuggingFaceConfig, read_config, text_config
 from mlx_vlm_pipes.interfaces import InferenceSession, PipelineModelWithKVCache, ReturnLogits
+from mlx_vlm_pipes.options import Option, unfit
 from mlx_vlm_pipes.paths import is_there, user_path
 from mlx_vlm_pipes.pipeline import Pipeline
 from mlx_vlm_pipes.quantization import LoRAConfig
@@ -50,9 +51,13 @@ def load(  # noqa: PLR0913  # the options a user may say, all but one by keyword
     "gpu"; adapter a LoRA folder, or several (`name=folder`), of which each request names one;
     max_length in tokens; kv_bits 8 or 4 quantises the KV cache; vision_config_overrides wins over
     config.json (InternVL: max_dynamic_patch, min_dynamic_patch, tiles of a picture).
-    Raises: CheckpointError, one line saying what is wrong with the checkpoint.
+    Raises: CheckpointError, one line saying what is wrong with the checkpoint; InputError for an
+    argument of a wrong type or out of its bounds.
     """
-    folder = resolve_folder(path, revision)
+    _require_kinds(path, adapter, engine, vision_config_overrides)
+    max_length, kv_bits = _MAX_LENGTH.read(max_length), _KV_BITS.read(kv_bits)
+    compile = _COMPILE.read(compile)
+    folder = resolve_folder(path, _REVISION.read(revision))
     config = read_config(folder)
     room = find_room(config)
     overrides = dict(vision_config_overrides or {})
@@ -68,6 +73,26 @@ def load(  # noqa: PLR0913  # the options a user may say, all but one by keyword
     except BaseException:
         worker.stop()
         raise
+
+
+_MAX_LENGTH = Option("", name="max_length", kind=int, low=1, takes_none=True)
+_KV_BITS = Option("", name="kv_bits", kind=int, takes_none=True)
+_COMPILE = Option("", name="compile", kind=bool)
+_REVISION = Option("", name="revision", kind=str, takes_none=True)
+
+
+def _require_kinds(path: object, adapter: object, engine: object, overrides: object) -> None:
+    """Raises: InputError for the first argument of `load` that is not of its type."""
+    name = (str, os.PathLike)
+    if not (path is None or isinstance(path, name)):
+        raise unfit("path", path, "a folder, a hub id or None")
+    adapters = adapter if isinstance(adapter, (list, tuple)) else [adapter]
+    if not (adapter is None or all(isinstance(one, name) for one in adapters)):
+        raise unfit("adapter", adapter, "a folder or a list of folders")
+    if not (engine is None or isinstance(engine, EngineConfig)):
+        raise unfit("engine", engine, "an EngineConfig")
+    if not (overrides is None or isinstance(overrides, Mapping)):
+        raise unfit("vision_config_overrides", overrides, "names with values")
 
 
 @dataclass(frozen=True)

@@ -61,10 +61,8 @@ class Option:
         try:
             return reader(self, value)
         except _Unfit:
-            shown = " ".join(repr(value).split())
-            shown = shown if len(shown) <= MAX_SHOWN else f"{shown[:MAX_SHOWN]}..."
             remedy = f"; {self.remedy}" if self.remedy else ""
-            raise InputError(f"{self.name} is {shown}, expected {self.expected}{remedy}") from None
+            raise unfit(self.name, value, self.expected + remedy) from None
 
     @property
     def expected(self) -> str:
@@ -84,6 +82,13 @@ class Option:
         """Whether a number lies within the bounds; NaN lies nowhere."""
         is_between = self.low <= number <= self.high and number > self.above
         return is_between or number == self.unlimited
+
+
+def unfit(name: str, value: object, expected: str) -> InputError:
+    """The error for a wrong value, in one line."""
+    shown = " ".join(repr(value).split())
+    shown = shown if len(shown) <= MAX_SHOWN else f"{shown[:MAX_SHOWN]}..."
+    return InputError(f"{name} is {shown}, expected {expected}")
 
 
 class PromptOptions(TypedDict, total=False):

@@ -20,9 +20,11 @@ from mlx_vlm_pipes.options import (
     PROMPT_OPTIONS,
     SAMPLING_OPTIONS,
     GenerateOptions,
+    Option,
     PromptOptions,
     complete_options,
     read_options,
+    unfit,
 )
 from mlx_vlm_pipes.processing.types import ProcessedPrompt, PromptRequest
 
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
     from typing import BinaryIO, TypeAlias
 
     from PIL.Image import Image
-    from typing_extensions import Unpack
+    from typing_extensions import Self, Unpack
 
     from mlx_vlm_pipes.processing.base import TextProcessor
     from mlx_vlm_pipes.processing.tokenizer import Tokenizer
@@ -67,7 +69,8 @@ class GenerationResult:
 class Pipeline:
     """A loaded checkpoint: `encode`, `logits`, `generate`, `stream`, `generate_batch`.
 
-    Safe to call from any thread; the model itself runs on one of its own.
+    Safe to call from any thread; the model itself runs on one of its own. `with load(...) as pipe:`
+    closes it at the end.
     """
 
     def __init__(
@@ -76,6 +79,12 @@ class Pipeline:
         self.model = model
         self.processor = processor
         self.engine = engine
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     @property
     def config(self) -> Any:
@@ -172,11 +181,10 @@ class Pipeline:
         Answer i is the one that `generate` gives with `seed` + i; without a seed, and with a
         temperature, all differ. Raises: InputError for anything wrong with the request.
         """
-        if not isinstance(n, int) or n < 1:
-            raise InputError(f"n is {n!r}, expected a number of answers, at least 1")
+        count = Option("", name="n", kind=int, low=1).read(n)
         given = read_options(options, OPTIONS)
         processed = self._read(prompt, images, videos, given)
-        seeds = [given["seed"] + i if "seed" in given else None for i in range(n)]
+        seeds = [given["seed"] + i if "seed" in given else None for i in range(count)]
         handles: list[Handle] = []
         try:
             for seed in seeds:
@@ -191,9 +199,13 @@ class Pipeline:
     ) -> list[GenerationResult]:
         """Answer several requests together: the same answers as one at a time, in order.
 
+        Where numbers are rounded (kv_bits, a dtype of 16 bits) the two differ by less than the
+        rounding itself does, which may exchange tokens that are almost equally likely.
         options hold for all requests; a request's own come first. The first failure is raised,
         and the rest of the batch cancelled.
         """
+        if not isinstance(requests, Sequence) or isinstance(requests, (str, bytes)):
+            raise unfit("requests", requests, "a list of prompts and of dicts with a prompt")
         handles: list[Handle] = []
         try:
             for request in requests:
@@ -224,6 +236,8 @@ class Pipeline:
         self.engine.close()
 
     def _submit_request(self, request: BatchRequest | str, shared: GenerateOptions) -> Handle:
+        if not isinstance(request, (str, Mapping)):
+            raise unfit("a request", request, "a prompt, or a dict with 'prompt' or 'messages'")
         own: dict[str, Any] = {"prompt": request} if isinstance(request, str) else dict(request)
         prompt, messages = own.pop("prompt", None), own.pop("messages", None)
         if (prompt is None) == (messages is None):

@@ -21,6 +21,7 @@ from mlx_vlm_pipes.engine.text import StreamDecoder, TextStream
 from mlx_vlm_pipes.engine.worker import require_same_process
 from mlx_vlm_pipes.kv_cache import CacheRow
 from mlx_vlm_pipes.log_probabilities import LogProbabilities
+from mlx_vlm_pipes.options import unfit
 
 
 @dataclass(frozen=True)
@@ -264,7 +265,13 @@ def new_job(
     keys: np.ndarray,
     capacity: int,
 ) -> Job:
-    """A job around a processed context. Raises: InputError for sampling values out of range."""
+    """A job around a processed context.
+
+    Raises: InputError for sampling values out of range, and more logprobs than there are tokens.
+    """
+    if context.log_probabilities > vocab_size:
+        expected = f"at most {vocab_size}, the size of the vocabulary"
+        raise unfit("logprobs", context.log_probabilities, expected)
     params = context.sampling_params
     ends = [] if context.ignore_eos else sorted(context.eos_tracker.eos_token_ids)
     sampler = RowSampler(params, context.tokens.prompt, vocab_size, ends)

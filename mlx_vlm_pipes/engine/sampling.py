@@ -17,8 +17,10 @@ import numpy as np
 
 from mlx_vlm_pipes.contexts import SamplingParams
 from mlx_vlm_pipes.errors import InputError
-from mlx_vlm_pipes.options import SAMPLING_OPTIONS
+from mlx_vlm_pipes.options import SAMPLING_OPTIONS, unfit
 
+COLDEST = 1e-30  # below this temperature logits overflow: as good as greedy
+SMALLEST = float(np.finfo(np.float32).tiny)
 NEGATIVE = -1e30  # stands for minus infinity: survives a later subtraction
 
 
@@ -26,6 +28,9 @@ def read_sampling(params: SamplingParams) -> SamplingParams:
     """The same in plain Python types. Raises: InputError naming the first wrong value."""
     given = vars(params)
     read = {o.field: o.read(given[o.field]) for o in SAMPLING_OPTIONS.values()}
+    most, least = read["max_new_tokens"], read["min_new_tokens"]
+    if most is not None and least > most:
+        raise unfit("min_tokens", least, f"at most max_tokens, which is {most}")
     return replace(params, **read)
 
 
@@ -42,7 +47,7 @@ def top_p_filter(logits: mx.array, p: float) -> mx.array:
     order = mx.argsort(-logits)
     probabilities = mx.softmax(logits[order], precise=True)
     before = mx.cumsum(probabilities) - probabilities
-    kept = mx.where(before < p, logits[order], NEGATIVE)
+    kept = mx.where(before < max(p, SMALLEST), logits[order], NEGATIVE)
     return mx.put_along_axis(mx.zeros_like(logits), order, kept, axis=-1)
 
 
@@ -55,12 +60,16 @@ class RowSampler:
     """One request's sampling state; its token counts and key live on the device.
 
     Args: prompt int64 [n]; end_ids, tokens that may not come before `min_new_tokens`.
+    Raises: InputError for a value out of its bounds, or a token beyond the vocabulary.
     """
 
     def __init__(
         self, params: SamplingParams, prompt: np.ndarray, vocab_size: int, end_ids: Sequence[int]
     ) -> None:
         self.params = params = read_sampling(params)
+        for token in params.stop_token_ids:
+            if token >= vocab_size:
+                raise unfit("stop_token_ids", token, f"tokens below {vocab_size}, the vocabulary")
         self.steps = 0
         self._end_ids = [t for t in end_ids if t < vocab_size]
         seed = secrets.randbits(63) if params.seed is None else params.seed
@@ -76,7 +85,7 @@ class RowSampler:
 
     @property
     def is_greedy(self) -> bool:
-        return self.params.temperature == 0
+        return self.params.temperature < COLDEST
 
     @property
     def is_plain(self) -> bool:
@@ -144,5 +153,5 @@ def _dense_bias(bias: dict[int, float], vocab_size: int) -> mx.array | None:
     for token, value in bias.items():
         if not 0 <= token < vocab_size:
             raise InputError(f"logit_bias for token {token}; the vocabulary has {vocab_size}")
-        dense[token] = value
+        dense[token] = np.clip(value, NEGATIVE, -NEGATIVE)
     return mx.array(dense)

@@ -11,7 +11,7 @@ import numpy as np
 
 from mlx_vlm_pipes.contexts import ImageMetadata
 from mlx_vlm_pipes.errors import InputError
-from mlx_vlm_pipes.options import PROMPT_OPTIONS, default
+from mlx_vlm_pipes.options import PROMPT_OPTIONS, default, unfit
 from mlx_vlm_pipes.processing.fetch import Access
 
 
@@ -27,7 +27,8 @@ class PromptRequest:
     num_frames: how many frames to take from a video file, instead of `fps`. local_files: whether
     text may name files. allow_private: whether URLs may lead to this machine or its network.
     template_variables: further names that the chat template reads (`tools`, `enable_thinking`).
-    Raises: InputError if images or videos is not a list or tuple, or an option is out of bounds.
+    Raises: InputError for a prompt that is neither text nor messages, for images or videos that
+    are no list or tuple, and for an option out of its bounds.
     """
 
     prompt: str | Sequence[Mapping[str, Any]]
@@ -44,6 +45,8 @@ class PromptRequest:
     template_variables: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.prompt, Sequence) or isinstance(self.prompt, (bytes, bytearray)):
+            raise unfit("prompt", self.prompt, "a text or a list of messages")
         for name, value in (("images", self.images), ("videos", self.videos)):
             if not isinstance(value, (list, tuple)):
                 raise InputError(f"{name} is a {type(value).__name__}; expected a list")

@@ -22,10 +22,16 @@ VOCAB = 128
 
 
 def write_llama(
-    folder: Path, *, layers: int = 2, heads: int = 4, kv_heads: int = 2, head_dim: int = 64
+    folder: Path,
+    *,
+    layers: int = 2,
+    heads: int = 4,
+    kv_heads: int = 2,
+    head_dim: int = 64,
+    hidden: int = 64,
 ) -> Path:
-    """A random Llama, hidden size 64."""
-    hidden, inner = 64, 96
+    """A random Llama."""
+    inner = hidden * 3 // 2
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden,
         "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": heads,

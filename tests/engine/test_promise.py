@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from mlx_vlm_pipes import GenerationResult, Pipeline, load
+from mlx_vlm_pipes.conversion import ConvertOptions, convert
 from mlx_vlm_pipes.engine.state import EngineConfig
 from tests.engine.driving import FAMILIES, fixture_requests
 from tests.fixtures_helper import FIXTURES
@@ -23,10 +25,10 @@ ASKED: dict[str, Any] = {"max_tokens": LENGTH, "ignore_eos": True, "logprobs": 5
 class Family:
     """One checkpoint: its prompts, and what each answers alone, cold, in one slice, compiled."""
 
-    def __init__(self, name: str) -> None:
-        self.folder = FIXTURES / name
+    def __init__(self, name: str, folder: Path | None = None) -> None:
+        self.folder = folder or FIXTURES / name
         self.pipe = load(self.folder, dtype="float32")
-        self.requests = fixture_requests(self.folder)
+        self.requests = fixture_requests(FIXTURES / name)
         self.configure(enable_prefix_caching=False)
         self.alone = self.one_by_one()
         self.logits = {name: self.pipe.logits(**r) for name, r in self.requests.items()}
@@ -70,10 +72,20 @@ def difference(a: GenerationResult, b: GenerationResult) -> float:
     return max(gaps)
 
 
-# all architectures, and the two kinds of cache that look at a row's length
-@pytest.fixture(scope="module", params=[*FAMILIES, "mistral-window", "phi3-longrope"])
-def family(request: pytest.FixtureRequest) -> Iterator[Family]:
-    made = Family(request.param)
+# all architectures, the two kinds of cache that look at a row's length, and packed weights
+PACKED = "qwen25vl-v5"
+
+
+@pytest.fixture(scope="module", params=[*FAMILIES, "mistral-window", "phi3-longrope", PACKED])
+def family(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Family]:
+    folder = None
+    if request.param == PACKED:
+        folder = tmp_path_factory.mktemp("packed") / "model"
+        source = FIXTURES / request.param
+        convert(ConvertOptions(model=source, out=folder, bits=4, group_size=32, measure=False))
+    made = Family(request.param, folder)
     yield made
     made.pipe.close()
 
