@@ -51,7 +51,15 @@ def split_encoding(encoding: str) -> tuple[str, DType | None]:
 
 @dataclass
 class KVCacheConfig:
-    """How keys and values are kept. bits: 8 or 4 quantises them, None keeps the cache dtype."""
+    """How keys and values are kept.
+
+    kv_cache_page_size: tokens of a page in the view of the cache (docs/api.md#kv-cache); the
+    storage has none. enable_prefix_caching: prompts reuse what earlier ones left in the cache.
+    device_memory_utilization: share of the memory that the pipeline may take, weights included
+    (engine.state.EngineConfig.from_pipeline). kv_cache_format: element type of the cache, None for
+    what the encoding implies. bits: 8 or 4 quantises in groups of group_size numbers, None keeps
+    the element type. Raises: ConfigError for a value out of range.
+    """
 
     kv_cache_page_size: int = 128
     enable_prefix_caching: bool = True
@@ -63,6 +71,10 @@ class KVCacheConfig:
     def __post_init__(self) -> None:
         if self.bits not in (None, 4, 8):
             raise ConfigError(f"KV cache of {self.bits} bits; 4, 8 or None are possible")
+        _at_least_one("kv_cache_page_size", self.kv_cache_page_size)
+        share = self.device_memory_utilization
+        if not 0 < share <= 1:
+            raise ConfigError(f"device_memory_utilization is {share}, expected 0 < share <= 1")
 
     @property
     def cache_dtype(self) -> DType:
@@ -198,7 +210,12 @@ class _ReadAtFirstUse:
 
 @dataclass
 class ModelConfig:
-    """One checkpoint and how to read it. max_length in tokens."""
+    """One checkpoint and how to read it.
+
+    device_specs: the one device that the model is built and run on. max_length in tokens, None for
+    the model's own limit. rope_type is for GGUF files, which are not read: any but None is
+    refused. use_subgraphs=False: the decode step is not compiled.
+    """
 
     model_path: str = ""
     weight_path: list[Path] = field(default_factory=list)
@@ -306,23 +323,55 @@ MAXModelConfig = ModelConfig
 
 @dataclass
 class RuntimeConfig:
-    """Limits of one engine. max_num_steps -1: the engine chooses."""
+    """Limits of one engine (engine.state.EngineConfig.from_pipeline).
+
+    max_batch_size: requests that run together, None for the engine's own limit.
+    max_batch_input_tokens: the most tokens of one slice of prefill. enable_chunked_prefill=False:
+    a prompt is one slice, and one longer than max_batch_input_tokens is refused. max_num_steps:
+    the engine decodes one step ahead, so any but -1 is refused.
+    Raises: ConfigError for a limit that would let nothing run.
+    """
 
     max_batch_size: int | None = None
     max_batch_input_tokens: int = 8192
     enable_chunked_prefill: bool = True
     max_num_steps: int = -1
 
+    def __post_init__(self) -> None:
+        if self.max_batch_size is not None:
+            _at_least_one("max_batch_size", self.max_batch_size)
+        _at_least_one("max_batch_input_tokens", self.max_batch_input_tokens)
+
 
 @dataclass
 class PipelineConfig:
-    """Everything a pipeline model is built from."""
+    """Everything a pipeline model is built from.
+
+    draft_model and speculative: nothing here decodes speculatively, any but None is refused.
+    """
 
     model: ModelConfig
     draft_model: ModelConfig | None = None
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     lora: LoRAConfig | None = None
     speculative: Any = None
+
+    def require_supported(self) -> None:
+        """Raises: ConfigError naming a setting that has another value than the one possible."""
+        only: dict[str, tuple[object, object]] = {
+            "runtime.max_num_steps": (self.runtime.max_num_steps, -1),
+            "draft_model": (self.draft_model, None),
+            "speculative": (self.speculative, None),
+            "model.rope_type": (self.model.rope_type, None),
+        }
+        for name, (value, default) in only.items():
+            if value != default:
+                raise ConfigError(f"{name} is not supported; leave it at its default, {default}")
+
+
+def _at_least_one(name: str, value: int) -> None:
+    if value < 1:
+        raise ConfigError(f"{name} is {value}, expected at least 1")
 
 
 def weights_format(weight_path: list[Path]) -> Literal["gguf", "safetensors"]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import builtins
 import enum
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
 
+from mlx_vlm_pipes.device_turns import TURNS
 from mlx_vlm_pipes.errors import ConfigError
 
 
@@ -113,7 +115,8 @@ class DeviceRef:
         return self.device_type == "gpu"
 
     def to_device(self) -> Device:
-        return Device(mx.Device(mx.cpu if self.is_cpu() else mx.gpu, self.id))
+        """The device of this name. It need not be there: a model refuses one that is not."""
+        return Device(mx.Device(mx.cpu if self.is_cpu() else mx.gpu, self.id), self.id)
 
     def __str__(self) -> str:
         return f"{self.device_type}:{self.id}"
@@ -144,16 +147,43 @@ def scan_available_devices() -> list[DeviceSpec]:
 
 
 class Device:
-    """An MLX device with MAX's attributes."""
+    """An MLX device with MAX's attributes. id: its number, which MLX does not tell."""
 
-    def __init__(self, device: mx.Device) -> None:
+    def __init__(self, device: mx.Device, id: int = 0) -> None:
         self.mx_device = device
         self.label = "cpu" if device.type == mx.DeviceType.cpu else "gpu"
-        self.id = 0
+        self.id = id
         self.is_host = self.label == "cpu"
 
+    @property
+    def is_available(self) -> bool:
+        """Whether MLX can compute on it here."""
+        return mx.is_available(self.mx_device)
+
+    def active(self) -> AbstractContextManager[None]:
+        """Inside, MLX computes on this device by default; afterwards its default is as before.
+
+        The default is the process's: a thread that wants another device waits until this one has
+        left, so wait for no such thread inside.
+        """
+        return TURNS.on(self.mx_device)
+
     def synchronize(self) -> None:
-        mx.synchronize()
+        mx.synchronize(self.mx_device)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Device) and self.mx_device == other.mx_device
+
+    def __hash__(self) -> int:
+        return hash((self.label, self.id))
+
+    def __str__(self) -> str:
+        return f"{self.label}:{self.id}"
 
     def __repr__(self) -> str:
-        return f"Device({self.label}:{self.id})"
+        return f"Device({self})"
+
+
+def default_device() -> Device:
+    """MLX's default device, whichever a step that is under way in another thread uses."""
+    return Device(TURNS.default())

@@ -8,11 +8,11 @@ Names and shapes are those of MAX's pipeline architectures: docs/api.md, which a
 from __future__ import annotations
 
 import enum
+import functools
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 
 import mlx.core as mx
@@ -29,6 +29,7 @@ from mlx_vlm_pipes.contexts import (
 from mlx_vlm_pipes.dtypes import Device, DeviceRef, DType
 from mlx_vlm_pipes.errors import ConfigError, InputError, UnknownAdapter
 from mlx_vlm_pipes.log_probabilities import LogProbabilities, LogProbabilitiesMixin
+from mlx_vlm_pipes.model_device import StepsOnDevice, require_device
 from mlx_vlm_pipes.session import InferenceSession, Model
 
 if TYPE_CHECKING:
@@ -100,7 +101,10 @@ class StepMode:
 
 @dataclass(kw_only=True)
 class ModelInputs:
-    """What one step reads. A room's inputs add their own fields."""
+    """What one step reads. A room's inputs add their own fields.
+
+    hidden_states: of a target model, for a draft model; there is none here, and they are refused.
+    """
 
     kv_cache_inputs: KVCacheInputs | None = None
     lora_ids: Buffer | None = None
@@ -236,8 +240,11 @@ class ArchConfigWithKVCache(ABC):
     def get_max_seq_len(self) -> int: ...
 
 
-class PipelineModel(ABC, Generic[ContextT]):
-    """One architecture, loaded. The engine calls prepare, execute, prepare_next, execute, ..."""
+class PipelineModel(StepsOnDevice, ABC, Generic[ContextT]):
+    """One architecture, loaded. The engine calls prepare, execute, prepare_next, execute, ...
+
+    device: the one of `devices`; weights are loaded and steps run there.
+    """
 
     def __init__(  # noqa: PLR0913  # the documented ones, and ours by keyword only
         self,
@@ -258,8 +265,8 @@ class PipelineModel(ABC, Generic[ContextT]):
         order: after the layer, and for the last one before the final norm. A negative one counts
         from the last, as Python's indices do.
         """
-        if len(devices) > 1:
-            raise NotImplementedError(f"{len(devices)} devices; one unified-memory device is run")
+        pipeline_config.require_supported()
+        self.device = require_device(devices, session, pipeline_config.model.devices)
         pipeline_config.model.resolve(weights)
         self.pipeline_config = pipeline_config
         self.session = session
@@ -273,7 +280,8 @@ class PipelineModel(ABC, Generic[ContextT]):
         self.return_hidden_states = return_hidden_states
         self.eagle_layers = eagle_layers
         self.max_seq_len = self.calculate_max_seq_len(pipeline_config, self.huggingface_config)
-        self.install(session)
+        with self.device.active():
+            self.install(session)
 
     def install(self, session: InferenceSession) -> None:
         """Load the networks: the constructor's last act. A model without its own loads nothing."""
@@ -289,7 +297,7 @@ class PipelineModel(ABC, Generic[ContextT]):
 
     @property
     def signal_buffers(self) -> list[Buffer]:
-        """One device has nothing to synchronise."""
+        """None: they synchronise several devices. Inputs carry them, and nothing reads them."""
         return []
 
     @classmethod
@@ -301,7 +309,11 @@ class PipelineModel(ABC, Generic[ContextT]):
     def estimate_activation_memory(
         cls, pipeline_config: PipelineConfig, huggingface_config: Any
     ) -> int:
-        """Bytes that a step needs beyond weights and cache; 0 where nothing is documented."""
+        """Bytes beyond weights and cache, by MAX's rule of thumb; 0 where it has none.
+
+        MAX sets so much aside before it sizes its cache, whatever the model's size. Nothing here
+        calls it: plans and budgets come from shapes (engine/plan.py, engine/state.py).
+        """
         del pipeline_config, huggingface_config
         return 0
 
@@ -393,13 +405,15 @@ class TextSide(Protocol):
 class PipelineModelWithKVCache(PipelineModel[ContextT]):
     """A model whose attention reads a KV cache; `kv_params` says of what shape.
 
-    model_config: the room's config, finalised. language: its text side.
+    model_config: the room's config, finalised. language: its text side. weight_bytes: what
+    its weights take in memory, adapters included.
     """
 
     model_config: Any
     language: TextSide
+    weight_bytes: int = 0
 
-    @cached_property
+    @functools.cached_property
     def kv_params(self) -> KVCacheParams:
         """What `get_kv_params` makes of the model's own configuration."""
         return self.get_kv_params(
@@ -469,8 +483,14 @@ def require_kind(value: object, kind: type[KindT]) -> KindT:
 
 
 def require_inputs(inputs: ModelInputs, kind: type[InputsT]) -> InputsT:
-    """The inputs of a step. Raises: TypeError for another class, ConfigError without a cache."""
+    """The inputs of a step.
+
+    Raises: TypeError for another class, ConfigError without a cache, InputError for the hidden
+    states of another model.
+    """
     own = require_kind(inputs, kind)
+    if own.hidden_states is not None:
+        raise InputError("hidden_states are for draft models, which are not run; leave them None")
     if own.kv_cache_inputs is None:
         raise ConfigError(f"{kind.__name__} without kv_cache_inputs; pass the cache of this batch")
     return own

@@ -8,13 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-
 from mlx_vlm_pipes.architectures.registry import Room, find_room
 from mlx_vlm_pipes.checkpoint.encoding import dominant_type
 from mlx_vlm_pipes.config import COMPUTE_TYPES, KVCacheConfig, ModelConfig, PipelineConfig
-from mlx_vlm_pipes.dtypes import Device, DeviceSpec, DType
-from mlx_vlm_pipes.engine.engine import Engine, default_engine_config, machine_memory
+from mlx_vlm_pipes.dtypes import Device, DeviceRef, DeviceSpec, DType, default_device
+from mlx_vlm_pipes.engine.engine import Engine
 from mlx_vlm_pipes.engine.state import EngineConfig
 from mlx_vlm_pipes.engine.worker import OwnerThread
 from mlx_vlm_pipes.errors import CheckpointNotFound, ConfigError, clip
@@ -60,14 +58,13 @@ def load(  # noqa: PLR0913  # the options a user may say, all but one by keyword
     overrides = dict(vision_config_overrides or {})
     processor = room.processor_class()(folder, config.to_dict(), overrides)
     lora = lora_config(adapter)
-    cache = KVCacheConfig(bits=kv_bits)
-    options = LoadOptions(dtype, device, max_length, cache, compile, lora, overrides)
-    worker = OwnerThread()
+    chosen, cache = select_device(device), KVCacheConfig(bits=kv_bits)
+    options = LoadOptions(dtype, chosen, max_length, cache, compile, lora, overrides)
+    worker = OwnerThread(chosen)
     try:
         model = worker.call(lambda: load_model(room, folder, config, options))
-        limits = engine or default_engine_config(machine_memory())
         vocab = text_config(config).vocab_size
-        return Pipeline(model, processor, Engine(worker, model, limits, vocab))
+        return Pipeline(model, processor, Engine(worker, model, engine, vocab))
     except BaseException:
         worker.stop()
         raise
@@ -78,7 +75,7 @@ class LoadOptions:
     """What a user may say about loading a model."""
 
     dtype: str = "auto"
-    device: str | None = None
+    device: Device = field(default_factory=default_device)
     max_length: int | None = None
     kv_cache: KVCacheConfig = field(default_factory=KVCacheConfig)
     compile: bool = True
@@ -101,7 +98,7 @@ def load_model(
     room: Room, folder: Path, config: HuggingFaceConfig, options: LoadOptions
 ) -> PipelineModelWithKVCache:
     """The pipeline model of a folder, on the calling thread."""
-    device = select_device(options.device)
+    device = options.device
     weights = load_weights(find_weight_files(folder))
     model_config = model_config_for(folder, config, weights, options)
     return room.model_class()(
@@ -123,17 +120,16 @@ def model_config_for(
     """
     if options.dtype not in ("auto", *COMPUTE_TYPES):
         raise ConfigError(f"dtype {options.dtype!r}; use auto, {', '.join(COMPUTE_TYPES)}")
-    on_gpu = mx.default_device().type == mx.DeviceType.gpu
-    wanted = options.dtype
+    wanted, device = options.dtype, options.device
     if wanted == "auto":
         stored = (handle.data() for _, handle in weights.items())
         floats = [DType[name] for name in COMPUTE_TYPES]
-        wanted = dominant_type(stored, floats).name if on_gpu else "float32"
+        wanted = "float32" if device.is_host else dominant_type(stored, floats).name
     return ModelConfig(
         model_path=str(folder),
         weight_path=find_weight_files(folder),
         quantization_encoding=wanted,
-        device_specs=[DeviceSpec(0, "gpu" if on_gpu else "cpu")],
+        device_specs=[DeviceSpec(device.id, device.label)],
         max_length=options.max_length,
         kv_cache=options.kv_cache,
         vision_config_overrides=options.vision_config_overrides,
@@ -142,15 +138,18 @@ def model_config_for(
 
 
 def select_device(name: str | None) -> Device:
-    """The MLX device to run on. Raises: ConfigError for one that is not there."""
-    if name is not None:
-        if name not in ("cpu", "gpu"):
-            raise ConfigError(f"device {name!r}; use 'cpu' or 'gpu'")
-        kind = mx.cpu if name == "cpu" else mx.gpu
-        if not mx.is_available(kind):
-            raise ConfigError(f"MLX has no {name} here; install mlx for it or leave device out")
-        mx.set_default_device(kind)
-    return Device(mx.default_device())
+    """The MLX device of this name, its default for None; the default itself is left alone.
+
+    Raises: ConfigError for one that is not there.
+    """
+    if name is None:
+        return default_device()
+    if name not in ("cpu", "gpu"):
+        raise ConfigError(f"device {name!r}; use 'cpu' or 'gpu'")
+    device = DeviceRef(name).to_device()
+    if not device.is_available:
+        raise ConfigError(f"MLX has no {name} here; install mlx for it or leave device out")
+    return device
 
 
 def resolve_folder(path: str | Path | None, revision: str | None = None) -> Path:

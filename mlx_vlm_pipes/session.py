@@ -31,7 +31,10 @@ class Model:
 
 @dataclass
 class InferenceSession:
-    """The devices and the compile switch that models are loaded with."""
+    """The devices and the compile switch that models are loaded with.
+
+    devices: a model's must be among them; empty means any.
+    """
 
     devices: Sequence[Device] = ()
     compile: bool = True

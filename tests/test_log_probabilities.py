@@ -8,6 +8,7 @@ import pytest
 
 from mlx_vlm_pipes import Pipeline
 from mlx_vlm_pipes.contexts import TextContext, TokenBuffer
+from mlx_vlm_pipes.dtypes import default_device
 from mlx_vlm_pipes.engine.engine import Engine
 from mlx_vlm_pipes.engine.state import EngineConfig
 from mlx_vlm_pipes.engine.worker import OwnerThread
@@ -59,7 +60,7 @@ def test_echo_needs_all_logits() -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_pipeline_over_a_model_with_enable_echo(name: str) -> None:
     """All logits of every prompt, the engine's slices and batches as with a model of load()."""
-    folder, worker = FIXTURES / name, OwnerThread()
+    folder, worker = FIXTURES / name, OwnerThread(default_device())
     facts, arrays = reference(folder)
     model = worker.call(lambda: load(folder, ReturnLogits.LAST_TOKEN, enable_echo=True))
     assert model.return_logits is ReturnLogits.ALL

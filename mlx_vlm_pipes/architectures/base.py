@@ -5,11 +5,12 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten
 
 from mlx_vlm_pipes.checkpoint.canonical import canonical_state
 from mlx_vlm_pipes.checkpoint.modules import load_decoder, load_module
@@ -135,8 +136,11 @@ class CheckpointModel(LogProbabilitiesMixin, PipelineModelWithKVCache[ContextT])
             self.return_logits,
             self.return_hidden_states,
             captured=captured,
-            compile=session.compile,
+            compile=session.compile and self.pipeline_config.model.use_subgraphs,
         )
+        loads = [module.parameters() for module in (tower, decoder) if module is not None]
+        arrays = cast("list[tuple[str, mx.array]]", tree_flatten(loads))
+        self.weight_bytes = sum(array.nbytes for _, array in arrays)
         return [*parts, Model(self.language, loaded.weights)]
 
     def lora_fields(self, contexts: Sequence[TextContext]) -> dict[str, Buffer]:

@@ -108,6 +108,7 @@ def load_decoder(
     tied = settle_head(state, tied=config.tie_word_embeddings)
     decoder = DenseDecoder(replace(config, tie_word_embeddings=tied))
     fill(decoder, state)
+    decoder.cast_norms()
     if state.loras:
         shapes = linear_shapes(decoder)
         for lora in state.loras:

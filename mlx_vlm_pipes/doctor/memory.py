@@ -6,8 +6,9 @@ from mlx_vlm_pipes.architectures.registry import Room
 from mlx_vlm_pipes.checkpoint.modules import blueprint
 from mlx_vlm_pipes.doctor.report import GB, Checkup
 from mlx_vlm_pipes.doctor.tensors import Tensors
-from mlx_vlm_pipes.engine.engine import default_engine_config, machine_memory
+from mlx_vlm_pipes.engine.engine import machine_memory
 from mlx_vlm_pipes.engine.plan import cache_bytes, peak_bytes, prefill_bytes
+from mlx_vlm_pipes.engine.state import EngineConfig
 
 TOKENS = 4096
 
@@ -24,9 +25,10 @@ def estimate_memory(room: Room, tensors: Tensors, checkup: Checkup) -> None:
     params = room_class.get_kv_params(
         config, tensors.pipeline, model.devices, model.kv_cache, model.cache_dtype
     )
-    limits = default_engine_config(machine_memory())
+    limits = EngineConfig.from_pipeline(tensors.pipeline, machine_memory(), load)
     _, decoder = blueprint(room_class, tensors.pipeline, tensors.state)
-    step = prefill_bytes(decoder, params.dtype.size_in_bytes, TOKENS, limits)
+    fused = model.devices[0].is_gpu()
+    step = prefill_bytes(decoder, params.dtype.size_in_bytes, TOKENS, limits, fused=fused)
     checkup.load_bytes = load
     checkup.run_bytes = needed = peak_bytes(load, cache_bytes(params, TOKENS), step, limits)
     checkup.max_tokens = room_class.calculate_max_seq_len(tensors.pipeline, config)

@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_vlm_pipes.contexts import TextContext
+from mlx_vlm_pipes.dtypes import Device, default_device
 from mlx_vlm_pipes.engine.plan import Plan, make_plan
 from mlx_vlm_pipes.engine.requests import Handle
 from mlx_vlm_pipes.engine.scheduler import Scheduler
@@ -21,15 +22,23 @@ from mlx_vlm_pipes.interfaces import PipelineModelWithKVCache
 
 
 class Engine:
-    """A model on its owning thread, and the scheduler that feeds it."""
+    """A model on its owning thread, and the scheduler that feeds it.
+
+    config: the limits; None for those that the model's own settings ask for.
+    """
 
     def __init__(
         self,
         worker: OwnerThread,
         model: PipelineModelWithKVCache,
-        config: EngineConfig,
+        config: EngineConfig | None,
         vocab_size: int,
     ) -> None:
+        if config is None:
+            memory = machine_memory(model.device)
+            config = EngineConfig.from_pipeline(
+                model.pipeline_config, memory, model.weight_bytes, model.kv_cache_config
+            )
         self.worker, self.model, self.config = worker, model, config
         self.scheduler = Scheduler(model, config, vocab_size)
         scheduler = self.scheduler
@@ -67,7 +76,8 @@ class Engine:
     def plan(self, context: TextContext) -> Plan:
         """What a request would need on this engine; nothing is computed."""
         resident = self.worker.call(mx.get_active_memory)
-        return make_plan(self.scheduler.state, context, resident, machine_memory())
+        memory = machine_memory(self.model.device)
+        return make_plan(self.scheduler.state, context, resident, memory)
 
     def peak_memory_bytes(self) -> int:
         """The most memory that MLX held at once in this process."""
@@ -88,19 +98,12 @@ class Engine:
         self._finalizer()
 
 
-def machine_memory() -> int:
-    """Bytes: the device's memory where it has its own figure, else the machine's."""
-    info = mx.device_info()
-    size = info.get("memory_size")
+def machine_memory(device: Device | None = None) -> int:
+    """Bytes: the device's memory where it has its own figure, else the machine's.
+
+    device: MLX's default where none is given.
+    """
+    size = mx.device_info((device or default_device()).mx_device).get("memory_size")
     if isinstance(size, int) and size > 0:
         return size
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def default_engine_config(memory_bytes: int) -> EngineConfig:
-    """Half of the memory for keys and values, an eighth for prefixes, a 32nd for images."""
-    return EngineConfig(
-        kv_bytes=memory_bytes // 2,
-        prefix_bytes=memory_bytes // 8,
-        image_bytes=memory_bytes // 32,
-    )

@@ -13,8 +13,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
-import mlx.core as mx
-
 from mlx_vlm_pipes.config import KVCacheParams
 from mlx_vlm_pipes.contexts import ImageMetadata, TextContext
 from mlx_vlm_pipes.engine.state import EngineConfig, EngineState
@@ -31,7 +29,7 @@ FIXED_BYTES = 1 << 15  # small arrays, whatever the size of the request
 
 @dataclass(frozen=True)
 class Plan:
-    """Counts in tokens, sizes in bytes. fits: the peak and the cache are within their limits."""
+    """Counts in tokens, sizes in bytes. fits: peak, cache and slices are within their limits."""
 
     prompt_tokens: int
     image_tokens: int
@@ -66,9 +64,11 @@ def make_plan(
     kv = cache_bytes(state.model.kv_params, len(tokens) + new)
     vision = _vision_bytes(state.model, context.images, state.config)
     decoder, itemsize = state.model.language.decoder.config, state.model.kv_params.dtype
-    prefill = prefill_bytes(decoder, itemsize.size_in_bytes, len(tokens), state.config)
+    fused = not state.model.device.is_host
+    prefill = prefill_bytes(decoder, itemsize.size_in_bytes, len(tokens), state.config, fused=fused)
     peak = peak_bytes(resident_bytes, kv, max(vision, prefill), state.config)
-    fits = peak <= memory_bytes and kv <= state.config.kv_bytes
+    in_bytes = peak <= memory_bytes and kv <= state.config.kv_bytes
+    fits = in_bytes and state.config.takes(len(tokens))
     return Plan(
         len(tokens),
         len(context.image_token_indices),
@@ -111,8 +111,8 @@ class DecoderSizes(Protocol):
     def vocab_size(self) -> int: ...
 
 
-def _transient(work: LayerWork, itemsize: int) -> float:
-    fused = mx.default_device().type == mx.DeviceType.gpu  # attention, without its scores in memory
+def _transient(work: LayerWork, itemsize: int, *, fused: bool) -> float:
+    """fused: attention without its scores in memory, as on a GPU."""
     widths = HIDDEN_STATES * work.width + HEAD_WIDTHS * work.heads + MLP_WIDTHS * work.inner
     scores = 0 if fused else SCORES * work.scores
     return FIXED_BYTES + MARGIN * itemsize * (work.tokens * widths + scores)
@@ -123,7 +123,8 @@ def _vision_bytes(
 ) -> int:
     """The largest micro-batch of images, and the rows that all of them leave behind."""
     itemsize = model.kv_params.dtype.size_in_bytes
-    sizes = [_transient(model.vision_work(image), itemsize) for image in images]
+    fused = not model.device.is_host
+    sizes = [_transient(model.vision_work(image), itemsize, fused=fused) for image in images]
     sizes = [size + image.pixel_values.nbytes for size, image in zip(sizes, images, strict=True)]
     batches = [
         sum(sizes[i : i + config.image_batch]) for i in range(0, len(sizes), config.image_batch)
@@ -131,10 +132,12 @@ def _vision_bytes(
     return int(max(batches, default=0))
 
 
-def prefill_bytes(decoder: DecoderSizes, itemsize: int, tokens: int, config: EngineConfig) -> int:
+def prefill_bytes(
+    decoder: DecoderSizes, itemsize: int, tokens: int, config: EngineConfig, *, fused: bool
+) -> int:
     """What prefilling `tokens` tokens holds beside weights and cache, at its widest slice.
 
-    itemsize: bytes of an element while computing.
+    itemsize: bytes of an element while computing; fused: on a GPU, attention without its scores.
     """
     chunk = min(tokens, config.prefill_chunk)
     work = LayerWork(
@@ -144,4 +147,4 @@ def prefill_bytes(decoder: DecoderSizes, itemsize: int, tokens: int, config: Eng
         inner=decoder.intermediate_size,
         scores=decoder.num_heads * chunk * tokens,
     )
-    return int(_transient(work, itemsize)) + 4 * 3 * decoder.vocab_size
+    return int(_transient(work, itemsize, fused=fused)) + 4 * 3 * decoder.vocab_size

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import mlx.core as mx
 
-from mlx_vlm_pipes.contexts import ImageMetadata
+from mlx_vlm_pipes.contexts import ImageMetadata, TextContext
 from mlx_vlm_pipes.engine.caches import common_prefix
 from mlx_vlm_pipes.engine.pace import Pace
 from mlx_vlm_pipes.engine.requests import Job
@@ -130,7 +130,7 @@ class Prefill:
         room = config.prefill_chunk
         if wait_s is not None:
             room = int(min(config.running_chunk, max(MIN_SLICE, pace.fitting(wait_s))))
-        group = next_group(order, room)
+        group = next_group(order, room, self._state.slice_size)
         tokens = sum(size for _, size in group)
         begun = self._state.clock()
         started = self._run_or_isolate(group)
@@ -148,7 +148,7 @@ class Prefill:
             started = []
             for job, size in group:
                 self._state.reset_row(job)
-                started += self._run_or_isolate([(job, _slice_of(job, size))])
+                started += self._run_or_isolate([(job, self._state.slice_size(job.context, size))])
             return started
         return self._finish(group)
 
@@ -213,13 +213,18 @@ class Prefill:
         return making >= self._state.prefixes.match(job.keys)[0] + SHARED_MIN
 
 
-def next_group(order: Sequence[Job], room: int) -> Group:
-    """The jobs of a slice of about `room` tokens, filled in this order; never empty."""
+def next_group(
+    order: Sequence[Job], room: int, slice_size: Callable[[TextContext, int], int]
+) -> Group:
+    """The jobs of a slice of about `room` tokens, filled in this order; never empty.
+
+    slice_size: how many tokens of a prompt are next, where there is room for so many.
+    """
     group: list[tuple[Job, int]] = []
     for job in order:
         if group and job.wants_all_logits:
             continue  # logits of all positions are returned for one row at a time
-        size = _slice_of(job, room)
+        size = slice_size(job.context, room)
         if size < 1 or (group and size > room):
             break
         group.append((job, size))
@@ -227,13 +232,6 @@ def next_group(order: Sequence[Job], room: int) -> Group:
         if job.wants_all_logits:
             break
     return group
-
-
-def _slice_of(job: Job, room: int) -> int:
-    """Tokens of a job's next slice: at most `room`, more only for a picture that stays whole."""
-    begin = job.context.tokens.processed_length
-    size = min(job.remaining_prompt, room)
-    return job.context.uncut(begin, begin + size) - begin if size > 0 else 0
 
 
 SHARED_MIN = 64  # tokens of a common prefix that are worth waiting for

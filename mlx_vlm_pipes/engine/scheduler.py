@@ -58,6 +58,7 @@ class Scheduler:
         vocabulary, OutOfBudget for what can never fit.
         """
         require_known_tokens(context.tokens.all, self.state.model.vocab_size)
+        self.state.require_slice(context)
         keys = prefix_keys(context, self.state.salt(context, len(context.tokens)))
         capacity = self.state.capacity_needed(context, context.sampling_params.max_new_tokens)
         return self._queue(new_job(context, decoder, self.vocab_size, keys, capacity))
@@ -68,6 +69,7 @@ class Scheduler:
         It shares no prefix: those tokens' logits are not kept. Raises: as `submit`.
         """
         require_known_tokens(context.tokens.all, self.state.model.vocab_size)
+        self.state.require_slice(context)
         self.state.model.adapter_slot(context.model_name)  # raises for an unknown one
         capacity = self.state.capacity_needed(context, 1)
         job = new_job(context, NoText(), self.vocab_size, np.zeros(0, np.int64), capacity)
@@ -121,7 +123,7 @@ class Scheduler:
         for job in list(self.waiting):
             others = [*self.prefilling, *self.running]
             need = self.state.bytes_needed([*others, job])
-            if others and (len(others) >= self.state.max_rows or need > config.kv_bytes):
+            if others and (len(others) >= config.max_batch_size or need > config.kv_bytes):
                 return
             if self._prefill.is_making(job):
                 continue

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from mlx_vlm_pipes.config import KVCacheConfig, PipelineConfig
 from mlx_vlm_pipes.contexts import TextContext
 from mlx_vlm_pipes.engine.caches import ImageCache, PrefixCache, prefix_keys
 from mlx_vlm_pipes.engine.requests import Job
@@ -28,6 +29,7 @@ class EngineConfig:
     between two of their tokens for a slice of about running_wait_ms milliseconds: as many tokens
     or pictures as the slices before say, at most running_chunk tokens or image_batch pictures, at
     least MIN_SLICE tokens or one picture.
+    enable_chunked_prefill=False: no prompt is cut, and one longer than prefill_chunk is refused.
     Raises: InputError for a limit that would let nothing run, or of a wrong type.
     """
 
@@ -40,6 +42,39 @@ class EngineConfig:
     prefix_bytes: int = 1 << 30
     image_bytes: int = 256 << 20
     enable_prefix_caching: bool = True
+    enable_chunked_prefill: bool = True
+
+    @classmethod
+    def from_pipeline(
+        cls,
+        pipeline: PipelineConfig,
+        memory_bytes: int,
+        weight_bytes: int = 0,
+        kv_cache: KVCacheConfig | None = None,
+    ) -> EngineConfig:
+        """The limits that a pipeline's settings ask for (docs/api.md#settings-of-the-engine).
+
+        kv_cache: the one that the model was given, else the pipeline's. Its share of the memory,
+        less the weights, is the budget: 3/4 of it for keys and values, 1/8 for prefixes, 1/32 for
+        pictures, the rest for what a step computes.
+        """
+        runtime, cache = pipeline.runtime, kv_cache or pipeline.model.kv_cache
+        budget = max(0, int(cache.device_memory_utilization * memory_bytes) - weight_bytes)
+        longest, chunked = runtime.max_batch_input_tokens, runtime.enable_chunked_prefill
+        return cls(
+            max_batch_size=runtime.max_batch_size or cls.max_batch_size,
+            prefill_chunk=min(cls.prefill_chunk, longest) if chunked else longest,
+            running_chunk=min(cls.running_chunk, longest) if chunked else longest,
+            kv_bytes=budget * 3 // 4,
+            prefix_bytes=budget // 8,
+            image_bytes=budget // 32,
+            enable_prefix_caching=cache.enable_prefix_caching,
+            enable_chunked_prefill=chunked,
+        )
+
+    def takes(self, prompt_tokens: int) -> bool:
+        """Whether a prompt of so many tokens can be prefilled."""
+        return self.enable_chunked_prefill or prompt_tokens <= self.prefill_chunk
 
     def __post_init__(self) -> None:
         counts = ("max_batch_size", "prefill_chunk", "running_chunk", "image_batch")
@@ -47,7 +82,8 @@ class EngineConfig:
         for name, low in lows.items():
             Option("", name=name, kind=int, low=low).read(getattr(self, name))
         Option("", name="running_wait_ms", kind=float, above=0).read(self.running_wait_ms)
-        Option("", name="enable_prefix_caching", kind=bool).read(self.enable_prefix_caching)
+        for name in ("enable_prefix_caching", "enable_chunked_prefill"):
+            Option("", name=name, kind=bool).read(getattr(self, name))
 
 
 @dataclass
@@ -83,12 +119,25 @@ class EngineState:
         self.clock: Callable[[], float] = time.perf_counter  # seconds
         self._buckets: set[tuple[int, int]] = set()
 
-    @property
-    def max_rows(self) -> int:
-        limit = self.model.pipeline_config.runtime.max_batch_size
-        return min(limit or self.config.max_batch_size, self.config.max_batch_size)
-
     # ---- what a request needs
+
+    def require_slice(self, context: TextContext) -> None:
+        """Raises: OutOfBudget for a prompt that may not be cut and is longer than a slice."""
+        count, limit = len(context.tokens), self.config.prefill_chunk
+        if not self.config.takes(count):
+            raise OutOfBudget(
+                f"the prompt has {count} tokens, without enable_chunked_prefill at most {limit} "
+                "(max_batch_input_tokens) are run; shorten it, raise the limit, or let it be cut"
+            )
+
+    def slice_size(self, context: TextContext, room: int) -> int:
+        """Tokens of a prompt's next slice: at most `room`, more for what may not be cut."""
+        begin = context.tokens.processed_length
+        left = len(context.tokens) - begin
+        if not self.config.enable_chunked_prefill:
+            return left
+        size = min(left, room)
+        return context.uncut(begin, begin + size) - begin if size > 0 else 0
 
     def capacity_needed(self, context: TextContext, new_tokens: int | None) -> int:
         """Cache capacity of a request at its longest, in tokens; None: no limit but max_length.

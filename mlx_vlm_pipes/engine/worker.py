@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import mlx.core as mx
 
+from mlx_vlm_pipes.dtypes import Device
 from mlx_vlm_pipes.errors import EngineClosed
 
 T = TypeVar("T")
@@ -35,11 +36,12 @@ def require_same_process(process: int) -> None:
 class OwnerThread:
     """Runs calls in order and, between them, `idle_work` for as long as it returns True.
 
-    last_work runs once, when the thread ends.
+    Each runs on `device`, whatever MLX's default is. last_work runs once, when the thread ends.
     Raises: EngineClosed in a process that was forked from one with such a thread.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: Device) -> None:
+        self._device = device
         self._calls: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
         self._process = os.getpid()
         for process in _PROCESSES:
@@ -98,8 +100,10 @@ class OwnerThread:
                     return
                 calls, self._calls = self._calls, deque()
             while calls:
-                _serve(*calls.popleft())
-            busy = self.idle_work() if self.idle_work is not None else False
+                with self._device.active():
+                    _serve(*calls.popleft())
+            with self._device.active():
+                busy = self.idle_work() if self.idle_work is not None else False
 
     def _close(self) -> None:
         for future, _ in self._calls:
@@ -107,7 +111,7 @@ class OwnerThread:
         if self.last_work is not None:
             self.last_work()
         self.idle_work = self.last_work = None
-        mx.synchronize()
+        self._device.synchronize()
         mx.clear_streams()
 
 

@@ -43,6 +43,7 @@ class DecoderConfig:
     rope: RopeSpec
     attention_scale: float
     norm_eps: float | None = 1e-6  # None: layer norm without weights (OLMo)
+    norm_dtype: mx.Dtype | None = None  # of the norms' weights; None: as they are stored
     hidden_act: str = "silu"
     qkv_bias: bool = False
     o_bias: bool = False
@@ -123,8 +124,15 @@ class LayerNorm(nn.Module):
         return mx.fast.layer_norm(x, None, None, 1e-5)
 
 
+class RMSNorm(nn.RMSNorm):
+    """Its result has the type of its input, whatever type its weight has: [T, E] -> [T, E]."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return super().__call__(x).astype(x.dtype)
+
+
 def _norm(size: int, eps: float | None) -> nn.Module:
-    return LayerNorm() if eps is None else nn.RMSNorm(size, eps)
+    return LayerNorm() if eps is None else RMSNorm(size, eps)
 
 
 def project_into(linear: nn.Module, x: mx.array, residual: mx.array, factor: float) -> mx.array:
@@ -237,8 +245,8 @@ class Attention(Projections):
             self.v_proj = nn.Linear(hidden, kv_heads * dim, bias=bias)
         self.o_proj = nn.Linear(heads * dim, hidden, bias=config.o_bias)
         if config.qk_norm:
-            self.q_norm = nn.RMSNorm(dim, config.norm_eps or 1e-6)
-            self.k_norm = nn.RMSNorm(dim, config.norm_eps or 1e-6)
+            self.q_norm = RMSNorm(dim, config.norm_eps or 1e-6)
+            self.k_norm = RMSNorm(dim, config.norm_eps or 1e-6)
 
     def fuse(self) -> None:
         if "q_proj" in self:
@@ -406,6 +414,13 @@ class DenseDecoder(nn.Module):
         self.norm = _norm(config.hidden_size, config.norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def cast_norms(self) -> None:
+        """Give the norms' weights the type that the configuration asks for, if it does."""
+        dtype = self.config.norm_dtype
+        for module in self.modules():
+            if dtype is not None and isinstance(module, RMSNorm):
+                module.weight = module.weight.astype(dtype)
 
     def fuse(self) -> None:
         """Fewer, larger matrix products. Call it once, after the weights are in."""

@@ -8,6 +8,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_vlm_pipes.config import KVCacheParams
+from mlx_vlm_pipes.dtypes import DeviceRef
 from mlx_vlm_pipes.errors import ConfigError, InputError
 from mlx_vlm_pipes.interfaces import ModelOutputs, Phase, ReturnHiddenStates, ReturnLogits, StepMode
 from mlx_vlm_pipes.kv_cache import KVCacheInputs, Layer, RowCacheInputs, Span, cache_format, rows_of
@@ -27,9 +28,9 @@ from mlx_vlm_pipes.nn.ragged import merge_image_features, placed_features
 PREFILL = StepMode()
 
 
-def can_compile() -> bool:
+def can_compile(device: DeviceRef) -> bool:
     """MLX's CPU backend compiles through g++; a GPU backend needs nothing from the host."""
-    return mx.default_device().type == mx.DeviceType.gpu or cpu_compiles()
+    return device.is_gpu() or cpu_compiles()
 
 
 def captured_layers(
@@ -81,7 +82,7 @@ class LanguageModel:
         self.adapters, self.adapter_ranks = decoder.adapter_names, decoder.adapter_ranks
         self.traces = 0
         self._format = cache_format(kv_params)
-        self._compiled = compile and can_compile()
+        self._compiled = compile and can_compile(kv_params.devices[0])
         self._step = mx.compile(self._decode_step) if self._compiled else self._decode_step
 
     @property

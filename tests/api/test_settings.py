@@ -16,14 +16,19 @@ from mlx_vlm_pipes import EngineConfig, load
 from mlx_vlm_pipes.architectures.internvl.processing import InternVLProcessor
 from mlx_vlm_pipes.architectures.llama3 import Llama3Config, Llama3Model
 from mlx_vlm_pipes.config import KVCacheConfig, ModelConfig, PipelineConfig, RuntimeConfig
-from mlx_vlm_pipes.contexts import SamplingParams, TextContext
-from mlx_vlm_pipes.dtypes import DType
+from mlx_vlm_pipes.contexts import SamplingParams
+from mlx_vlm_pipes.dtypes import DeviceRef, DType
+from mlx_vlm_pipes.engine.engine import Engine, machine_memory
+from mlx_vlm_pipes.engine.requests import Handle
 from mlx_vlm_pipes.engine.scheduler import Scheduler
-from mlx_vlm_pipes.errors import ConfigError
+from mlx_vlm_pipes.engine.worker import OwnerThread
+from mlx_vlm_pipes.errors import ConfigError, InputError, OutOfBudget
 from mlx_vlm_pipes.hf_config import HuggingFaceConfig
+from mlx_vlm_pipes.interfaces import Phase, ReturnHiddenStates
+from mlx_vlm_pipes.nn.language_model import can_compile
 from mlx_vlm_pipes.processing.types import PromptRequest
 from mlx_vlm_pipes.quantization import QuantizationEncoding
-from tests.api.driving import STEPS, build, pipeline_config, prefill, relative, save
+from tests.api.driving import STEPS, build, cpu, pipeline_config, prefill, relative, save
 from tests.api.test_internvl import ROOM as INTERNVL
 from tests.api.test_llama3 import ROOM as LLAMA
 from tests.fixtures_helper import FIXTURES
@@ -56,19 +61,30 @@ class Served:
         prepare = self.model.prepare_initial_token_inputs
 
         def noted(batches: Any, *arguments: Any, **named: Any) -> Any:
-            self.slices.append(sum(c.tokens.active_length for batch in batches for c in batch))
-            return prepare(batches, *arguments, **named)
+            inputs = prepare(batches, *arguments, **named)
+            if inputs.phase is Phase.PREFILL:
+                self.slices.append(inputs.tokens.size)
+            return inputs
 
         self.model.prepare_initial_token_inputs = noted
 
-    def answer(self, prompt: str = PROMPT) -> list[int]:
+    def submit(self, prompt: str = PROMPT) -> Handle:
         context = LLAMA.context(prompt, ignore_eos=True)
-        assert isinstance(context, TextContext)
         context.sampling_params = SamplingParams(temperature=0.0, max_new_tokens=STEPS)
-        handle = self.scheduler.submit(context, Silent())
+        return self.scheduler.submit(context, Silent())
+
+    def finish(self) -> None:
         while self.scheduler.step():
             pass
-        return [chunk.token for chunk in handle if chunk.token is not None]
+
+    def answer(self, prompt: str = PROMPT) -> list[int]:
+        handle = self.submit(prompt)
+        self.finish()
+        return tokens(handle)
+
+
+def tokens(handle: Handle) -> list[int]:
+    return [chunk.token for chunk in handle if chunk.token is not None]
 
 
 @pytest.mark.parametrize("enabled", [True, False])
@@ -84,44 +100,144 @@ def test_max_batch_input_tokens() -> None:
     assert served.slices == [20, 20, 20, 20, 6]
 
 
-def test_enable_chunked_prefill() -> None:
-    runtime = RuntimeConfig(max_batch_input_tokens=20, enable_chunked_prefill=False)
+def test_without_chunked_prefill_no_prompt_is_cut() -> None:
+    """Three prompts of 86 tokens in slices of 200: two go together, the third waits."""
+    runtime = RuntimeConfig(max_batch_input_tokens=200, enable_chunked_prefill=False)
+    served = Served(runtime=runtime, kv_cache=KVCacheConfig(enable_prefix_caching=False))
+    handles = [served.submit() for _ in range(3)]
+    served.finish()
+    assert [tokens(handle) for handle in handles] == [LLAMA.greedy(PROMPT)] * 3
+    assert served.slices == [172, 86]
+
+
+def test_without_chunked_prefill_a_long_prompt_is_refused() -> None:
+    runtime = RuntimeConfig(max_batch_input_tokens=85, enable_chunked_prefill=False)
     served = Served(runtime=runtime)
-    assert served.answer() == LLAMA.greedy(PROMPT)
-    assert served.slices == [86]
+    with pytest.raises(OutOfBudget, match=r"86 tokens.*at most 85 \(max_batch_input_tokens\)"):
+        served.submit()
+    pipe = load(LLAMA.folder, dtype="float32", engine=served.config)
+    try:
+        assert not pipe.plan("word " * 86, max_tokens=1).fits
+        with pytest.raises(OutOfBudget, match="max_batch_input_tokens"):
+            pipe.logits("word " * 86)
+    finally:
+        pipe.close()
 
 
 def test_max_batch_size() -> None:
     served = Served(runtime=RuntimeConfig(max_batch_size=1))
-    assert served.config.max_batch_size == 1
-    with pytest.raises(ValueError, match="max_batch_size"):
-        Served(runtime=RuntimeConfig(max_batch_size=0))
+    handles = [served.submit(), served.submit("raw")]
+    running = []
+    while served.scheduler.step():
+        running.append(len(served.scheduler.running))
+    assert max(running) == 1
+    assert tokens(handles[1]) == LLAMA.greedy("raw")
+    with pytest.raises(ValueError, match="max_batch_size is 0"):
+        RuntimeConfig(max_batch_size=0)
 
 
 def test_device_memory_utilization() -> None:
-    budgets = [
-        Served(kv_cache=KVCacheConfig(device_memory_utilization=share)).config.kv_bytes
-        for share in (0.8, 0.4)
-    ]
-    assert budgets[0] > budgets[1] > 0
-    assert budgets[0] - budgets[1] == pytest.approx(0.4 * MEMORY, rel=0.01)
-    with pytest.raises(ConfigError, match="device_memory_utilization"):
-        Served(kv_cache=KVCacheConfig(device_memory_utilization=1.5))
+    """The weights are part of the share, and nothing gets what is left of less than them."""
+    pipeline = pipeline_config(LLAMA.folder, kv_cache=KVCacheConfig(device_memory_utilization=0.5))
+    limits = EngineConfig.from_pipeline(pipeline, 1000, 100)
+    assert (limits.kv_bytes, limits.prefix_bytes, limits.image_bytes) == (300, 50, 12)
+    limits = EngineConfig.from_pipeline(pipeline, 1000, 600)
+    assert (limits.kv_bytes, limits.prefix_bytes, limits.image_bytes) == (0, 0, 0)
+    for share in (0, 1.5):
+        with pytest.raises(ConfigError, match="device_memory_utilization"):
+            KVCacheConfig(device_memory_utilization=share)
+
+
+def test_a_share_that_holds_no_token_is_out_of_budget() -> None:
+    served = Served(kv_cache=KVCacheConfig(device_memory_utilization=1e-9))
+    with pytest.raises(OutOfBudget, match="KV cache"):
+        served.submit()
+
+
+def test_engine_and_load_take_the_settings_of_the_model() -> None:
+    """Through load() and by hand alike: the default share of this machine, less the weights."""
+    pipe = load(LLAMA.folder, dtype="float32")
+    model, limits = pipe.engine.model, pipe.engine.config
+    stored = sum(tensor.nbytes for tensor in LLAMA.tensors.values())
+    assert model.weight_bytes == stored
+    assert limits.kv_bytes == (int(0.9 * machine_memory()) - stored) * 3 // 4
+    pipe.close()
+    worker = OwnerThread(cpu())
+    own = KVCacheConfig(device_memory_utilization=0.5, enable_prefix_caching=False)
+    made = worker.call(lambda: build(Llama3Model, LLAMA.folder, kv_cache=own))
+    engine = Engine(worker, made, None, LLAMA.text_json["vocab_size"])
+    assert engine.config.kv_bytes == (int(0.5 * machine_memory()) - stored) * 3 // 4
+    assert not engine.config.enable_prefix_caching
+    engine.close()
 
 
 @pytest.mark.parametrize(
     ("name", "options"),
     [
         ("max_num_steps", lambda: {"runtime": RuntimeConfig(max_num_steps=4)}),
-        ("use_subgraphs", lambda: {"use_subgraphs": False}),
         ("draft_model", lambda: {"draft_model": ModelConfig()}),
         ("speculative", lambda: {"speculative": {"num_tokens": 2}}),
+        ("rope_type", lambda: {"rope_type": "normal"}),
     ],
 )
 def test_what_has_no_reader_refuses_all_but_its_default(name: str, options: Any) -> None:
     with pytest.raises(ConfigError, match=name) as caught:
         build(Llama3Model, LLAMA.folder, **options())
     assert "\n" not in str(caught.value)
+
+
+def test_limits_that_let_nothing_run_are_refused() -> None:
+    with pytest.raises(ConfigError, match="kv_cache_page_size is 0"):
+        KVCacheConfig(kv_cache_page_size=0)
+    with pytest.raises(ConfigError, match="max_batch_input_tokens is 0"):
+        RuntimeConfig(max_batch_input_tokens=0)
+
+
+def test_without_use_subgraphs_the_decode_step_is_not_compiled() -> None:
+    served = [Served(use_subgraphs=use) for use in (True, False)]
+    assert served[0].answer() == served[1].answer() == LLAMA.greedy(PROMPT)
+    traces = [one.scheduler.stats.traces for one in served]
+    assert traces[1] == 0
+    assert traces[0] > 0 or not can_compile(DeviceRef.CPU())
+
+
+def test_norm_dtype_is_the_type_of_the_norms_weights() -> None:
+    """float32 norms under bfloat16: the same weights, and what they give stays bfloat16."""
+
+    class Wide(Llama3Config):
+        def finalize(self, *arguments: Any, **named: Any) -> None:
+            super().finalize(*arguments, **named)
+            assert self.norm_dtype is DType.bfloat16
+            self.norm_dtype = DType.float32
+
+    class WideModel(Llama3Model):
+        config_class = Wide
+
+    plain = build(Llama3Model, LLAMA.folder, quantization_encoding="bfloat16")
+    wide = build(
+        WideModel,
+        LLAMA.folder,
+        quantization_encoding="bfloat16",
+        return_hidden_states=ReturnHiddenStates.ALL_NORMALIZED,
+    )
+    for name, array in wide.state_dict.items():
+        is_norm = name.split(".")[-2].endswith("norm")
+        assert array.dtype == (mx.float32 if is_norm else mx.bfloat16), name
+        np.testing.assert_array_equal(
+            np.array(array.astype(mx.float32)), np.array(plain.state_dict[name].astype(mx.float32))
+        )
+    _, outputs = prefill(wide, [LLAMA.context("raw")])
+    assert outputs.hidden_states.dtype == mx.bfloat16
+    got, want = np.array(outputs.logits), LLAMA.logits("raw")
+    assert (got * want).sum() / np.sqrt((got**2).sum() * (want**2).sum()) > 0.999
+
+
+def test_hidden_states_of_another_model_are_refused() -> None:
+    model = build(Llama3Model, LLAMA.folder)
+    inputs, _ = prefill(model, [LLAMA.context("raw")])
+    inputs.update(hidden_states=mx.zeros((1, 4)))
+    with pytest.raises(InputError, match="hidden_states"):
+        model.execute(inputs)
 
 
 def test_max_dynamic_patch_of_vision_config_overrides() -> None:

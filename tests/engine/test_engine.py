@@ -12,6 +12,7 @@ from itertools import islice
 import pytest
 
 from mlx_vlm_pipes import Pipeline, load
+from mlx_vlm_pipes.dtypes import default_device
 from mlx_vlm_pipes.engine.requests import Handle
 from mlx_vlm_pipes.engine.worker import OwnerThread
 from mlx_vlm_pipes.errors import EngineClosed
@@ -136,7 +137,7 @@ def test_a_dropped_pipeline_ends_its_thread() -> None:
 
 
 def test_calls_that_are_queued_when_the_thread_ends_fail() -> None:
-    worker, hold = OwnerThread(), threading.Event()
+    worker, hold = OwnerThread(default_device()), threading.Event()
     worker.post(hold.wait)
     queued = worker.post(lambda: 1)
     stopper = threading.Thread(target=worker.stop)

@@ -23,11 +23,13 @@ def test_plan_against_measured_peak(folder: Path) -> None:
         pipe.engine.forget()
         plan = pipe.plan(**request, max_tokens=facts["max_new"])
         pipe.engine.worker.call(mx.reset_peak_memory)
-        answer = pipe.generate(**request, max_tokens=facts["max_new"])
+        for _ in range(8):  # the largest: how far MLX runs ahead changes from run to run
+            pipe.engine.forget()
+            answer = pipe.generate(**request, max_tokens=facts["max_new"])
         assert plan.prompt_tokens == answer.usage.prompt_tokens
         assert plan.image_tokens == answer.usage.image_tokens
         measured = pipe.peak_memory_bytes()
-        assert measured <= plan.peak_bytes <= 1.25 * measured, fact["name"]
+        assert measured <= plan.peak_bytes <= 1.35 * measured, fact["name"]
     pipe.close()
 
 

@@ -15,7 +15,7 @@ import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_vlm_pipes.config import KVCacheParams
-from mlx_vlm_pipes.dtypes import DType
+from mlx_vlm_pipes.dtypes import DeviceRef, DType
 from mlx_vlm_pipes.errors import ConfigError, InputError
 from mlx_vlm_pipes.interfaces import Phase, ReturnLogits, StepMode
 from mlx_vlm_pipes.kv_cache import KVCache, Span, cache_inputs, increment_cache_lengths
@@ -63,7 +63,7 @@ def cache_params(bits: int | None) -> KVCacheParams:
         n_kv_heads=2,
         head_dim=32 if bits else 8,
         num_layers=3,
-        devices=[],
+        devices=[DeviceRef.CPU()],
         data_parallel_degree=1,
     )
 

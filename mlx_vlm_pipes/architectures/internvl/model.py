@@ -79,7 +79,7 @@ class InternVLModel(AlwaysSignalBuffersMixin, VisionLanguageModel[InternVLInputs
     def estimate_activation_memory(
         cls, pipeline_config: PipelineConfig, huggingface_config: AutoConfig
     ) -> int:
-        """Bytes of a prefill step's activations, by MAX's rule of thumb (docs/api.md).
+        """Bytes by MAX's rule of thumb, not from the model's own sizes (docs/api.md).
 
         Raises: ConfigError without a vision_config.
         """

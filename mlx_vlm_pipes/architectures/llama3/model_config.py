@@ -58,7 +58,8 @@ ENDLESS_WINDOW = 2**31 - 1
 class Llama3Config(ArchConfigWithKVCache):
     """What the decoder reads. Sizes in elements, lengths in tokens.
 
-    The fields below `data_parallel_degree` are ours; the documented ones stand above.
+    The fields below `data_parallel_degree` are ours; the documented ones stand above. norm_dtype
+    is the type of the norms' weights after loading; what a norm gives has the type of its input.
     """
 
     hidden_size: int
@@ -282,6 +283,7 @@ class Llama3Config(ArchConfigWithKVCache):
             ),
             attention_scale=self.attention_multiplier,
             norm_eps=self.rms_norm_eps,
+            norm_dtype=None if self.norm_dtype is None else self.norm_dtype.to_mx(),
             hidden_act=self.hidden_act,
             qkv_bias=self.attention_bias,
             o_bias=self.output_bias,

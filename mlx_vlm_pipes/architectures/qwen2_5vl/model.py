@@ -100,7 +100,7 @@ class Qwen2_5VLModel(MRopeModel[Qwen2_5VLInputs]):
     def estimate_activation_memory(
         cls, pipeline_config: PipelineConfig, huggingface_config: AutoConfig
     ) -> int:
-        """Bytes: one number for all sizes, as documented."""
+        """Bytes by MAX's rule of thumb: one number for all sizes (docs/api.md)."""
         del pipeline_config, huggingface_config
         return ACTIVATION_BYTES
 

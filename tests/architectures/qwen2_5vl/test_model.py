@@ -20,7 +20,7 @@ from mlx_vlm_pipes.architectures.qwen2_5vl.context import (
 )
 from mlx_vlm_pipes.config import ModelConfig, PipelineConfig
 from mlx_vlm_pipes.contexts import ImageMetadata, TextAndVisionContext, TokenBuffer
-from mlx_vlm_pipes.dtypes import DeviceRef
+from mlx_vlm_pipes.dtypes import DeviceRef, default_device
 from mlx_vlm_pipes.errors import ConfigError, ImageTokenMismatch, InputError
 from mlx_vlm_pipes.interfaces import InferenceSession, ModelInputs, ReturnLogits
 from mlx_vlm_pipes.kv_cache import KVCache, KVCacheInputs, cache_inputs, increment_cache_lengths
@@ -313,6 +313,7 @@ def test_next_positions_follow_lazily() -> None:
         [Qwen2_5VLModel.prepare_decoder_position_ids([c], []) for c in (text, tail_image())], axis=1
     )
     model = object.__new__(Qwen2_5VLModel)
+    model.device = default_device()
     inputs = Qwen2_5VLInputs(
         tokens=mx.zeros((15,), mx.int32),
         input_row_offsets=[mx.array([0, 5, 15], dtype=mx.uint32)],

@@ -1,0 +1,64 @@
+"""The one device of a model: which it may be, and that its steps run there."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from mlx_vlm_pipes.dtypes import Device, DeviceRef
+from mlx_vlm_pipes.errors import ConfigError
+from mlx_vlm_pipes.session import InferenceSession
+
+_STEPS = (
+    "load_model", "prepare_initial_token_inputs", "execute", "encode_images",
+    "prepare_next_token_inputs",
+)  # fmt: skip
+
+
+class StepsOnDevice:
+    """Subclasses load and run their steps on `device`, whatever MLX's default is."""
+
+    device: Device
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        for name in _STEPS:
+            if name in vars(cls):
+                setattr(cls, name, _on_own_device(vars(cls)[name]))
+
+
+def _on_own_device(step: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(step)
+    def run(self: StepsOnDevice, *arguments: Any, **named: Any) -> Any:
+        with self.device.active():
+            return step(self, *arguments, **named)
+
+    return run
+
+
+def require_device(
+    devices: Sequence[Device], session: InferenceSession, declared: Sequence[DeviceRef]
+) -> Device:
+    """The one device that a model runs on, which is there and which all agree about.
+
+    declared: what the configuration says. Raises: ConfigError for no device, one that MLX does
+    not have here, or one that session or configuration contradict; NotImplementedError for
+    several.
+    """
+    if not devices:
+        raise ConfigError("devices is empty; give the one device that the model is to run on")
+    if len(devices) > 1:
+        raise NotImplementedError(f"{len(devices)} devices; one unified-memory device is run")
+    (device,) = devices
+    if not device.is_available:
+        raise ConfigError(f"devices has {device}, which MLX does not have here; use another one")
+    if session.devices and device not in session.devices:
+        known = ", ".join(map(str, session.devices))
+        raise ConfigError(f"devices has {device}, the session has {known}; give both the same")
+    if list(declared) != [DeviceRef.from_device(device)]:
+        said = ", ".join(map(str, declared)) or "none"
+        raise ConfigError(
+            f"devices has {device}, the model's device_specs say {said}; give both the same"
+        )
+    return device
