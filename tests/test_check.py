@@ -416,3 +416,10 @@ def test_degenerate_logits(logits, words):
     clean = Checkup("x")
     judge(np.random.default_rng(0).normal(size=(5, 7)), clean)
     assert clean.findings == []
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is closed to root")
+def test_a_closed_folder_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "closed").mkdir(mode=0o000)
+    assert check.main([str(tmp_path / "closed")]) == 2
+    assert "no permission" in capsys.readouterr().err

@@ -115,6 +115,48 @@ def test_names_that_no_folder_has(name: str) -> None:
         assert len(str(caught.value).splitlines()) == 1
 
 
+def changed(case: str, target: Path, file: str, **values: object) -> Path:
+    """A copy of a fixture with other values in a JSON file; a key `a__b` is b in the object a."""
+    folder = Path(shutil.copytree(FIXTURES / case, target))
+    content = json.loads((folder / file).read_text())
+    for key, value in values.items():
+        *outer, last = key.split("__")
+        place = content
+        for name in outer:
+            place = place[name]
+        place[last] = value
+    (folder / file).write_text(json.dumps(content))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("case", "values"),
+    [
+        ("idefics3", {"vision_config__initializer_range": "x"}),
+        ("idefics3", {"vision_config__initializer_range": {}}),
+        ("pixtral", {"text_config__sliding_window": 2**31}),
+        ("mistral-full", {"sliding_window": 2**31}),
+        ("mistral-full", {"sliding_window": 2**40}),
+    ],
+)
+def test_values_that_change_nothing(case: str, values: dict[str, object], tmp_path: Path) -> None:
+    answers = []
+    for folder in (FIXTURES / case, changed(case, tmp_path / "model", "config.json", **values)):
+        pipe = load(folder)
+        answers.append(pipe.generate("Hello", raw=True, max_tokens=3).tokens)
+        pipe.close()
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("edge", [None, {"longest_edge": 999}, {"longest_edge": 13}])
+def test_frames_that_the_tower_does_not_read(edge: object, tmp_path: Path) -> None:
+    folder = changed(
+        "idefics3", tmp_path / "model", "preprocessor_config.json", max_image_size=edge
+    )
+    with pytest.raises(errors.ProcessorError, match=r"max_image_size is .*as the tower reads"):
+        load(folder)
+
+
 def test_no_chat_template_leaves_raw_prompts(tmp_path: Path) -> None:
     folder = Path(shutil.copytree(LLAMA, tmp_path / "model"))
     for path in folder.glob("*.json"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,14 @@ CODE_KEYS = ("auto_map", "model_file", "custom_pipelines")
 def examine(folder: str | Path) -> Checkup:
     """Read headers and JSON files of a model folder; a few megabytes at any size.
 
-    Raises: CheckpointNotFound if there is no such folder; everything else is a finding.
+    Raises: CheckpointNotFound if there is no such folder, or it is closed to us; everything else is
+    a finding.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointNotFound(f"no model folder at {folder}")
+    if not os.access(folder, os.R_OK | os.X_OK):
+        raise CheckpointNotFound(f"{folder}: no permission to read this folder")
     checkup = Checkup(str(folder))
     checkup.ignored = ignored_code(folder)
     _look_for_pointers(folder, checkup)

@@ -71,7 +71,8 @@ def ours(path, room, kind: str, tokens: list[str], settings: dict, config: dict 
 def test_idefics3(tmp_path, name, settings) -> None:
     if name == "smolvlm" and "rescale_factor" in settings:
         settings = {**settings, "image_std": [0.5, 0.25, 2.0], "do_rescale": False}
-    vision = {"image_size": 16, "patch_size": 8}
+    frame = settings.get("max_image_size", {"longest_edge": 364})["longest_edge"]
+    vision = {"image_size": frame, "patch_size": frame // 2}
     processor = ours(
         tmp_path, idefics3, "Idefics3Processor", folders.IDEFICS3_TOKENS, settings,
         {"model_type": "idefics3", "vision_config": vision},
@@ -177,7 +178,7 @@ def test_colour_conversion() -> None:
         (
             idefics3, "Idefics3Processor", folders.IDEFICS3_TOKENS,
             "idefics3", "Idefics3ImageProcessorPil",
-            {"size": {"longest_edge": 64}, "max_image_size": {"longest_edge": 16}},
+            {"size": {"longest_edge": 64}, "max_image_size": {"longest_edge": 28}},
         ),
         (
             pixtral, "PixtralProcessor", folders.PIXTRAL_TOKENS,

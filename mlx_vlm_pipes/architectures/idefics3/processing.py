@@ -97,7 +97,9 @@ class Idefics3Processor(VisionProcessor):
         del overrides  # there are none
         files = ProcessorFiles.read(self.folder)
         self.settings = Idefics3Settings.read(files.image)
-        self.image_seq_len = FrameSizes.read(HuggingFaceConfig(config)).image_seq_len
+        sizes = FrameSizes.read(HuggingFaceConfig(config))
+        self.image_seq_len = sizes.image_seq_len
+        _check_frame(self.settings.frame_px, sizes, files.image)
         files.processor.agree("image_seq_len", self.image_seq_len)
         self.sampling = read_sampling(files)
         keys = ("image_token_id", "image_token_index")
@@ -178,6 +180,14 @@ class Idefics3Processor(VisionProcessor):
         pixels = np.stack(frames)[None]
         mask = np.ones((1, len(frames), *pixels.shape[-2:]), np.int64)
         return {"pixel_values": pixels, "pixel_attention_mask": mask}
+
+
+def _check_frame(side: int, sizes: FrameSizes, settings: Settings) -> None:
+    """Raises: ProcessorError for frames that the tower does not make `image_seq_len` tokens of."""
+    if side // sizes.patch_size != sizes.patches_per_side:
+        raise settings.error(
+            "max_image_size", side, f"frames as the tower reads them, {sizes.image_size} pixels"
+        )
 
 
 def longest_edge_size(size: tuple[int, int], longest: int) -> tuple[int, int]:

@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 NormMethod = Literal["rms_norm", "layer_norm"]
+ENDLESS_WINDOW = 2**31 - 1
 
 
 @dataclass(kw_only=True)
@@ -326,9 +327,13 @@ def _rope_fields(cfg: AutoConfig) -> dict[str, Any]:
 
 
 def _sliding_window(cfg: AutoConfig) -> tuple[int | None, tuple[bool, ...] | None]:
-    """The window in tokens and the layers it holds for (None: all)."""
+    """The window in tokens and the layers it holds for (None: all).
+
+    One that no position (int32) can leave is none.
+    """
     window = lookup(cfg, "sliding_window")
-    if window is None or lookup(cfg, "use_sliding_window", default=True) is False:
+    is_used = lookup(cfg, "use_sliding_window", default=True) is not False
+    if window is None or window >= ENDLESS_WINDOW or not is_used:
         return None, None
     types = lookup(cfg, "layer_types")
     if types is not None:

@@ -92,9 +92,10 @@ def test_refused_requests(tmp_path, prompt, images, message) -> None:
         make(tmp_path).process(request)
 
 
-def test_absurd_settings_do_not_flood(tmp_path) -> None:
+def test_absurd_settings_do_not_flood(tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(CONFIG, "vision_config", {"image_size": 2, "patch_size": 1})
     processor = make(
-        tmp_path, {"size": {"longest_edge": 4096}, "max_image_size": {"longest_edge": 1}}
+        tmp_path, {"size": {"longest_edge": 4096}, "max_image_size": {"longest_edge": 2}}
     )
     with pytest.raises(InputError, match="the limit is 262144"):
         processor.process(PromptRequest("x", images=[picture(2, 2)]))
