@@ -56,7 +56,7 @@ class Scheduler:
         vocabulary, OutOfBudget for what can never fit.
         """
         require_known_tokens(context.tokens.all, self.state.model.vocab_size)
-        keys = prefix_keys(context, self.state.salt(context, len(context.tokens)))
+        keys = prefix_keys(context, self.state.salt(context, self.state.planned_length(context)))
         capacity = self.state.capacity_needed(context)
         job = new_job(context, decoder, self.vocab_size, keys, capacity)
         self.waiting.append(job)

@@ -15,7 +15,7 @@ from mlx_vlm_pipes.checkpoint.state import LANGUAGE, StateDict, part
 from mlx_vlm_pipes.config import PipelineConfig
 from mlx_vlm_pipes.contexts import TextContext
 from mlx_vlm_pipes.errors import InputError
-from mlx_vlm_pipes.hf_config import AutoConfig, lookup, require_int
+from mlx_vlm_pipes.hf_config import AutoConfig, lookup, position_limit
 from mlx_vlm_pipes.interfaces import (
     Buffer,
     InferenceSession,
@@ -97,7 +97,7 @@ class LlamaModelBase(CheckpointModel[TextContext], PipelineModelWithKVCache[Text
         cls, pipeline_config: PipelineConfig, huggingface_config: AutoConfig
     ) -> int:
         """Raises: ConfigError if max_length exceeds the model's limit."""
-        limit = require_int(huggingface_config, "max_position_embeddings")
+        limit = position_limit(huggingface_config)
         kind = lookup(huggingface_config, "model_type", default="llama")
         return bounded_max_seq_len(kind, limit, pipeline_config.model.max_length)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from mlx_vlm_pipes.architectures.llama3.facts import FACTS
 from mlx_vlm_pipes.checkpoint.state import expanded_scales
@@ -25,6 +25,7 @@ from mlx_vlm_pipes.hf_config import (
     check_rope_keys,
     head_dim,
     lookup,
+    position_limit,
     require,
     require_int,
     rope_dictionary,
@@ -33,10 +34,12 @@ from mlx_vlm_pipes.hf_config import (
 )
 from mlx_vlm_pipes.interfaces import ArchConfigWithKVCache, ReturnHiddenStates, ReturnLogits
 from mlx_vlm_pipes.nn.decoder import DecoderConfig
-from mlx_vlm_pipes.nn.rope import (
-    Llama3RopeScalingParams,
-    LongRoPEScalingParams,
-    RopeSpec,
+from mlx_vlm_pipes.nn.rope import Llama3RopeScalingParams, LongRoPEScalingParams, RopeSpec
+from mlx_vlm_pipes.nn.rope_scaling import (
+    DynamicRope,
+    LinearRope,
+    RopeScaling,
+    YarnRope,
     read_rope_scaling,
 )
 from mlx_vlm_pipes.quantization import (
@@ -51,6 +54,10 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 NormMethod = Literal["rms_norm", "layer_norm"]
+# transformers modeling_phi3.py, prepare_inputs_for_generation; no other type does
+RECOMPUTING_TYPES = ("phi3",)
+
+ScalingT = TypeVar("ScalingT", bound=RopeScaling)
 
 
 @dataclass(kw_only=True)
@@ -103,6 +110,8 @@ class Llama3Config(ArchConfigWithKVCache):
     qk_norm: bool = False
     mrope_section: tuple[int, ...] | None = None
     mrope_interleaved: bool = False  # the axes take turns among the rotary pairs
+    more_rope_scaling: LinearRope | YarnRope | DynamicRope | None = None
+    recomputes: bool = False  # rows that outgrow LongRoPE's short factors are prefilled again
 
     @classmethod
     def initialize(
@@ -133,7 +142,7 @@ class Llama3Config(ArchConfigWithKVCache):
         cfg = huggingface_config
         devices = model_config.devices
         check_rope_keys(cfg, rope_keys)
-        llama3, longrope = _rope_scaling(cfg)
+        scaling = _rope_scaling(cfg)
         window, window_layers = _sliding_window(cfg)
         return cls(
             hidden_size=require_int(cfg, "hidden_size"),
@@ -141,8 +150,10 @@ class Llama3Config(ArchConfigWithKVCache):
             num_key_value_heads=_num_kv_heads(cfg),
             num_hidden_layers=require_int(cfg, "num_hidden_layers"),
             rope_theta=rope_theta(cfg),
-            rope_scaling_params=llama3,
-            longrope_scaling_params=longrope,
+            rope_scaling_params=_of_type(scaling, Llama3RopeScalingParams),
+            longrope_scaling_params=_of_type(scaling, LongRoPEScalingParams),
+            more_rope_scaling=_of_type(scaling, (LinearRope, YarnRope, DynamicRope)),
+            recomputes=lookup(cfg, "model_type") in RECOMPUTING_TYPES,
             max_seq_len=cls.calculate_max_seq_len(pipeline_config, cfg, model_config),
             intermediate_size=require_int(cfg, "intermediate_size"),
             interleaved_rope_weights=_is_interleaved(model_config),
@@ -222,7 +233,7 @@ class Llama3Config(ArchConfigWithKVCache):
     ) -> int:
         """The model's own limit, or the smaller one asked for. Raises: ConfigError above it."""
         model_config = model_config or pipeline_config.model
-        limit = require_int(huggingface_config, "max_position_embeddings")
+        limit = position_limit(huggingface_config)
         kind = lookup(huggingface_config, "model_type", default="llama")
         return bounded_max_seq_len(kind, limit, model_config.max_length)
 
@@ -253,6 +264,11 @@ class Llama3Config(ArchConfigWithKVCache):
     def get_num_layers(huggingface_config: AutoConfig) -> int:
         return require_int(text_config(huggingface_config), "num_hidden_layers")
 
+    @property
+    def rope_scaling(self) -> RopeScaling | None:
+        """Whichever of the scalings the configuration has."""
+        return self.rope_scaling_params or self.longrope_scaling_params or self.more_rope_scaling
+
     def get_kv_params(self) -> KVCacheParams:
         return self.kv_params
 
@@ -274,8 +290,8 @@ class Llama3Config(ArchConfigWithKVCache):
                 dims=int(dim * self.partial_rotary_factor),
                 theta=self.rope_theta,
                 interleaved=self.interleaved_rope_weights,
-                llama3=self.rope_scaling_params,
-                longrope=self.longrope_scaling_params,
+                scaling=self.rope_scaling,
+                recomputes=self.recomputes,
                 mrope_section=self.mrope_section,
                 mrope_interleaved=self.mrope_interleaved,
             ),
@@ -304,8 +320,8 @@ def bounded_max_seq_len(kind: str, limit: int, wanted: int | None) -> int:
         return upper_bounded_default(limit, wanted)
     except ConfigError:
         raise ConfigError(
-            f"{kind}: max_length {wanted} exceeds the model's max_position_embeddings {limit}; "
-            "ask for less"
+            f"{kind}: max_length {wanted} exceeds the model's max_position_embeddings {limit} "
+            "(scaled as its rope type says); ask for less"
         ) from None
 
 
@@ -325,14 +341,19 @@ def _num_kv_heads(cfg: AutoConfig) -> int:
     return kv_heads
 
 
-def _rope_scaling(
-    cfg: AutoConfig,
-) -> tuple[Llama3RopeScalingParams | None, LongRoPEScalingParams | None]:
+def _rope_scaling(cfg: AutoConfig) -> RopeScaling | None:
+    """The rope scaling of a text configuration. Raises: ConfigError, as read_rope_scaling."""
     rope = rope_dictionary(cfg)
     positions = require_int(cfg, "max_position_embeddings")
     original = lookup(cfg, "original_max_position_embeddings")
     original = original or rope.get("original_max_position_embeddings") or positions
     return read_rope_scaling(rope, original, positions)
+
+
+def _of_type(
+    scaling: RopeScaling | None, kind: type[ScalingT] | tuple[type[ScalingT], ...]
+) -> ScalingT | None:
+    return scaling if isinstance(scaling, kind) else None
 
 
 def _partial_rotary_factor(cfg: AutoConfig) -> float:

@@ -19,6 +19,7 @@ from mlx_vlm_pipes.hf_config import (
     axial_theta,
     lookup,
     optional_int,
+    position_limit,
     require,
     require_int,
     text_config,
@@ -26,6 +27,7 @@ from mlx_vlm_pipes.hf_config import (
 from mlx_vlm_pipes.interfaces import ReturnLogits
 from mlx_vlm_pipes.nn.decoder import DecoderConfig
 from mlx_vlm_pipes.nn.rope import Llama3RopeScalingParams, LongRoPEScalingParams, RopeSpec
+from mlx_vlm_pipes.nn.rope_scaling import DynamicRope, LinearRope, YarnRope
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -71,6 +73,7 @@ class PixtralConfig(VisionLanguageConfig):
     hidden_act: str = "silu"
     rope_scaling_params: Llama3RopeScalingParams | None = None
     longrope_scaling_params: LongRoPEScalingParams | None = None
+    more_rope_scaling: LinearRope | YarnRope | DynamicRope | None = None
     partial_rotary_factor: float = 1.0
     sliding_window: int | None = None
     sliding_layers: tuple[bool, ...] | None = None
@@ -118,6 +121,7 @@ class PixtralConfig(VisionLanguageConfig):
             hidden_act=text.hidden_act,
             rope_scaling_params=text.rope_scaling_params,
             longrope_scaling_params=text.longrope_scaling_params,
+            more_rope_scaling=text.more_rope_scaling,
             partial_rotary_factor=text.partial_rotary_factor,
             sliding_window=text.sliding_window,
             sliding_layers=text.sliding_layers,
@@ -137,7 +141,7 @@ class PixtralConfig(VisionLanguageConfig):
 
     @staticmethod
     def _bounded(huggingface_config: AutoConfig, model_config: MAXModelConfig) -> int:
-        limit = require_int(text_config(huggingface_config), "max_position_embeddings")
+        limit = position_limit(text_config(huggingface_config))
         return bounded_max_seq_len("Pixtral", limit, model_config.max_length)
 
     def get_kv_params(self) -> KVCacheParams:
@@ -159,8 +163,11 @@ class PixtralConfig(VisionLanguageConfig):
             rope=RopeSpec(
                 dims=int(self.head_dim * self.partial_rotary_factor),
                 theta=self.rope_theta,
-                llama3=self.rope_scaling_params,
-                longrope=self.longrope_scaling_params,
+                scaling=(
+                    self.rope_scaling_params
+                    or self.longrope_scaling_params
+                    or self.more_rope_scaling
+                ),
             ),
             attention_scale=self.attention_multiplier,
             norm_eps=self.rms_norm_eps,

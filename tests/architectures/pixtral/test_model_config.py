@@ -95,7 +95,7 @@ def test_fields_of_ours() -> None:
                          "vision_feature_layer": [-2, 0]})  # fmt: skip
     decoder = config.decoder_config()
     assert (decoder.sliding_window, decoder.hidden_act) == (64, "gelu")
-    assert (decoder.rope.llama3, decoder.tie_word_embeddings) == (config.rope_scaling_params, True)
+    assert (decoder.rope.scaling, decoder.tie_word_embeddings) == (config.rope_scaling_params, True)
     assert config.rope_scaling_params is not None
     assert (config.projector_hidden_act, config.projector_bias) == ("relu", False)
     assert config.vision_feature_layers == (-2, 0)
