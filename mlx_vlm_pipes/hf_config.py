@@ -18,7 +18,9 @@ from mlx_vlm_pipes.json_files import require_json
 
 # What nn/activations.py has; the names stand here so that they can be checked without MLX.
 ACTIVATIONS = (
-    "silu", "swish", "gelu", "gelu_pytorch_tanh", "gelu_new", "quick_gelu", "relu",
+    "gelu", "gelu_10", "gelu_accurate", "gelu_fast", "gelu_new", "gelu_python", "gelu_python_tanh",
+    "gelu_pytorch_tanh", "hardswish", "laplace", "leaky_relu", "linear", "mish", "quick_gelu",
+    "relu", "relu2", "relu6", "sigmoid", "silu", "sqrtsoftplus", "swish", "tanh",
 )  # fmt: skip
 
 _EVERY_ROPE_KEYS = ("rope_type", "type", "rope_theta", "partial_rotary_factor")

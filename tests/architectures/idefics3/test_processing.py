@@ -128,7 +128,7 @@ def test_size_wins_over_the_size_of_video_sampling(tmp_path, size, first) -> Non
 
 def test_clips_have_their_own_settings(tmp_path) -> None:
     own = {"size": {"longest_edge": 16}, "max_image_size": {"longest_edge": 16},
-           "image_mean": [0.0, 0.0, 0.0], "image_std": [1.0, 1.0, 1.0], "rescale_factor": 0.5}  # fmt: skip
+           "image_mean": [0, 0, 0], "image_std": [1, 1, 1], "rescale_factor": 0.5}  # fmt: skip
     processor = make(tmp_path, video_processor=own)
     frame = picture(16, 16)
     out = processor.process(PromptRequest("why?", images=[frame], videos=[[frame]]))

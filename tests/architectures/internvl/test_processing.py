@@ -99,7 +99,7 @@ def test_clip_is_numbered_frames_among_images(tmp_path) -> None:
 def test_clips_have_their_own_settings(tmp_path) -> None:
     folder = make(tmp_path).folder
     own = {"image_mean": [0, 0, 0], "image_std": [1, 1, 1], "rescale_factor": 0.5}
-    for size, error in ((16, None), (32, "height is 32; expected 16, a tile's side")):
+    for size, error in ((16, None), (32, "size is 32; expected 16, a tile's side")):
         values = {**own, "size": {"height": size, "width": size}}
         (folder / "video_preprocessor_config.json").write_text(json.dumps(values))
         processor = make(tmp_path)
