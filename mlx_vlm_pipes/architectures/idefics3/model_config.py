@@ -85,7 +85,7 @@ class Idefics3VisionConfig:
             layer_norm_eps=float(lookup(vision, "layer_norm_eps", default=1e-6)),
             hidden_act=activation_name(vision, "hidden_act", default="gelu_pytorch_tanh"),
             num_hidden_layers=optional_int(vision, "num_hidden_layers", default=12),
-            initializer_range=float(lookup(vision, "initializer_range", default=0.02)),
+            initializer_range=_initializer_range(vision),
             scale_factor=sizes.scale_factor,
             text_config_hidden_size=text_config_hidden_size,
         )
@@ -166,3 +166,9 @@ def _check_type(part: str, config: Any, known: tuple[str, ...]) -> None:
         raise UnsupportedModel(
             f"idefics3: {part}_config of model_type {kind!r}; supported: {', '.join(known)}"
         )
+
+
+def _initializer_range(vision: AutoConfig) -> float:
+    """What the file says, or transformers' default where that is no number: nobody reads it."""
+    value = lookup(vision, "initializer_range")
+    return float(value) if type(value) in (int, float) else 0.02

@@ -103,7 +103,9 @@ class Idefics3Processor(VisionProcessor):
         del overrides  # there are none
         files = ProcessorFiles.read(self.folder)
         self.settings = Idefics3Settings.read(files.image)
-        self.image_seq_len = FrameSizes.read(HuggingFaceConfig(config)).image_seq_len
+        self.sizes = FrameSizes.read(HuggingFaceConfig(config))
+        self.sizes.require_fit(self.settings.frame_px, files.image.source)
+        self.image_seq_len = self.sizes.image_seq_len
         files.processor.agree("image_seq_len", self.image_seq_len)
         self.clips = read_clips(files)
         keys = ("image_token_id", "image_token_index")
@@ -149,6 +151,7 @@ class Idefics3Processor(VisionProcessor):
         if settings is None:
             raise InputError(f"{self.architecture} takes no video")
         limit, side = request.num_frames or settings.max_frames, settings.frame_px
+        self.sizes.require_fit(side, "the settings of clips")
 
         def choose(info: VideoInfo) -> np.ndarray:
             return sample_frames(info, settings.fps, limit)

@@ -53,6 +53,7 @@ from mlx_vlm_pipes.weights import WeightData
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+MAX_WINDOW = 2**30  # no sequence is longer, and masks count in int32
 NormMethod = Literal["rms_norm", "layer_norm"]
 # transformers modeling_phi3.py, prepare_inputs_for_generation; no other type does
 RECOMPUTING_TYPES = ("phi3",)
@@ -368,9 +369,11 @@ def _mrope_section(cfg: AutoConfig) -> tuple[int, ...] | None:
 
 def _sliding_window(cfg: AutoConfig) -> tuple[int | None, tuple[bool, ...] | None]:
     """The window in tokens and the layers it holds for (None: all)."""
-    window = lookup(cfg, "sliding_window")
-    if window is None or lookup(cfg, "use_sliding_window", default=True) is False:
+    if lookup(cfg, "sliding_window") is None:
         return None, None
+    if lookup(cfg, "use_sliding_window", default=True) is False:
+        return None, None
+    window = min(require_int(cfg, "sliding_window"), MAX_WINDOW)
     types = lookup(cfg, "layer_types")
     if types is not None:
         return window, tuple(kind == "sliding_attention" for kind in types)

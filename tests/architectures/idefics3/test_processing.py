@@ -93,9 +93,12 @@ def test_refused_requests(tmp_path, prompt, images, message) -> None:
 
 
 def test_absurd_settings_do_not_flood(tmp_path) -> None:
-    processor = make(
-        tmp_path, {"size": {"longest_edge": 4096}, "max_image_size": {"longest_edge": 1}}
-    )
+    values = {"size": {"longest_edge": 4096}, "max_image_size": {"longest_edge": 1}}
+    tiny = {"image_size": 1, "patch_size": 1}
+    with pytest.raises(ProcessorError, match="max_image_size is 1, which makes 0x0 patches of 8"):
+        make(tmp_path, values)
+    config = {"model_type": "idefics3", "vision_config": tiny, "scale_factor": 1}
+    processor = room.Idefics3Processor(tmp_path, config)
     with pytest.raises(InputError, match="the limit is 262144"):
         processor.process(PromptRequest("x", images=[picture(2, 2)]))
 

@@ -64,6 +64,20 @@ def test_a_scaled_rope_makes_the_limit_longer(rope: dict[str, Any], limit: int) 
         initialize(rope, max_length=limit + 1)
 
 
+def test_odd_values_are_named_or_do_no_harm() -> None:
+    odd = {"hidden_size": 72, "num_attention_heads": 8, "num_key_value_heads": 8}
+    with pytest.raises(ConfigError, match="head_dim times partial_rotary_factor is 9; rotary"):
+        read(**odd).decoder_config()
+    assert read(model_type="mistral", sliding_window=2**31).sliding_window == 2**30
+    with pytest.raises(ConfigError, match=r"'sliding_window' is 4096\.5, expected an int"):
+        read(model_type="mistral", sliding_window=4096.5)
+
+
+def read(**values: Any) -> Llama3Config:
+    values = {"model_type": "llama", "max_position_embeddings": 8192, **values}
+    return Llama3Config.initialize(pipeline_config(values))
+
+
 def test_there_is_nothing_to_override() -> None:
     with pytest.raises(ConfigError, match="'max_dynamic_patch'; this architecture knows none"):
         initialize({}, vision_config_overrides={"max_dynamic_patch": 3})
