@@ -44,6 +44,14 @@ def test_every_field_is_read() -> None:
     assert config == Idefics3Config.initialize(pipeline_config(V4))
 
 
+@pytest.mark.parametrize("value", ["x", {}, [], True])
+def test_an_initializer_range_of_any_type_is_left_unread(value) -> None:
+    config = Idefics3Config.initialize(
+        pipeline_config(changed(V4, "vision_config", initializer_range=value))
+    )
+    assert config.vision_config.initializer_range == 0.02
+
+
 def test_both_spellings_of_rope_are_one() -> None:
     scaling = {
         "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
