@@ -69,6 +69,7 @@ NAMES = members("names", TEXT.holds)
 INDICES = members("ints from 0", lambda v: type(v) is int and 0 <= v < 2**14)
 FACTORS = members("numbers above 0", number(1e-9, 1e9).holds)
 FACTOR = number(0, 1e9)
+SHARE = Limit("a number from 0 to 1e9", lambda v: v == 0 or FACTOR.holds(v))
 _OBJECT = Limit("an object", lambda v: isinstance(v, Mapping))
 
 COMMON: Mapping[str, Limit] = {
@@ -81,7 +82,8 @@ COMMON: Mapping[str, Limit] = {
     "rope_theta": number(0, 1e15), "rms_norm_eps": number(0, 1), "layer_norm_eps": number(0, 1),
     "partial_rotary_factor": number(0, 1), "factor": FACTOR, "low_freq_factor": FACTOR,
     "high_freq_factor": FACTOR, "attention_factor": FACTOR, "short_factor": FACTORS,
-    "long_factor": FACTORS, "mrope_section": INDICES, "mrope_interleaved": FLAG,
+    "beta_fast": SHARE, "beta_slow": SHARE, "mscale": SHARE, "mscale_all_dim": SHARE,
+    "truncate": FLAG, "long_factor": FACTORS, "mrope_section": INDICES, "mrope_interleaved": FLAG,
     "hidden_act": TEXT, "projector_hidden_act": TEXT, "model_type": TEXT, "rope_type": TEXT,
     "vision_feature_select_strategy": TEXT, "tie_word_embeddings": FLAG, "attention_bias": FLAG,
     "mlp_bias": FLAG, "use_sliding_window": FLAG, "architectures": NAMES, "layer_types": NAMES,

@@ -269,6 +269,11 @@ class TextContext:
         return (np.flatnonzero(span == span[0]) + image.start_idx).astype(np.int32)
 
     @property
+    def position_delta(self) -> int:
+        """What the decoder adds to the index of a generated token to get its position."""
+        return 0
+
+    @property
     def whole_spans(self) -> Sequence[tuple[int, int]]:
         """Ranges of tokens that see each other both ways; a step has all of one or nothing."""
         return ()

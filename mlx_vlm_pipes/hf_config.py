@@ -18,7 +18,9 @@ from mlx_vlm_pipes.registry import find_facts
 
 # What nn/activations.py has; the names stand here so that they can be checked without MLX.
 ACTIVATIONS = (
-    "silu", "swish", "gelu", "gelu_pytorch_tanh", "gelu_new", "quick_gelu", "relu",
+    "gelu", "gelu_10", "gelu_accurate", "gelu_fast", "gelu_new", "gelu_python", "gelu_python_tanh",
+    "gelu_pytorch_tanh", "hardswish", "laplace", "leaky_relu", "linear", "mish", "quick_gelu",
+    "relu", "relu2", "relu6", "sigmoid", "silu", "sqrtsoftplus", "swish", "tanh",
 )  # fmt: skip
 
 _EVERY_ROPE_KEYS = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
@@ -28,7 +30,12 @@ _LONGROPE_KEYS = (
 # by type of rope: what its dictionary may say
 _ROPE_KEYS: dict[str, tuple[str, ...]] = {
     "default": (), "axial": (), "mrope": (),
-    "dynamic": ("factor", "original_max_position_embeddings"),
+    "linear": ("factor",), "dynamic": ("factor", "original_max_position_embeddings"),
+    "yarn": (
+        "factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow",
+        "mscale", "mscale_all_dim", "truncate",
+        "finetuned",  # in the files of YaRN's authors; changes nothing
+    ),
     "llama3": (
         "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
     ),
@@ -178,6 +185,27 @@ def rope_dictionary(config: Any) -> dict[str, Any]:
         if isinstance(value, Mapping) and value:
             return dict(value)
     return {}
+
+
+def position_limit(config: Any, default: int | None = None) -> int:
+    """The longest sequence of a text configuration, in tokens.
+
+    max_position_embeddings, or `default` where it is missing; times the factor for linear and
+    dynamic ropes, whose files keep the length before scaling; for YaRN at least its original length
+    times the factor. transformers itself sets no limit.
+    Raises: ConfigError if it is missing without a default, or no number.
+    """
+    given = lookup(config, "max_position_embeddings")
+    limit = default if given is None and default else require_int(config, "max_position_embeddings")
+    rope = rope_dictionary(config)
+    kind, factor = rope.get("rope_type", rope.get("type")), rope.get("factor")
+    if not isinstance(factor, (int, float)) or factor <= 1:
+        return limit
+    if kind in ("linear", "dynamic"):
+        return int(limit * factor)
+    if kind == "yarn":
+        return max(limit, int(rope.get("original_max_position_embeddings", limit) * factor))
+    return limit
 
 
 def check_rope_keys(config: Any, also: Collection[str] = ()) -> None:

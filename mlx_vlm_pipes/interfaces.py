@@ -389,6 +389,10 @@ class TextSide(Protocol):
     @property
     def break_length(self) -> int | None: ...
 
+    def key_table(self, reach: int) -> int: ...
+
+    def key_table_end(self, reach: int) -> int | None: ...
+
     @property
     def decoder(self) -> DecoderSizes: ...
 
@@ -426,7 +430,7 @@ class PipelineModelWithKVCache(PipelineModel[ContextT]):
 
     @property
     def cache_break_length(self) -> int | None:
-        """Rows that grow past this length must be prefilled again (LongRoPE), or None."""
+        """Rows that grow past this length must be prefilled again (Phi-3), or None."""
         return self.language.break_length
 
     @property

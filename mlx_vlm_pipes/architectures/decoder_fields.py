@@ -6,6 +6,7 @@ from mlx_vlm_pipes.config import KVCacheParams
 from mlx_vlm_pipes.interfaces import ArchConfigWithKVCache
 from mlx_vlm_pipes.nn.decoder import DecoderConfig
 from mlx_vlm_pipes.nn.rope import Llama3RopeScalingParams, LongRoPEScalingParams, RopeSpec
+from mlx_vlm_pipes.nn.rope_scaling import DynamicRope, LinearRope, RopeScaling, YarnRope
 
 
 class DecoderFields(ArchConfigWithKVCache):
@@ -18,6 +19,7 @@ class DecoderFields(ArchConfigWithKVCache):
     rope_theta: float
     rope_scaling_params: Llama3RopeScalingParams | None
     longrope_scaling_params: LongRoPEScalingParams | None
+    more_rope_scaling: LinearRope | YarnRope | DynamicRope | None
     partial_rotary_factor: float
     max_seq_len: int
     vocab_size: int
@@ -29,6 +31,11 @@ class DecoderFields(ArchConfigWithKVCache):
     attention_bias: bool
     mlp_bias: bool
     tie_word_embeddings: bool
+
+    @property
+    def rope_scaling(self) -> RopeScaling | None:
+        """Whichever of the scalings the configuration has."""
+        return self.rope_scaling_params or self.longrope_scaling_params or self.more_rope_scaling
 
     def get_kv_params(self) -> KVCacheParams:
         return self.kv_params
@@ -49,8 +56,7 @@ class DecoderFields(ArchConfigWithKVCache):
             rope=RopeSpec(
                 dims=int(head_dim * self.partial_rotary_factor),
                 theta=self.rope_theta,
-                llama3=self.rope_scaling_params,
-                longrope=self.longrope_scaling_params,
+                scaling=self.rope_scaling,
             ),
             attention_scale=self.attention_multiplier,
             hidden_act=self.hidden_act,

@@ -25,7 +25,7 @@ def prefix_keys(context: TextContext, salt: int = 0) -> np.ndarray:
     """One int64 for each token, equal only where the cached keys and values would be equal.
 
     Text counts by its token id; an image's tokens also by its content hash and their place in
-    it. salt separates what must not be shared (adapters, LongRoPE tables).
+    it. salt separates what must not be shared (adapters, rotary frequencies).
     """
     keys = context.tokens.all.astype(np.int64) + salt * _SALT
     for image in context.images:

@@ -59,7 +59,7 @@ class Scheduler:
         """
         require_known_tokens(context.tokens.all, self.state.model.vocab_size)
         self.state.require_slice(context)
-        keys = prefix_keys(context, self.state.salt(context, len(context.tokens)))
+        keys = prefix_keys(context, self.state.salt(context, self.state.planned_length(context)))
         capacity = self.state.capacity_needed(context, context.sampling_params.max_new_tokens)
         return self._queue(new_job(context, decoder, self.vocab_size, keys, capacity))
 

@@ -163,18 +163,27 @@ class EngineState:
         longest = max(job.capacity for job in jobs)
         return row_bucket(len(jobs)) * longest * self.model.kv_params.bytes_per_token
 
-    def salt(self, context: TextContext, length: int) -> int:
-        """Separates keys made with another LongRoPE table or another adapter."""
-        edge = self.model.cache_break_length
-        is_long = edge is not None and length > edge
-        return int(is_long) + 2 * self.model.adapter_slot(context.model_name)
+    def planned_length(self, context: TextContext) -> int:
+        """Tokens whose keys are made as those of one prompt.
+
+        Generated tokens that are processed again keep their own, but in models that recompute.
+        """
+        tokens = context.tokens
+        return tokens.prompt_length if self.model.cache_break_length is None else len(tokens)
+
+    def salt(self, context: TextContext, planned: int) -> int:
+        """Separates keys made with other rotary frequencies or another adapter."""
+        table = self.model.language.key_table(planned + context.position_delta)
+        slots = len(self.model.adapters) + 1
+        return table * slots + self.model.adapter_slot(context.model_name)
 
     # ---- rows
 
     def new_row(self, context: TextContext) -> CacheRow:
         """An empty row of the batch's cache for a request's tokens."""
         row = self.cache.new_row()
-        row.planned_length = len(context.tokens)
+        row.planned_length = self.planned_length(context)
+        row.position_delta = context.position_delta
         return row
 
     def row_from_prefix(self, job: Job) -> CacheRow:
@@ -188,7 +197,7 @@ class EngineState:
         if stored is None or length < 1:
             return row
         copied = stored.copy(length, capacity_bucket(len(tokens) + 1))
-        copied.planned_length = row.planned_length
+        copied.planned_length, copied.position_delta = row.planned_length, row.position_delta
         tokens.skip_processing(length)
         job.cached_tokens = length
         self.stats.cached_tokens += length
@@ -221,10 +230,14 @@ class EngineState:
         if row is None or not self.config.enable_prefix_caching:
             return
         length = min(row.length, len(tokens))
+        planned, delta = row.planned_length, row.position_delta
+        end = self.model.language.key_table_end(planned + delta)
+        if end is not None:
+            length = min(length, end - delta)  # what lies behind has another table
         size = length * self.model.kv_params.bytes_per_token
         if length < 1 or size > self.prefixes.budget_bytes:
             return
-        keys = prefix_keys(job.context, self.salt(job.context, row.length))[:length]
+        keys = prefix_keys(job.context, self.salt(job.context, planned))[:length]
         if self.prefixes.covers(keys):
             return
         twin = self.cache.copy_row(row, length)

@@ -44,6 +44,7 @@ class CacheRow:
         self.length = 0
         self.uncounted = 0  # tokens that a step has written behind `length`, not counted yet
         self.planned_length = 0  # tokens that prefill will reach in all, where it is chunked
+        self.position_delta = 0  # a planned row's last position less its last index (M-RoPE)
         # positions whose tokens see each other both ways: all of a span in one step
         self.whole_spans: Sequence[Span] = ()
         self.slot: int | None = None  # index in the batch arrays; None while staged
@@ -55,6 +56,11 @@ class CacheRow:
     def nbytes(self) -> int:
         """Bytes of the staged arrays; a placed row owns none."""
         return sum(a.nbytes for layer in self._layers for a in layer)
+
+    @property
+    def planned_reach(self) -> int | None:
+        """1 + the largest position of the planned tokens; None where nothing is planned."""
+        return self.planned_length + self.position_delta if self.planned_length else None
 
     @property
     def filled(self) -> int:

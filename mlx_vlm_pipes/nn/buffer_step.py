@@ -123,6 +123,7 @@ class _PagedStep:
         if self.source is not None:
             for row, own in zip(rows, self.source.rows, strict=True):
                 row.planned_length = own.planned_length
+                row.position_delta = own.position_delta
         self.inputs = RowCacheInputs(cache, rows)
 
     def _row(self, cache: KVCache, pages: list[int], length: int) -> CacheRow:

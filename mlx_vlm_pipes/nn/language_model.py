@@ -90,6 +90,14 @@ class LanguageModel:
         """Rows that grow past this length must be prefilled again (LongRoPE), or None."""
         return self.decoder.rope.break_length
 
+    def key_table(self, reach: int) -> int:
+        """Rope.table: keys of two prompts can be equal only if their reaches have the same."""
+        return self.decoder.rope.table(reach)
+
+    def key_table_end(self, reach: int) -> int | None:
+        """Rope.table_end: up to which position a row of a prompt of this reach has that table."""
+        return self.decoder.rope.table_end(reach)
+
     def __call__(
         self,
         tokens: mx.array,
@@ -186,10 +194,9 @@ class LanguageModel:
         ):
             kv.cache.release(cache, keep=True)
             stop = cache.length + end - begin
-            reach = max(stop, cache.planned_length)
-            cache.reserve(reach + 1)
+            cache.reserve(max(stop, cache.planned_length) + 1)
             positions = None if position_ids is None else position_ids[:, begin:end]
-            where = cache.length, stop, reach, positions
+            where = cache.length, stop, cache.planned_reach, positions
             rotations = self.decoder.rotations(lambda rope, at=where: rope.prefill(*at))
             spans = _fresh(cache.whole_spans, cache.length, stop)
             rows.append(PrefillRow(begin, end, cache, rotations, spans))
@@ -233,7 +240,7 @@ class LanguageModel:
         layers: list[Layer] = [arrays[i : i + width] for i in range(0, len(arrays), width)]
         step = DecodeStep(
             lengths=lengths,
-            rotations=decoder.rotations(lambda rope: rope.decode(positions, lengths)),
+            rotations=decoder.rotations(lambda rope: rope.decode(positions)),
             masks={w: decode_mask(lengths, arrays[0].shape[2], w) for w in decoder.windows},
             format=self._format,
             slots=slots,

@@ -323,7 +323,8 @@ class VisionProcessor(TextProcessor, ABC):
         """(kind, start, end) of every marker in the text, in order.
 
         Raises: InputError if there are more or fewer than pictures and clips. Without media only
-        the model's own placeholder token counts: another marker may be plain text.
+        the model's own placeholder token counts, and where a kind's first marker stands for all
+        of them, only that one: another marker may be plain text.
         """
         counts = {"image": num_images, "video": num_videos}
         found: list[tuple[str, int, int]] = []
@@ -332,10 +333,10 @@ class VisionProcessor(TextProcessor, ABC):
             markers = self.tokens.markers.get(kind, ())
             if not counts[kind]:
                 markers = [m for m in markers if self.tokenizer.token_id(m) in own]
-            spots = [
-                (kind, match.start(), match.end())
-                for match in re.finditer("|".join(map(re.escape, markers)) or r"(?!)", text)
-            ]
+            spots = _spots(kind, markers, text)
+            if len(spots) != counts[kind] and len(markers) > 1:
+                alone = _spots(kind, markers[:1], text)
+                spots = alone if len(alone) == counts[kind] else spots
             if len(spots) != counts[kind]:
                 raise InputError(
                     f"{counts[kind]} {kind}s for {len(spots)} placeholders "
@@ -385,6 +386,12 @@ class VisionProcessor(TextProcessor, ABC):
 
     def load(self, source: Any, request: PromptRequest, pixels: PixelSettings) -> Image:
         return load_image(source, request.access, convert=pixels.convert_rgb)
+
+
+def _spots(kind: str, markers: Sequence[str], text: str) -> list[tuple[str, int, int]]:
+    """(kind, start, end) of every marker in the text."""
+    pattern = "|".join(map(re.escape, markers)) or r"(?!)"
+    return [(kind, match.start(), match.end()) for match in re.finditer(pattern, text)]
 
 
 def check_num_tokens(count: int, size: tuple[int, int]) -> None:

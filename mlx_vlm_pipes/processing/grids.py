@@ -182,6 +182,10 @@ class GridContext(TextAndVisionContext, ABC):
         Raises: InputError for pictures without what their positions depend on.
         """
 
+    @property
+    def position_delta(self) -> int:
+        return self.rope_delta
+
     def refresh_positions(self) -> None:
         """Recompute positions and rope_delta over all tokens, generated ones included.
 

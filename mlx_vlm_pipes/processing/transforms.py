@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mlx_vlm_pipes.errors import InputError
 from mlx_vlm_pipes.processing.settings import PixelSettings
 
 if TYPE_CHECKING:
@@ -25,6 +26,16 @@ def resize(image: Image, width: int, height: int, settings: PixelSettings) -> Im
     from PIL.Image import Resampling
 
     return image.resize((width, height), resample=Resampling(settings.resample))
+
+
+def require_side(frame: Image, side: int) -> Image:
+    """The frame of a clip that is not resized. Raises: InputError if it is no such square."""
+    if frame.size != (side, side):
+        raise InputError(
+            f"a frame of {frame.width}x{frame.height} pixels; without resizing (do_resize false) "
+            f"frames must have {side}x{side}"
+        )
+    return frame
 
 
 def to_array(image: Image, settings: PixelSettings) -> np.ndarray:

@@ -71,8 +71,8 @@ def ours(path, room, kind: str, tokens: list[str], settings: dict, config: dict 
 def test_idefics3(tmp_path, name, settings) -> None:
     if name == "smolvlm" and "rescale_factor" in settings:
         settings = {**settings, "image_std": [0.5, 0.25, 2.0], "do_rescale": False}
-    frame = settings.get("max_image_size", {"longest_edge": 364})["longest_edge"]
-    vision = {"image_size": frame, "patch_size": frame // 2}
+    side = settings.get("max_image_size", {"longest_edge": 364})["longest_edge"]
+    vision = {"image_size": side, "patch_size": side // 2}
     processor = ours(
         tmp_path, idefics3, "Idefics3Processor", folders.IDEFICS3_TOKENS, settings,
         {"model_type": "idefics3", "vision_config": vision},

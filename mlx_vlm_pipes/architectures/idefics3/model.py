@@ -16,7 +16,7 @@ from mlx_vlm_pipes.checkpoint.blueprint import Blueprint, Checkpoint
 from mlx_vlm_pipes.config import PipelineConfig
 from mlx_vlm_pipes.contexts import ImageMetadata
 from mlx_vlm_pipes.errors import MediaError
-from mlx_vlm_pipes.hf_config import AutoConfig, lookup, text_config
+from mlx_vlm_pipes.hf_config import AutoConfig, position_limit, text_config
 from mlx_vlm_pipes.interfaces import (
     Buffer,
     InferenceSession,
@@ -63,7 +63,7 @@ class Idefics3Model(VisionLanguageModel[Idefics3Inputs]):
     ) -> int:
         """Raises: ConfigError if max_length exceeds the decoder's limit."""
         text = text_config(huggingface_config)
-        limit = lookup(text, "max_position_embeddings", default=MAX_POSITIONS)
+        limit = position_limit(text, MAX_POSITIONS)
         return bounded_max_seq_len("idefics3", limit, pipeline_config.model.max_length)
 
     @classmethod

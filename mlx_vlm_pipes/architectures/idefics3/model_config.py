@@ -67,7 +67,7 @@ class Idefics3VisionConfig:
         """
         sizes, vision = FrameSizes.read(huggingface_config), huggingface_config.vision_config
         _check_type("vision", vision, _VISION_TYPES)
-        hidden, spread = require_int(vision, "hidden_size"), lookup(vision, "initializer_range")
+        hidden = require_int(vision, "hidden_size")
         heads = require_int(vision, "num_attention_heads")
         if hidden % heads:
             raise ConfigError(f"vision hidden_size {hidden} does not divide among {heads} heads")
@@ -83,7 +83,7 @@ class Idefics3VisionConfig:
             layer_norm_eps=float(lookup(vision, "layer_norm_eps", default=1e-6)),
             hidden_act=activation_name(vision, "hidden_act", default="gelu_pytorch_tanh"),
             num_hidden_layers=optional_int(vision, "num_hidden_layers", default=12),
-            initializer_range=spread if isinstance(spread, float) else 0.02,
+            initializer_range=_initializer_range(vision),
             scale_factor=sizes.scale_factor,
             text_config_hidden_size=text_config_hidden_size,
         )
@@ -158,3 +158,9 @@ def _check_type(part: str, config: Any, known: tuple[str, ...]) -> None:
         raise UnsupportedModel(
             f"idefics3: {part}_config of model_type {kind!r}; supported: {', '.join(known)}"
         )
+
+
+def _initializer_range(vision: AutoConfig) -> float:
+    """What the file says, or transformers' default where that is no number: nobody reads it."""
+    value = lookup(vision, "initializer_range")
+    return float(value) if type(value) in (int, float) else 0.02

@@ -31,7 +31,7 @@ from mlx_vlm_pipes.processing.settings import (
     ProcessorFiles,
     Settings,
 )
-from mlx_vlm_pipes.processing.transforms import resize, to_array
+from mlx_vlm_pipes.processing.transforms import require_side, resize, to_array
 from mlx_vlm_pipes.processing.types import PromptRequest
 from mlx_vlm_pipes.processing.video import Clip, ClipPlan, VideoInfo, load_clip
 
@@ -43,6 +43,7 @@ FAKE, GLOBAL = "<fake_token_around_image>", "<global-img>"
 MAX_SIDE_PX = 4096  # whatever `size` says
 MAX_FRAME_PX = 2048
 LANCZOS = 1
+EDGES = ("longest_edge", "height", "width")
 SKIP_S = 1  # of a long clip, at either end
 SMALL_NUMBERS = (
     "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten",
@@ -63,7 +64,7 @@ class Idefics3Settings:
 
     @classmethod
     def read(cls, settings: Settings) -> Idefics3Settings:
-        edges = settings.edges("size", ("longest_edge", "height", "width"))
+        edges = settings.edges("size", EDGES)
         frame = settings.edges("max_image_size", ("longest_edge",)).get("longest_edge", 364)
         if frame > MAX_FRAME_PX:
             raise settings.error("max_image_size", frame, f"at most {MAX_FRAME_PX}")
@@ -80,12 +81,17 @@ class Idefics3Settings:
 
 
 @dataclass(frozen=True)
-class VideoSampling:
-    """How SmolVLM takes frames from a file. size_px: longest edge before the square frame."""
+class ClipSettings:
+    """How SmolVLM takes frames from a clip, and what becomes of them.
+
+    size: of the first resize, as in Idefics3Settings; frame_px: of the square frame behind it.
+    """
 
     fps: float
     max_frames: int
-    size_px: int
+    pixels: PixelSettings
+    size: tuple[tuple[str, int], ...]
+    frame_px: int
 
 
 class Idefics3Processor(VisionProcessor):
@@ -97,20 +103,19 @@ class Idefics3Processor(VisionProcessor):
         del overrides  # there are none
         files = ProcessorFiles.read(self.folder)
         self.settings = Idefics3Settings.read(files.image)
-        sizes = FrameSizes.read(HuggingFaceConfig(config))
-        self.image_seq_len = sizes.image_seq_len
-        _check_frame(self.settings.frame_px, sizes, files.image)
+        self.sizes = FrameSizes.read(HuggingFaceConfig(config))
+        self.sizes.require_fit(self.settings.frame_px, files.image.source)
+        self.image_seq_len = self.sizes.image_seq_len
         files.processor.agree("image_seq_len", self.image_seq_len)
-        self.sampling = read_sampling(files)
+        self.clips = read_clips(files)
         keys = ("image_token_id", "image_token_index")
         self.image_token_id = self.agreed_token_id(IMAGE, config, *keys)
-        for token in (FAKE, GLOBAL):
-            self.tokenizer.require_token_id(token)
+        self.tokenizer.require_token_id(FAKE)  # GLOBAL may be plain text, as row and column are
         return MediaTokens({"image": (IMAGE,), "video": (VIDEO,)}, (self.image_token_id,))
 
     @property
     def digest(self) -> str:
-        return f"idefics3|{self.settings}"
+        return f"idefics3|{self.settings}|{self.clips}"
 
     def forms(self, messages: list[Message]) -> list[list[Message]]:
         """Clips are written as the text <video>: older templates know no part of type video."""
@@ -118,7 +123,7 @@ class Idefics3Processor(VisionProcessor):
 
     def check(self, request: PromptRequest, num_videos: int) -> None:
         super().check(request, num_videos)
-        if num_videos and self.sampling is None:
+        if num_videos and self.clips is None:
             raise InputError(
                 f"{self.architecture}: this checkpoint was not made for video; "
                 "give frames of it as images"
@@ -142,25 +147,23 @@ class Idefics3Processor(VisionProcessor):
         )
 
     def encode_clip(self, source: Any, request: PromptRequest) -> EncodedMedia:
-        sampling = self.sampling
-        if sampling is None:
+        settings = self.clips
+        if settings is None:
             raise InputError(f"{self.architecture} takes no video")
-        limit = request.num_frames or sampling.max_frames
+        limit, side = request.num_frames or settings.max_frames, settings.frame_px
+        self.sizes.require_fit(side, "the settings of clips")
 
         def choose(info: VideoInfo) -> np.ndarray:
-            return sample_frames(info, sampling.fps, limit)
+            return sample_frames(info, settings.fps, limit)
 
         def prepare(frame: Image, first: tuple[int, int], count: int) -> Image:
             del first, count
-            side, pixels = self.settings.frame_px, self.settings.pixels
-            width, height = longest_edge_size(frame.size, sampling.size_px)
-            return resize(resize(frame, width, height, pixels), side, side, pixels)
+            return clip_frame(frame, settings)
 
         plan = ClipPlan(request.fps, choose, prepare, request.access)
         clip = load_clip(source, plan)
         check_num_tokens(len(clip.frames) * self.image_seq_len, clip.source_size)
-        arrays = [to_array(frame, self.settings.pixels) for frame in clip.frames]
-        side = self.settings.frame_px
+        arrays = [to_array(frame, settings.pixels) for frame in clip.frames]
         return EncodedMedia(
             kind="video",
             replacement=clip_text(clip, self.image_seq_len),
@@ -180,14 +183,6 @@ class Idefics3Processor(VisionProcessor):
         pixels = np.stack(frames)[None]
         mask = np.ones((1, len(frames), *pixels.shape[-2:]), np.int64)
         return {"pixel_values": pixels, "pixel_attention_mask": mask}
-
-
-def _check_frame(side: int, sizes: FrameSizes, settings: Settings) -> None:
-    """Raises: ProcessorError for frames that the tower does not make `image_seq_len` tokens of."""
-    if side // sizes.patch_size != sizes.patches_per_side:
-        raise settings.error(
-            "max_image_size", side, f"frames as the tower reads them, {sizes.image_size} pixels"
-        )
 
 
 def longest_edge_size(size: tuple[int, int], longest: int) -> tuple[int, int]:
@@ -299,23 +294,52 @@ def in_words(number: int) -> str:
     return f"{in_words(many)} {name}" + (f"{joint}{in_words(rest)}" if rest else "")
 
 
-def read_sampling(files: ProcessorFiles) -> VideoSampling | None:
-    """SmolVLM2's sampling of clips; None for checkpoints without it (Idefics3, SmolVLM 1)."""
+def _is_smolvlm(files: ProcessorFiles) -> bool:
+    """Whether a folder's files were written for clips too, as SmolVLM2's are."""
     nested = files.processor.section("video_processor")
-    old = files.image.section("video_sampling") or files.video.section("video_sampling")
+    return (
+        nested is not None
+        or files.processor.get("processor_class") == "SmolVLMProcessor"
+        or files.video.get("video_processor_type") == "SmolVLMVideoProcessor"
+        or files.image.get("video_sampling") is not None
+    )
+
+
+def clip_frame(frame: Image, settings: ClipSettings) -> Image:
+    """A frame of a clip, resized twice: to `size`, then to the square.
+
+    Raises: InputError, without resizing, for a frame that is not such a square.
+    Source: transformers video_processing_smolvlm.py, resize.
+    """
+    edges, pixels, side = dict(settings.size), settings.pixels, settings.frame_px
+    if not pixels.do_resize:
+        return require_side(frame, side)
+    width, height = edges.get("width", 0), edges.get("height", 0)
+    if "longest_edge" in edges:
+        width, height = longest_edge_size(frame.size, edges["longest_edge"])
+    width, height = bounded_size((width, height))
+    return resize(resize(frame, width, height, pixels), side, side, pixels)
+
+
+def read_clips(files: ProcessorFiles) -> ClipSettings | None:
+    """SmolVLM2's settings of clips; None for checkpoints without them (Idefics3, SmolVLM 1).
+
+    In a file with `video_sampling`, `size` replaces its video_size.
+    Source: transformers video_processing_smolvlm.py, __init__.
+    """
+    settings = files.video
+    old = settings.section("video_sampling")
     if old is not None:
-        size = old.edges("video_size", ("longest_edge",))
-        frames = old.integer("max_frames", 64)
-        fps = old.number("fps", 1.0)
-    elif nested is not None or files.processor.get("processor_class") == "SmolVLMProcessor":
-        source = nested or files.video
-        size = source.edges("size", ("longest_edge",)) if nested else {}
-        frames = source.integer("num_frames", 64)
-        fps = source.number("fps", 1.0)
+        edges = settings.edges("size", EDGES) or old.edges("video_size", EDGES)
+        frames, fps = old.integer("max_frames", 64), old.number("fps", 1.0)
+    elif _is_smolvlm(files):
+        edges = settings.edges("size", EDGES)
+        frames, fps = settings.integer("num_frames", 64), settings.number("fps", 1.0)
     else:
         return None
-    frame = files.image.edges("max_image_size", ("longest_edge",)).get("longest_edge", 364)
-    return VideoSampling(fps, frames, min(size.get("longest_edge", frame), MAX_SIDE_PX))
+    read = Idefics3Settings.read(settings)
+    size = tuple(sorted(edges.items())) or read.size
+    return ClipSettings(fps, frames, read.pixels, size, read.frame_px)
 
 
 def sample_frames(info: VideoInfo, fps: float, max_frames: int) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mlx_vlm_pipes.errors import ConfigError
+from mlx_vlm_pipes.errors import ConfigError, ProcessorError
 from mlx_vlm_pipes.hf_config import AutoConfig, optional_int, require_int, require_vision_config
 
 
@@ -36,6 +36,16 @@ class FrameSizes:
     @property
     def patches_per_side(self) -> int:
         return self.image_size // self.patch_size
+
+    def require_fit(self, frame_px: int, source: str) -> None:
+        """Raises: ProcessorError for frames of another number of patches than the tower has."""
+        side, own = frame_px // self.patch_size, self.patches_per_side
+        if side != own:
+            raise ProcessorError(
+                f"{source}: max_image_size is {frame_px}, which makes {side}x{side} patches of "
+                f"{self.patch_size} pixels; expected {own}x{own}, as config.json's image_size "
+                f"{self.image_size} has"
+            )
 
     @property
     def image_seq_len(self) -> int:

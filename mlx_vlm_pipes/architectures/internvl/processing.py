@@ -33,7 +33,13 @@ from mlx_vlm_pipes.processing.settings import (
     ProcessorFiles,
     Settings,
 )
-from mlx_vlm_pipes.processing.transforms import cut_tiles, join_tiles, resize, to_array
+from mlx_vlm_pipes.processing.transforms import (
+    cut_tiles,
+    join_tiles,
+    require_side,
+    resize,
+    to_array,
+)
 from mlx_vlm_pipes.processing.types import PromptRequest
 from mlx_vlm_pipes.processing.video import ClipPlan, VideoInfo, arange_indices, load_clip
 
@@ -77,8 +83,12 @@ class InternVLProcessor(VisionProcessor):
         for token in (self.start_token, self.end_token):
             self.tokenizer.require_token_id(token)
         mean, std = (IMAGENET_MEAN, IMAGENET_STD) if original else (CLIP_MEAN, CLIP_STD)
-        settings = without_crop(files.image) if original else files.image
-        self.pixels = PixelSettings.read(settings, BICUBIC, mean, std)
+        image, clip = files.image, files.video
+        if original:
+            image, clip = without_crop(image), without_crop(clip)
+        self.pixels = PixelSettings.read(image, BICUBIC, mean, std)
+        self.clip_pixels = PixelSettings.read(clip, BICUBIC, mean, std)
+        self.clip_settings = clip
         self.tiles = read_tiles(files, sizes, original=original)
         video = names.get("video_token", "<video>")
         return MediaTokens(
@@ -89,7 +99,7 @@ class InternVLProcessor(VisionProcessor):
 
     @property
     def digest(self) -> str:
-        return f"internvl|{self.pixels}|{self.tiles}"
+        return f"internvl|{self.pixels}|{self.clip_pixels}|{self.tiles}"
 
     def encode_image(self, source: Any, request: PromptRequest) -> EncodedMedia:
         image = self.load(source, request, self.pixels)
@@ -110,16 +120,21 @@ class InternVLProcessor(VisionProcessor):
 
     def encode_clip(self, source: Any, request: PromptRequest) -> EncodedMedia:
         side, count = self.tiles.side_px, request.num_frames or DEFAULT_FRAMES
+        pixels, said = self.clip_pixels, self.clip_settings.edges("size", ("height",))
+        if said and said["height"] != side:
+            raise self.clip_settings.error("size", said["height"], f"{side}, a tile's side")
 
         def choose(info: VideoInfo) -> np.ndarray:
             return sample_frames(info, count)
 
         def prepare(frame: Image, first: tuple[int, int], num_frames: int) -> Image:
             del first, num_frames
-            return resize(frame, side, side, self.pixels)
+            if not pixels.do_resize:
+                return require_side(frame, side)
+            return resize(frame, side, side, pixels)
 
         clip = load_clip(source, ClipPlan(request.fps, choose, prepare, request.access))
-        array = np.stack([to_array(frame, self.pixels) for frame in clip.frames])
+        array = np.stack([to_array(frame, pixels) for frame in clip.frames])
         patches = cut_tiles(array, self.tiles.patch_px)
         tokens = self.tiles.tokens
         check_num_tokens(tokens * len(array), clip.source_size)

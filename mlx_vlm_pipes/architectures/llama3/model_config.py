@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from mlx_vlm_pipes.architectures.decoder_fields import DecoderFields
 from mlx_vlm_pipes.architectures.llama3.facts import FACTS
@@ -26,6 +26,7 @@ from mlx_vlm_pipes.hf_config import (
     check_rope_keys,
     head_dim,
     lookup,
+    position_limit,
     require,
     require_int,
     rope_dictionary,
@@ -34,9 +35,12 @@ from mlx_vlm_pipes.hf_config import (
 )
 from mlx_vlm_pipes.interfaces import ReturnHiddenStates, ReturnLogits
 from mlx_vlm_pipes.nn.decoder import DecoderConfig
-from mlx_vlm_pipes.nn.rope import (
-    Llama3RopeScalingParams,
-    LongRoPEScalingParams,
+from mlx_vlm_pipes.nn.rope import Llama3RopeScalingParams, LongRoPEScalingParams
+from mlx_vlm_pipes.nn.rope_scaling import (
+    DynamicRope,
+    LinearRope,
+    RopeScaling,
+    YarnRope,
     read_rope_scaling,
 )
 from mlx_vlm_pipes.quantization import (
@@ -50,8 +54,12 @@ from mlx_vlm_pipes.weights import WeightData
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+MAX_WINDOW = 2**30  # no sequence is longer, and masks count in int32
 NormMethod = Literal["rms_norm", "layer_norm"]
-ENDLESS_WINDOW = 2**31 - 1
+# transformers modeling_phi3.py, prepare_inputs_for_generation; no other type does
+RECOMPUTING_TYPES = ("phi3",)
+
+ScalingT = TypeVar("ScalingT", bound=RopeScaling)
 
 
 @dataclass(kw_only=True)
@@ -106,6 +114,8 @@ class Llama3Config(DecoderFields):
     qk_norm: bool = False
     mrope_section: tuple[int, ...] | None = None
     mrope_interleaved: bool = False  # the axes take turns among the rotary pairs
+    more_rope_scaling: LinearRope | YarnRope | DynamicRope | None = None
+    recomputes: bool = False  # rows that outgrow LongRoPE's short factors are prefilled again
 
     @classmethod
     def initialize(
@@ -225,7 +235,7 @@ class Llama3Config(DecoderFields):
     ) -> int:
         """The model's own limit, or the smaller one asked for. Raises: ConfigError above it."""
         model_config = model_config or pipeline_config.model
-        limit = require_int(huggingface_config, "max_position_embeddings")
+        limit = position_limit(huggingface_config)
         kind = lookup(huggingface_config, "model_type", default="llama")
         return bounded_max_seq_len(kind, limit, model_config.max_length)
 
@@ -264,6 +274,7 @@ class Llama3Config(DecoderFields):
             rope=replace(
                 plain.rope,
                 interleaved=self.interleaved_rope_weights,
+                recomputes=self.recomputes,
                 mrope_section=self.mrope_section,
                 mrope_interleaved=self.mrope_interleaved,
             ),
@@ -286,8 +297,8 @@ def bounded_max_seq_len(kind: str, limit: int, wanted: int | None) -> int:
         return upper_bounded_default(limit, wanted)
     except ConfigError:
         raise ConfigError(
-            f"{kind}: max_length {wanted} exceeds the model's max_position_embeddings {limit}; "
-            "ask for less"
+            f"{kind}: max_length {wanted} exceeds the model's max_position_embeddings {limit} "
+            "(scaled as its rope type says); ask for less"
         ) from None
 
 
@@ -308,33 +319,39 @@ def _num_kv_heads(cfg: AutoConfig) -> int:
 
 
 def _rope_fields(cfg: AutoConfig) -> dict[str, Any]:
-    """What says how the decoder turns queries and keys."""
+    """What says how the decoder turns queries and keys. Raises: as read_rope_scaling."""
     rope = rope_dictionary(cfg)
     positions = require_int(cfg, "max_position_embeddings")
     original = lookup(cfg, "original_max_position_embeddings")
     original = original or rope.get("original_max_position_embeddings") or positions
-    llama3, longrope = read_rope_scaling(rope, original, positions)
+    scaling = read_rope_scaling(rope, original, positions)
     share = rope.get("partial_rotary_factor") or lookup(cfg, "partial_rotary_factor", default=1.0)
     section = rope.get("mrope_section")
     return {
         "rope_theta": rope_theta(cfg),
-        "rope_scaling_params": llama3,
-        "longrope_scaling_params": longrope,
+        "rope_scaling_params": _of_type(scaling, Llama3RopeScalingParams),
+        "longrope_scaling_params": _of_type(scaling, LongRoPEScalingParams),
+        "more_rope_scaling": _of_type(scaling, (LinearRope, YarnRope, DynamicRope)),
+        "recomputes": lookup(cfg, "model_type") in RECOMPUTING_TYPES,
         "partial_rotary_factor": float(share),
         "mrope_section": None if section is None else tuple(int(n) for n in section),
         "mrope_interleaved": bool(rope.get("mrope_interleaved")),
     }
 
 
-def _sliding_window(cfg: AutoConfig) -> tuple[int | None, tuple[bool, ...] | None]:
-    """The window in tokens and the layers it holds for (None: all).
+def _of_type(
+    scaling: RopeScaling | None, kind: type[ScalingT] | tuple[type[ScalingT], ...]
+) -> ScalingT | None:
+    return scaling if isinstance(scaling, kind) else None
 
-    One that no position (int32) can leave is none.
-    """
-    window = lookup(cfg, "sliding_window")
-    is_used = lookup(cfg, "use_sliding_window", default=True) is not False
-    if window is None or window >= ENDLESS_WINDOW or not is_used:
+
+def _sliding_window(cfg: AutoConfig) -> tuple[int | None, tuple[bool, ...] | None]:
+    """The window in tokens and the layers it holds for (None: all)."""
+    if lookup(cfg, "sliding_window") is None:
         return None, None
+    if lookup(cfg, "use_sliding_window", default=True) is False:
+        return None, None
+    window = min(require_int(cfg, "sliding_window"), MAX_WINDOW)
     types = lookup(cfg, "layer_types")
     if types is not None:
         return window, tuple(kind == "sliding_attention" for kind in types)

@@ -20,6 +20,7 @@ from mlx_vlm_pipes.hf_config import (
     axial_theta,
     lookup,
     optional_int,
+    position_limit,
     require,
     require_int,
     text_config,
@@ -27,6 +28,7 @@ from mlx_vlm_pipes.hf_config import (
 from mlx_vlm_pipes.interfaces import ReturnLogits
 from mlx_vlm_pipes.nn.decoder import DecoderConfig
 from mlx_vlm_pipes.nn.rope import Llama3RopeScalingParams, LongRoPEScalingParams
+from mlx_vlm_pipes.nn.rope_scaling import DynamicRope, LinearRope, YarnRope
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -72,6 +74,7 @@ class PixtralConfig(DecoderFields, VisionLanguageConfig):
     hidden_act: str = "silu"
     rope_scaling_params: Llama3RopeScalingParams | None = None
     longrope_scaling_params: LongRoPEScalingParams | None = None
+    more_rope_scaling: LinearRope | YarnRope | DynamicRope | None = None
     partial_rotary_factor: float = 1.0
     sliding_window: int | None = None
     sliding_layers: tuple[bool, ...] | None = None
@@ -119,6 +122,7 @@ class PixtralConfig(DecoderFields, VisionLanguageConfig):
             hidden_act=text.hidden_act,
             rope_scaling_params=text.rope_scaling_params,
             longrope_scaling_params=text.longrope_scaling_params,
+            more_rope_scaling=text.more_rope_scaling,
             partial_rotary_factor=text.partial_rotary_factor,
             sliding_window=text.sliding_window,
             sliding_layers=text.sliding_layers,
@@ -138,7 +142,7 @@ class PixtralConfig(DecoderFields, VisionLanguageConfig):
 
     @staticmethod
     def _bounded(huggingface_config: AutoConfig, model_config: MAXModelConfig) -> int:
-        limit = require_int(text_config(huggingface_config), "max_position_embeddings")
+        limit = position_limit(text_config(huggingface_config))
         return bounded_max_seq_len("Pixtral", limit, model_config.max_length)
 
     def decoder_config(self) -> DecoderConfig:

@@ -44,6 +44,14 @@ def test_every_field_is_read() -> None:
     assert config == Idefics3Config.initialize(pipeline_config(V4))
 
 
+@pytest.mark.parametrize("value", ["x", {}, [], True])
+def test_an_initializer_range_of_any_type_is_left_unread(value) -> None:
+    config = Idefics3Config.initialize(
+        pipeline_config(changed(V4, "vision_config", initializer_range=value))
+    )
+    assert config.vision_config.initializer_range == 0.02
+
+
 def test_both_spellings_of_rope_are_one() -> None:
     scaling = {
         "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -85,7 +93,7 @@ def test_image_seq_len(image_size: int, patch_size: int, scale_factor: int, toke
         ("", {"scale_factor": 4}, ConfigError, "26 patches a side .* scale_factor 4"),
         ("vision_config", {"model_type": "clip_vision_model"}, UnsupportedModel, "clip_vision"),
         ("vision_config", {"num_attention_heads": 5}, ConfigError, "48 .* 5 heads"),
-        ("vision_config", {"hidden_act": "mish"}, ConfigError, "mish"),
+        ("vision_config", {"hidden_act": "xielu"}, ConfigError, "xielu"),
         ("vision_config", {"image_size": 7}, ConfigError, "0 patches a side"),
         ("text_config", {"model_type": "mamba"}, UnsupportedModel, "mamba"),
         ("text_config", {"rope_scaling": {"rope_type": "yarn"}}, ConfigError, "yarn"),

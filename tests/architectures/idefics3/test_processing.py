@@ -92,11 +92,13 @@ def test_refused_requests(tmp_path, prompt, images, message) -> None:
         make(tmp_path).process(request)
 
 
-def test_absurd_settings_do_not_flood(tmp_path, monkeypatch) -> None:
-    monkeypatch.setitem(CONFIG, "vision_config", {"image_size": 2, "patch_size": 1})
-    processor = make(
-        tmp_path, {"size": {"longest_edge": 4096}, "max_image_size": {"longest_edge": 2}}
-    )
+def test_absurd_settings_do_not_flood(tmp_path) -> None:
+    values = {"size": {"longest_edge": 4096}, "max_image_size": {"longest_edge": 1}}
+    tiny = {"image_size": 1, "patch_size": 1}
+    with pytest.raises(ProcessorError, match="max_image_size is 1, which makes 0x0 patches of 8"):
+        make(tmp_path, values)
+    config = {"model_type": "idefics3", "vision_config": tiny, "scale_factor": 1}
+    processor = room.Idefics3Processor(tmp_path, config)
     with pytest.raises(InputError, match="the limit is 262144"):
         processor.process(PromptRequest("x", images=[picture(2, 2)]))
 
@@ -114,6 +116,36 @@ def test_clip(tmp_path) -> None:
         "why?<|end|><|assistant|>"
     )
     assert out.pixel_values.shape == (1, 3, 3, 16, 16)
+
+
+@pytest.mark.parametrize(("size", "first"), [(None, (24, 12)), ({"longest_edge": 40}, (40, 20))])
+def test_size_wins_over_the_size_of_video_sampling(tmp_path, size, first) -> None:
+    values = {"video_sampling": SAMPLING, "size": size, "resample": 2}
+    processor = make(tmp_path, values)
+    frame = picture(20, 10)
+    out = processor.process(PromptRequest("why?", videos=[[frame]]))
+    twice = np.asarray(frame.resize(first, 2).resize((16, 16), 2))
+    expected = (twice.transpose(2, 0, 1) / 255 - 0.5) / 0.5
+    np.testing.assert_allclose(out.pixel_values[0, 0], expected, atol=1e-6)
+
+
+def test_clips_have_their_own_settings(tmp_path) -> None:
+    own = {"size": {"longest_edge": 16}, "max_image_size": {"longest_edge": 16},
+           "image_mean": [0, 0, 0], "image_std": [1, 1, 1], "rescale_factor": 0.5}  # fmt: skip
+    processor = make(tmp_path, video_processor=own)
+    frame = picture(16, 16)
+    out = processor.process(PromptRequest("why?", images=[frame], videos=[[frame]]))
+    halves = np.asarray(frame).transpose(2, 0, 1) / 2
+    np.testing.assert_array_equal(out.pixel_values[0, -1], halves)
+    assert out.pixel_values[0, :-1].max() <= 1.0
+
+
+def test_the_tag_of_the_whole_picture_may_be_text(tmp_path) -> None:
+    tokens = ["<fake_token_around_image>", "<image>"]
+    out = make(tmp_path, tokens=tokens).process(PromptRequest("x", images=[picture(4, 4)]))
+    assert out.media[0].num_tokens == 5
+    with pytest.raises(ProcessorError, match="no token '<fake_token_around_image>'"):
+        make(tmp_path, tokens=["<image>"])
 
 
 def test_frame_numbers_and_words() -> None:

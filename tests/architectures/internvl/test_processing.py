@@ -1,5 +1,7 @@
 """Tiles, spans, both layouts, clips; numbers from the specification, section 14."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -94,11 +96,32 @@ def test_clip_is_numbered_frames_among_images(tmp_path) -> None:
     assert room.sample_frames(VideoInfo(3, 25.0), 8).tolist() == [0, 1, 2]
 
 
+def test_clips_have_their_own_settings(tmp_path) -> None:
+    folder = make(tmp_path).folder
+    own = {"image_mean": [0, 0, 0], "image_std": [1, 1, 1], "rescale_factor": 0.5}
+    for size, error in ((16, None), (32, "size is 32; expected 16, a tile's side")):
+        values = {**own, "size": {"height": size, "width": size}}
+        (folder / "video_preprocessor_config.json").write_text(json.dumps(values))
+        processor = make(tmp_path)
+        frame = picture(16, 16)
+        request = PromptRequest("why?", images=[frame], videos=[[frame]])
+        if error is not None:
+            with pytest.raises(ProcessorError, match=error):
+                processor.process(request)
+            continue
+        out = processor.process(request)
+        halves = np.asarray(frame).transpose(2, 0, 1) / 2
+        assert sum(np.array_equal(tile, halves) for tile in out.pixel_values) == 1
+
+
 def test_raw_markers_of_either_kind(tmp_path) -> None:
     processor = make(tmp_path)
     for text in ("x <image> y", "x <IMG_CONTEXT> y"):
         out = processor.process(PromptRequest(text, images=[picture(16, 16)], raw=True))
         assert out.media[0].num_tokens == 4
+    both = "x <IMG_CONTEXT> is no <image>"
+    out = processor.process(PromptRequest(both, images=[picture(16, 16)], raw=True))
+    assert "is no <image>" in processor.tokenizer.decode(out.input_ids)
     plain = processor.process(PromptRequest("what is <image> or <video>?", raw=True))
     assert plain.images == []  # without pictures these are words
     with pytest.raises(InputError, match="0 images for 1 placeholders"):

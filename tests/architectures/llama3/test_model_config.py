@@ -46,7 +46,36 @@ def test_a_rope_key_that_nobody_reads_is_refused(rope: dict[str, Any], unread: s
     ],
 )  # fmt: skip
 def test_what_transformers_writes_is_taken(rope: dict[str, Any]) -> None:
-    assert initialize(rope).max_seq_len == 8192
+    scaled = 2 if rope.get("type") == "dynamic" else 1
+    assert initialize(rope).max_seq_len == 8192 * scaled
+
+
+@pytest.mark.parametrize(
+    ("rope", "limit"),
+    [
+        ({"type": "linear", "factor": 4.0}, 32768),
+        ({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}, 8192),
+        ({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192}, 32768),
+    ],
+)
+def test_a_scaled_rope_makes_the_limit_longer(rope: dict[str, Any], limit: int) -> None:
+    assert initialize(rope).max_seq_len == limit
+    with pytest.raises(ConfigError, match=str(limit)):
+        initialize(rope, max_length=limit + 1)
+
+
+def test_odd_values_are_named_or_do_no_harm() -> None:
+    odd = {"hidden_size": 72, "num_attention_heads": 8, "num_key_value_heads": 8}
+    with pytest.raises(ConfigError, match="head_dim times partial_rotary_factor is 9; rotary"):
+        read(**odd).decoder_config()
+    assert read(model_type="mistral", sliding_window=2**31).sliding_window == 2**30
+    with pytest.raises(ConfigError, match=r"'sliding_window' is 4096\.5, expected an int"):
+        read(model_type="mistral", sliding_window=4096.5)
+
+
+def read(**values: Any) -> Llama3Config:
+    values = {"model_type": "llama", "max_position_embeddings": 8192, **values}
+    return Llama3Config.initialize(pipeline_config(values))
 
 
 def test_there_is_nothing_to_override() -> None:

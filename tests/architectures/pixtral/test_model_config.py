@@ -95,7 +95,7 @@ def test_fields_of_ours() -> None:
                          "vision_feature_layer": [-2, 0]})  # fmt: skip
     decoder = config.decoder_config()
     assert (decoder.sliding_window, decoder.hidden_act) == (64, "gelu")
-    assert (decoder.rope.llama3, decoder.tie_word_embeddings) == (config.rope_scaling_params, True)
+    assert (decoder.rope.scaling, decoder.tie_word_embeddings) == (config.rope_scaling_params, True)
     assert config.rope_scaling_params is not None
     assert (config.projector_hidden_act, config.projector_bias) == ("relu", False)
     assert config.vision_feature_layers == (-2, 0)
@@ -114,9 +114,9 @@ def test_fields_of_ours() -> None:
         ("", {"vision_feature_layer": 6}, ConfigError, "6 with 5 vision layers; expected -6 to 5"),
         ("", {"vision_feature_layer": [-1, -7]}, ConfigError, "-7"),
         ("", {"vision_feature_layer": []}, ConfigError, "empty"),
-        ("", {"projector_hidden_act": "mish"}, ConfigError, "mish"),
+        ("", {"projector_hidden_act": "xielu"}, ConfigError, "xielu"),
         ("vision_config", {"model_type": "clip_vision_model"}, UnsupportedModel, "clip_vision"),
-        ("vision_config", {"hidden_act": "mish"}, ConfigError, "mish"),
+        ("vision_config", {"hidden_act": "xielu"}, ConfigError, "xielu"),
         ("vision_config", {"head_dim": 10}, ConfigError, "head_dim 10"),
         ("vision_config", {"image_size": 4}, ConfigError, "image_size 4"),
         ("vision_config", {"rope_parameters": {"rope_type": "yarn"}}, ConfigError, "yarn"),
