@@ -1,0 +1,157 @@
+"""From knobs to a model folder, with the families of tools/make_fixtures."""
+
+import copy
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import transformers
+
+from tools.make_fixtures.case import Case, Json, Options, Prompt
+from tools.make_fixtures.families import FAMILIES, Family
+from tools.make_fixtures.families.family import Arrays, Pictures
+from tools.make_fixtures.tokenizer import write_json
+
+from .clips import CLIP_TEXT
+from .knobs import TEXT
+from .plain import PLAIN
+
+# Keys of a section that stay even where they say what the class says anyway.
+NEEDED = ("model_type", "architectures", "transformers_version")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder that transformers wrote, and the family that reads prompts for it."""
+
+    family: Family
+    folder: Path
+
+
+def make(family: str, knobs: Json, folder: Path) -> Checkpoint:
+    """Write the folder. Whatever transformers raises where it refuses the setting comes through."""
+    folder.mkdir(parents=True)
+    made = _family(family, knobs, folder)
+    made.config().save_pretrained(folder)
+    made.save_tokenizer()
+    _turn_files(made, knobs)
+    made.load_tokenizer()
+    made.save_weights(made.new_model(seed=3))
+    made.save_config()
+    if knobs.get("file.sparse"):
+        _drop_defaults(made)
+    return Checkpoint(made, folder)
+
+
+def _family(family: str, knobs: Json, folder: Path) -> Family:
+    parts = copy.deepcopy(PLAIN[family])
+    options = {}
+    for name, value in knobs.items():
+        section, _, key = name.partition(".")
+        if section in ("text", "vision"):
+            parts[section].update(value if key.startswith("*") else {key: value})
+        elif section == "part":
+            parts[key] = value
+        elif section == "options":
+            options[key] = tuple(value) if isinstance(value, list) else value
+    case = Case(family, family, "drawn", _fitted(family, parts), (), options=Options(**options))
+    return _turned(FAMILIES[family], knobs)(case, folder)
+
+
+def _fitted(family: str, parts: Json) -> Json:
+    """Fields that follow from others: Qwen's tower ends at the width of the decoder."""
+    text = parts["text"]
+    head = text.get("head_dim", text["hidden_size"] // text["num_attention_heads"])
+    rope = text["rope_parameters"]
+    if rope["rope_type"] == "longrope":
+        rope["short_factor"] = [1.0 + 0.1 * i for i in range(head // 2)]
+        rope["long_factor"] = [1.1 + 0.9 * i * i for i in range(head // 2)]
+    if family == "qwen2_5_vl" and sum(rope["mrope_section"]) != head // 2:
+        rope["mrope_section"] = [head // 8, head // 8, head // 2 - 2 * (head // 8)]
+    if family in TEXT:
+        return text
+    if family.startswith("qwen"):
+        vision = parts["vision"]
+        vision["out_hidden_size"] = parts["text"]["hidden_size"]
+        for key in ("fullatt_block_indexes", "deepstack_visual_indexes"):
+            if key in vision:
+                vision[key] = [i for i in vision[key] if i < vision["depth"]]
+    if parts.get("llm") == "LlamaConfig":
+        parts["text"].setdefault("attention_bias", False)
+    return parts
+
+
+def _turned(base: type[Family], knobs: Json) -> type[Family]:
+    """The family with its processors' settings and its whole config's attributes turned."""
+
+    class Turned(base):
+        def config(self) -> transformers.PretrainedConfig:
+            config = super().config()
+            for key, value in section(knobs, "outer").items():
+                setattr(config, key, value)
+            return config
+
+        def template_messages(self, messages: list[Json]) -> list[Json]:
+            messages = super().template_messages(messages)
+            if self.case.family == "smolvlm":  # whose templates know no part of type video
+                return [{**m, "content": [_as_text(p) for p in m["content"]]} for m in messages]
+            return messages
+
+        def settings(self) -> Json:
+            return {**super().settings(), **section(knobs, "image")}
+
+        def video_settings(self) -> Json:
+            return {**self.settings(), **section(knobs, "video")}
+
+        def expand(self, text: str, prompt: Prompt, pictures: Pictures) -> tuple[str, Arrays]:
+            if not pictures.videos or self.case.family not in CLIP_TEXT:
+                return super().expand(text, prompt, pictures)
+            return CLIP_TEXT[self.case.family](self, text, prompt, pictures)
+
+    return Turned
+
+
+def _as_text(part: Json) -> Json:
+    return {"type": "text", "text": "<video>"} if part["type"] == "video" else part
+
+
+def section(knobs: Json, name: str) -> Json:
+    """The turned fields of one section, those of starred knobs one by one."""
+    fields: Json = {}
+    for key, value in knobs.items():
+        head, _, tail = key.partition(".")
+        if head == name:
+            fields.update(value if tail.startswith("*") else {tail: value})
+    return fields
+
+
+def _turn_files(family: Family, knobs: Json) -> None:
+    """Settings of clips, in whichever file the family keeps them."""
+    turned = section(knobs, "video")
+    flat = family.folder / "video_preprocessor_config.json"
+    nested = family.folder / "processor_config.json"
+    if turned and flat.exists():
+        write_json(flat, {**json.loads(flat.read_text()), **turned})
+    elif turned and nested.exists():
+        whole = json.loads(nested.read_text())
+        if "video_processor" in whole:
+            whole["video_processor"].update(turned)
+            write_json(nested, whole)
+
+
+def _drop_defaults(family: Family) -> None:
+    """Leave every key out of config.json that says what its class says by itself."""
+    path = family.folder / "config.json"
+    config = json.loads(path.read_text())
+    made = family.config()
+    _thin(config, type(made)().to_dict())
+    for name in ("text_config", "vision_config"):
+        if name in config:
+            _thin(config[name], type(getattr(made, name))().to_dict())
+    write_json(path, config)
+
+
+def _thin(given: Json, defaults: Json) -> None:
+    for key in [k for k in given if k not in NEEDED and not isinstance(given[k], dict)]:
+        if key in defaults and defaults[key] == given[key]:
+            del given[key]
