@@ -6,6 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import transformers
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 from tools.make_fixtures.case import Case, Json, Options, Prompt
 from tools.make_fixtures.families import FAMILIES, Family
@@ -16,8 +21,17 @@ from .clips import CLIP_TEXT
 from .knobs import TEXT
 from .plain import PLAIN
 
+IMAGE_PROCESSORS = {
+    "idefics3": Idefics3ImageProcessorPil,
+    "smolvlm": SmolVLMImageProcessorPil,
+    "pixtral": PixtralImageProcessorPil,
+    "internvl": GotOcr2ImageProcessorPil,
+    "qwen2_5_vl": Qwen2VLImageProcessorPil,
+    "qwen3_vl": Qwen2VLImageProcessorPil,
+}
 # Keys of a section that stay even where they say what the class says anyway.
-NEEDED = ("model_type", "architectures", "transformers_version")
+NEEDED = ("model_type", "architectures", "transformers_version", "image_processor_type",
+          "processor_class")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -66,7 +80,7 @@ def _fitted(family: str, parts: Json) -> Json:
     if rope["rope_type"] == "longrope":
         rope["short_factor"] = [1.0 + 0.1 * i for i in range(head // 2)]
         rope["long_factor"] = [1.1 + 0.9 * i * i for i in range(head // 2)]
-    if family == "qwen2_5_vl" and sum(rope["mrope_section"]) != head // 2:
+    if family == "qwen2_5_vl" and sum(rope.get("mrope_section", ())) != head // 2:
         rope["mrope_section"] = [head // 8, head // 8, head // 2 - 2 * (head // 8)]
     if family in TEXT:
         return text
@@ -126,7 +140,12 @@ def section(knobs: Json, name: str) -> Json:
 
 
 def _turn_files(family: Family, knobs: Json) -> None:
-    """Settings of clips, in whichever file the family keeps them."""
+    """Settings that the family does not write by itself, in whichever file it keeps them."""
+    if family.case.family == "internvl_chat":
+        path = family.folder / "preprocessor_config.json"
+        write_json(path, {**json.loads(path.read_text()), **section(knobs, "image")})
+    if knobs.get("file.sparse_processor"):
+        _thin_processor(family)
     turned = section(knobs, "video")
     flat = family.folder / "video_preprocessor_config.json"
     nested = family.folder / "processor_config.json"
@@ -137,6 +156,16 @@ def _turn_files(family: Family, knobs: Json) -> None:
         if "video_processor" in whole:
             whole["video_processor"].update(turned)
             write_json(nested, whole)
+
+
+def _thin_processor(family: Family) -> None:
+    """Leave every key out that the class of the image processor has by itself."""
+    defaults = IMAGE_PROCESSORS[family.case.family]().to_dict()
+    flat = family.folder / "preprocessor_config.json"
+    path = flat if flat.exists() else family.folder / "processor_config.json"
+    whole = json.loads(path.read_text())
+    _thin(whole if path == flat else whole["image_processor"], defaults)
+    write_json(path, whole)
 
 
 def _drop_defaults(family: Family) -> None:

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from safetensors.numpy import load_file
+from safetensors.torch import load_file
 
+PARTS = ("scales", "biases")
 NEAR = 0.5  # of a weight's spread: how far the expanded weight may be from its original
 
 
@@ -17,8 +18,10 @@ def expanded(folder: Path) -> list[np.ndarray]:
 
     MLX's affine form: little-endian runs of `bits` in uint32, a scale and a bias for each group.
     """
-    settings = json.loads((folder / "config.json").read_text())["quantization"]
-    tensors: dict[str, np.ndarray] = {}
+    settings = json.loads((folder / "config.json").read_text()).get("quantization")
+    if settings is None:
+        return []
+    tensors: dict[str, torch.Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
         tensors.update(load_file(path))
     matrices = []
@@ -26,8 +29,8 @@ def expanded(folder: Path) -> list[np.ndarray]:
         stem = name.removesuffix(".scales")
         said = settings.get(stem)
         bits = (said if isinstance(said, dict) else settings)["bits"]
-        packed, scales = tensors[f"{stem}.weight"], tensors[name].astype(np.float32)
-        biases = tensors[f"{stem}.biases"].astype(np.float32)
+        packed = tensors[f"{stem}.weight"].numpy()
+        scales, biases = (tensors[f"{stem}.{part}"].float().numpy() for part in PARTS)
         flat = np.unpackbits(packed.view(np.uint8), axis=-1, bitorder="little")
         values = flat.reshape(len(packed), -1, bits) @ (1 << np.arange(bits))
         groups = values.reshape(*scales.shape, -1).astype(np.float32)

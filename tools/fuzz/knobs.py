@@ -14,7 +14,8 @@ from tools.make_fixtures.case import Json
 
 Knobs = dict[str, list]
 
-SHARE = 0.22  # of the knobs of a family that a case turns
+SHARE = 0.2  # of the knobs of a family that a case turns
+RARE = {"text.*dynamic": 0.05, "image.do_convert_rgb": 0.05}  # these break much else
 ACTIVATIONS = [
     "gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "quick_gelu", "silu", "swish", "gelu_fast",
     "gelu_python", "gelu_accurate", "relu2", "relu6", "mish", "tanh", "sigmoid", "linear",
@@ -56,7 +57,12 @@ DECODER: Knobs = {
     "text.max_position_embeddings": [1024, 4096, 131072],
     "text.initializer_range": [0.02, 0.1],
     "text.rope_parameters": ROPES,
-}
+    "text.*dynamic": [
+        {"max_position_embeddings": limit,
+         "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": factor}}
+        for limit, factor in ((16, 2.0), (24, 4.0))
+    ],
+}  # fmt: skip
 HEAD_DIM: Knobs = {"text.head_dim": [8, 12, 16]}
 FILES: Knobs = {
     "options.config_style": ["v5"],
@@ -67,11 +73,13 @@ FILES: Knobs = {
     "options.eos_list": [True],
     "options.template_in": ["chat_template.jinja", "tokenizer_config", "tokenizer_config_list"],
     "file.sparse": [True],
+    "file.sparse_processor": [True],
 }
 CONVERT: Knobs = {
     "convert": [
-        {"bits": 8, "group_size": 32}, {"bits": 4, "group_size": 32}, {"bits": 8, "group_size": 64},
-        {"dtype": "float32"},
+        *({"bits": bits, "group_size": 32} for bits in (8, 8, 4, 4, 6, 3)),
+        {"bits": 8, "group_size": 64}, {"mixed": "mixed_4_8", "group_size": 32},
+        {"bits": 8, "group_size": 32, "quantize_vision": True}, {"dtype": "float32"},
     ],
 }  # fmt: skip
 WINDOWS = [None, 4, 12, 64, 4096]
@@ -220,16 +228,20 @@ def knobs_of(family: str) -> Knobs:
         knobs = {**DECODER, **FILES, **CONVERT, **TEXT[family]}
         if family == "olmo":  # its norms have no weights and no setting
             del knobs["text.rms_norm_eps"]
+        del knobs["file.sparse_processor"]
         return knobs
     knobs = {**DECODER, **FILES, **CONVERT, **PIXELS, **VISION[family]}
     if family == "internvl_chat":
+        knobs["part.llm"] = ["Qwen2Config", "Qwen3Config"]
         one_spelling = ("options.config_style", "options.shards", "options.tokenizer_form",
-                        "options.template_in", "file.sparse", "image.do_convert_rgb",
-                        "image.rescale_factor", "vision.hidden_act")  # fmt: skip
+                        "options.template_in", "file.sparse",
+                        "file.sparse_processor", "image.do_convert_rgb", "image.rescale_factor",
+                        "image.do_normalize", "vision.hidden_act")  # fmt: skip
         for key in one_spelling:
             del knobs[key]
     if family == "qwen3_vl":
         del knobs["text.*heads"]  # the sections belong to a head of 16
+        del knobs["text.*dynamic"]
         knobs["text.*heads"] = [h for h in HEADS if h["num_attention_heads"] < 8]
     return knobs
 
@@ -239,5 +251,5 @@ def draw_knobs(family: str, rng: random.Random) -> Json:
     return {
         name: copy.deepcopy(rng.choice(values))  # transformers writes into dictionaries
         for name, values in knobs_of(family).items()
-        if rng.random() < SHARE
+        if rng.random() < RARE.get(name, SHARE)
     }

@@ -4,6 +4,11 @@
 # not is a failure.
 LIMITS: tuple[tuple[str, str], ...] = (
     ("divide no matrix", "convert: no matrix of this checkpoint has columns in such groups"),
+    ("only towers with a position table", "InternVL without position embeddings: none is released"),
+    (
+        "deepstack_visual_indexes for",
+        "Qwen3-VL with more features than decoder layers to take them",
+    ),
 )
 
 

@@ -66,7 +66,8 @@ class Qwen25VL(VisionFamily):
             return
         image.update(min_pixels=low, max_pixels=high, **owner)
         write_json(self.folder / "preprocessor_config.json", image)
-        if self.options.video_tokens != self.options.image_tokens:
+        is_own = self.video_settings() != self.settings()
+        if is_own or self.options.video_tokens != self.options.image_tokens:
             write_json(self.folder / "video_preprocessor_config.json", {**video, **owner})
 
     def settings(self) -> Json:
