@@ -146,6 +146,8 @@ def _turn_files(family: Family, knobs: Json) -> None:
         write_json(path, {**json.loads(path.read_text()), **section(knobs, "image")})
     if knobs.get("file.sparse_processor"):
         _thin_processor(family)
+    if "file.size" in knobs and not family.options.nested_processor:
+        _write_edges(family.folder / "preprocessor_config.json", knobs["file.size"])
     turned = section(knobs, "video")
     flat = family.folder / "video_preprocessor_config.json"
     nested = family.folder / "processor_config.json"
@@ -156,6 +158,17 @@ def _turn_files(family: Family, knobs: Json) -> None:
         if "video_processor" in whole:
             whole["video_processor"].update(turned)
             write_json(nested, whole)
+
+
+def _write_edges(path: Path, form: str) -> None:
+    """Qwen's limits as edges; `both`: the older keys stay and win over stale edges."""
+    whole = json.loads(path.read_text())
+    edges = {"shortest_edge": whole["min_pixels"], "longest_edge": whole["max_pixels"]}
+    if form == "edges":
+        del whole["min_pixels"], whole["max_pixels"]
+    else:
+        edges = {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280}
+    write_json(path, {**whole, "size": edges})
 
 
 def _thin_processor(family: Family) -> None:

@@ -22,9 +22,11 @@ Expand = Callable[[Any, str, Prompt, Pictures], tuple[str, Arrays]]
 def pixels_of(frame: Image.Image, settings: Json, sizes: list[tuple[int, int]]) -> np.ndarray:
     """float32 [3, H, W] of a frame that is resized to each of `sizes` (width, height) in turn."""
     frame = frame.convert("RGB")
-    for size in sizes:
+    for size in sizes if settings["do_resize"] else []:
         frame = frame.resize(size, Image.Resampling(settings["resample"]))
-    pixels = np.asarray(frame, np.float32) * np.float32(settings["rescale_factor"])
+    pixels = np.asarray(frame, np.float32)
+    if settings["do_rescale"]:
+        pixels = pixels * np.float32(settings["rescale_factor"])
     if settings["do_normalize"]:
         mean, std = (np.array(settings[k], np.float32) for k in ("image_mean", "image_std"))
         pixels = (pixels - mean) / std

@@ -15,7 +15,15 @@ from tools.make_fixtures.case import Json
 Knobs = dict[str, list]
 
 SHARE = 0.2  # of the knobs of a family that a case turns
-RARE = {"text.*dynamic": 0.05, "image.do_convert_rgb": 0.05}  # these break much else
+# These break, or hide, much else.
+RARE = {
+    "text.*dynamic": 0.05,
+    "image.do_convert_rgb": 0.05,
+    "image.max_image_size": 0.02,
+    "image.do_resize": 0.08,
+    "image.do_rescale": 0.08,
+    "vision.use_absolute_position_embeddings": 0.02,
+}
 ACTIVATIONS = [
     "gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "quick_gelu", "silu", "swish", "gelu_fast",
     "gelu_python", "gelu_accurate", "relu2", "relu6", "mish", "tanh", "sigmoid", "linear",
@@ -83,6 +91,13 @@ CONVERT: Knobs = {
     ],
 }  # fmt: skip
 WINDOWS = [None, 4, 12, 64, 4096]
+QWEN_WINDOWS: Knobs = {  # the layers from `max_window_layers` on see a window
+    "text.*window": [
+        {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": first}
+        for first in (0, 1, 28)
+    ],
+}
+STYLES: Knobs = {"options.style": ["llama2", "pixtral", "internvl_chat", "llama3"]}
 
 
 # The factors are filled in when the size of a head is known.
@@ -121,10 +136,13 @@ PIXELS: Knobs = {
         {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]},
         {"image_mean": [0.1, 0.2, 0.6], "image_std": [0.3, 0.5, 1.0]},
         {"image_mean": [0.0, 0.0, 0.0], "image_std": [1.0, 1.0, 1.0]},
+        {"image_mean": 0.5, "image_std": 0.25},
     ],
     "image.resample": [0, 1, 2, 3, 4, 5],
     "image.do_normalize": [False],
     "image.rescale_factor": [1 / 127.5, 0.01],
+    "image.do_rescale": [False],
+    "image.do_resize": [False],
     "image.do_convert_rgb": [False],
 }
 CLIPS: Knobs = {
@@ -149,11 +167,12 @@ IDEFICS: Knobs = {
     "text.mlp_bias": [True],
     "options.longest_edge": [48, 64, 100, 160],
     "options.split": [False],
-    "image.do_resize": [False],
+    "image.size": [{"height": 70, "width": 40}, {"height": 64, "width": 96}],
     "image.max_image_size": [{"longest_edge": 40}],
 }
 INTERNVL: Knobs = {
     "part.llm": ["Qwen2Config", "Qwen3Config", "LlamaConfig"],
+    "text.attention_bias": [True],
     "vision.*norm": [{"norm_type": "rms_norm"}, {"use_qk_norm": True, "attention_bias": False}],
     "vision.attention_bias": [False],
     "vision.layer_norm_eps": [1e-5, 1e-3],
@@ -162,11 +181,13 @@ INTERNVL: Knobs = {
     ],
     "options.max_patches": [1, 2, 4, 9],
     **HEAD_DIM,
+    **QWEN_WINDOWS,
 }
 MROPE = {"mrope_section": [1, 1, 2]}
 QWEN_ROPES = [rope | MROPE for rope in (ROPES[0], ROPES[3], ROPES[6], YARN, ROPES[9])]
 QWEN: Knobs = {
     "text.rope_parameters": QWEN_ROPES,
+    "file.size": ["edges", "both"],
     "vision.hidden_act": ACTIVATIONS,
     "vision.depth": [1, 2, 4],
     "vision.intermediate_size": [32, 64],
@@ -203,7 +224,7 @@ VISION: dict[str, Knobs] = {
     },
     "internvl_chat": {**TOWER, **INTERNVL},
     "qwen2_5_vl": {
-        **QWEN, **CLIPS, **V5_FILES,
+        **QWEN, **CLIPS, **V5_FILES, **QWEN_WINDOWS,
         "vision.window_size": [16, 48, 112],
         "vision.fullatt_block_indexes": [[], [0], [0, 1, 2]],
         "vision.tokens_per_second": [1, 4, 25],
@@ -217,6 +238,7 @@ VISION: dict[str, Knobs] = {
         ],
         "vision.num_position_embeddings": [4, 16, 64],
         "vision.deepstack_visual_indexes": [[], [0], [1], [0, 1]],
+        "text.attention_bias": [True],
     },
 }  # fmt: skip
 FAMILIES = (*TEXT, *VISION)
@@ -225,7 +247,7 @@ FAMILIES = (*TEXT, *VISION)
 def knobs_of(family: str) -> Knobs:
     """Every knob of a family. The original InternVL files have one spelling only."""
     if family in TEXT:
-        knobs = {**DECODER, **FILES, **CONVERT, **TEXT[family]}
+        knobs = {**DECODER, **FILES, **CONVERT, **STYLES, **TEXT[family]}
         if family == "olmo":  # its norms have no weights and no setting
             del knobs["text.rms_norm_eps"]
         del knobs["file.sparse_processor"]
@@ -233,10 +255,13 @@ def knobs_of(family: str) -> Knobs:
     knobs = {**DECODER, **FILES, **CONVERT, **PIXELS, **VISION[family]}
     if family == "internvl_chat":
         knobs["part.llm"] = ["Qwen2Config", "Qwen3Config"]
+        # Its tower's queries, keys and values lie in one matrix, which the reference cannot place.
+        knobs["convert"] = [c for c in knobs["convert"] if "quantize_vision" not in c]
         one_spelling = ("options.config_style", "options.shards", "options.tokenizer_form",
                         "options.template_in", "file.sparse",
                         "file.sparse_processor", "image.do_convert_rgb", "image.rescale_factor",
-                        "image.do_normalize", "vision.hidden_act")  # fmt: skip
+                        "image.do_normalize", "image.do_rescale", "image.do_resize",
+                        "vision.hidden_act")  # fmt: skip
         for key in one_spelling:
             del knobs[key]
     if family == "qwen3_vl":

@@ -134,7 +134,9 @@ class Qwen25VL(VisionFamily):
         resized = [np.asarray(f.convert("RGB").resize((width, height), how)) for f in frames]
         resized += resized[-1:] * (-len(frames) % step)
         stack = np.stack(resized).astype(np.float32)
-        stack = stack / 255 if says["rescale_factor"] == 1 / 255 else stack * says["rescale_factor"]
+        if says["do_rescale"]:
+            factor = says["rescale_factor"]
+            stack = stack / 255 if factor == 1 / 255 else stack * factor
         if says["do_normalize"]:
             mean, std = (np.array(says[k], np.float32) for k in ("image_mean", "image_std"))
             stack = (stack - mean) / std
