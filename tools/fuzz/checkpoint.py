@@ -105,6 +105,12 @@ def _turned(base: type[Family], knobs: Json) -> type[Family]:
                 setattr(config, key, value)
             return config
 
+        def reload(self) -> transformers.PreTrainedModel:
+            model = super().reload()
+            if self.case.family == "internvl_chat":
+                _widen_qk_norms(model, self.case.config["vision"]["layer_norm_eps"])
+            return model
+
         def template_messages(self, messages: list[Json]) -> list[Json]:
             messages = super().template_messages(messages)
             if self.case.family == "smolvlm":  # whose templates know no part of type video
@@ -115,6 +121,8 @@ def _turned(base: type[Family], knobs: Json) -> type[Family]:
             return {**super().settings(), **section(knobs, "image")}
 
         def video_settings(self) -> Json:
+            if self.case.family == "smolvlm" and not self.options.nested_processor:
+                return self.settings()  # one flat file for both
             return {**self.settings(), **section(knobs, "video")}
 
         def expand(self, text: str, prompt: Prompt, pictures: Pictures) -> tuple[str, Arrays]:
@@ -123,6 +131,13 @@ def _turned(base: type[Family], knobs: Json) -> type[Family]:
             return CLIP_TEXT[self.case.family](self, text, prompt, pictures)
 
     return Turned
+
+
+def _widen_qk_norms(model: transformers.PreTrainedModel, eps: float) -> None:
+    """The original code gives these norms `layer_norm_eps`; transformers' module always 1e-6."""
+    for name, module in model.named_modules():
+        if "vision_tower" in name and name.endswith((".q_norm", ".k_norm")):
+            module.variance_epsilon = eps
 
 
 def _as_text(part: Json) -> Json:
