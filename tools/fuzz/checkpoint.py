@@ -91,14 +91,30 @@ def _fitted(family: str, parts: Json) -> Json:
             if key in vision:
                 vision[key] = [i for i in vision[key] if i < vision["depth"]]
     if parts.get("llm") == "LlamaConfig":
-        parts["text"].setdefault("attention_bias", False)
+        text.setdefault("attention_bias", False)
+        # Llama knows no window, but the cache of transformers' `generate` cuts off at one anyway.
+        for key in ("use_sliding_window", "sliding_window", "max_window_layers"):
+            text.pop(key, None)
     return parts
 
 
-def _turned(base: type[Family], knobs: Json) -> type[Family]:
-    """The family with its processors' settings and its whole config's attributes turned."""
+def _with_settings(base: type[Family], knobs: Json) -> type[Family]:
+    class WithSettings(base):
+        def settings(self) -> Json:
+            return {**super().settings(), **section(knobs, "image")}
 
-    class Turned(base):
+        def video_settings(self) -> Json:
+            if self.case.family == "smolvlm" and not self.options.nested_processor:
+                return self.settings()  # one flat file for both
+            return {**self.settings(), **section(knobs, "video")}
+
+    return WithSettings
+
+
+def _turned(base: type[Family], knobs: Json) -> type[Family]:
+    """The family with its processors' settings turned, its whole config and its clips."""
+
+    class Turned(_with_settings(base, knobs)):
         def config(self) -> transformers.PretrainedConfig:
             config = super().config()
             for key, value in section(knobs, "outer").items():
@@ -116,14 +132,6 @@ def _turned(base: type[Family], knobs: Json) -> type[Family]:
             if self.case.family == "smolvlm":  # whose templates know no part of type video
                 return [{**m, "content": [_as_text(p) for p in m["content"]]} for m in messages]
             return messages
-
-        def settings(self) -> Json:
-            return {**super().settings(), **section(knobs, "image")}
-
-        def video_settings(self) -> Json:
-            if self.case.family == "smolvlm" and not self.options.nested_processor:
-                return self.settings()  # one flat file for both
-            return {**self.settings(), **section(knobs, "video")}
 
         def expand(self, text: str, prompt: Prompt, pictures: Pictures) -> tuple[str, Arrays]:
             if not pictures.videos or self.case.family not in CLIP_TEXT:

@@ -110,7 +110,11 @@ LONGROPE = [
     for limit in (20, 60, 256)
 ]
 TEXT: dict[str, Knobs] = {
-    "llama": {"text.attention_bias": [True], "text.mlp_bias": [True], **HEAD_DIM},
+    "llama": {
+        "text.attention_bias": [True],
+        "text.mlp_bias": [True],
+        **HEAD_DIM,
+    },
     "mistral": {"text.sliding_window": WINDOWS, **HEAD_DIM},
     "granite": {
         "text.attention_bias": [True],

@@ -348,6 +348,8 @@ def _mrope_section(cfg: AutoConfig) -> tuple[int, ...] | None:
 def _sliding_window(cfg: AutoConfig) -> tuple[int | None, tuple[bool, ...] | None]:
     """The window in tokens and the layers it holds for (None: all)."""
     window = lookup(cfg, "sliding_window")
+    if lookup(cfg, "model_type") in ("llama", "granite", "olmo"):
+        return None, None  # transformers reads no window there, whatever a file has left over
     if window is None or lookup(cfg, "use_sliding_window", default=True) is False:
         return None, None
     types = lookup(cfg, "layer_types")
