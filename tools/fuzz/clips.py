@@ -62,7 +62,7 @@ def smolvlm_clips(family: Any, text: str, prompt: Prompt, pictures: Pictures) ->
     images, videos = iter(pictures.images), iter(pictures.videos)
     says = family.video_settings()
     # A nested file has a size of its own for clips, a flat one shares that of the pictures.
-    longest = side if family.options.nested_processor else says["size"]["longest_edge"]
+    size = {"longest_edge": side} if family.options.nested_processor else says["size"]
     block = family._block(0, 0)
     for piece in _split(text, ("<image>", "<video>")):
         if piece == "<image>":
@@ -72,7 +72,8 @@ def smolvlm_clips(family: Any, text: str, prompt: Prompt, pictures: Pictures) ->
         elif piece == "<video>":
             frames = next(videos)
             pieces.append(_story(len(frames), prompt.fps, block))
-            sizes = [_longest(frames[0].size, longest), (side, side)]
+            first = (size["width"], size["height"]) if "width" in size else None
+            sizes = [first or _longest(frames[0].size, size["longest_edge"]), (side, side)]
             tiles.append(np.stack([pixels_of(f, says, sizes) for f in frames]))
         else:
             pieces.append(piece)
