@@ -35,7 +35,7 @@ def spread_rope(part: Json) -> None:
         part["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
     if "mrope_interleaved" in rope:
         part["rope_scaling"] = {**rope, "rope_type": kind}
-    elif "mrope_section" in rope:
+    elif "mrope_section" in rope and kind == "default":
         part["rope_scaling"] = {"type": "mrope", "mrope_section": rope["mrope_section"]}
     elif kind in ("default", "axial"):
         part["rope_scaling"] = None

@@ -1,5 +1,6 @@
 """Trains a tokenizer in the shape of one real family and writes its files."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -57,7 +58,7 @@ class TokenizerFiles:
 
     def __init__(self, style: str) -> None:
         self.style = STYLES[style]
-        self.tokenizer = _train(self.style)
+        self.tokenizer = _trained(style)
         self.ids = {t: self.tokenizer.token_to_id(t) for t in self.style.special}
         self.size = self.tokenizer.get_vocab_size()
 
@@ -125,6 +126,12 @@ def _write_template(folder: Path, config: Json, template: str, place: str) -> No
         (folder / place).write_text(template, encoding="utf-8")
     elif place != "processor_config.json":
         raise ValueError(f"no place for a chat template: {place}")
+
+
+@functools.cache
+def _trained(style: str) -> Tokenizer:
+    """Trained once in a process: it takes longer than the rest of a small checkpoint."""
+    return _train(STYLES[style])
 
 
 def _train(style: Style) -> Tokenizer:

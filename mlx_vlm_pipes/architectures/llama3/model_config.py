@@ -347,6 +347,8 @@ def _of_type(
 
 def _sliding_window(cfg: AutoConfig) -> tuple[int | None, tuple[bool, ...] | None]:
     """The window in tokens and the layers it holds for (None: all)."""
+    if lookup(cfg, "model_type") in ("llama", "granite", "olmo"):
+        return None, None  # transformers reads no window there, whatever a file has left over
     if lookup(cfg, "sliding_window") is None:
         return None, None
     if lookup(cfg, "use_sliding_window", default=True) is False:

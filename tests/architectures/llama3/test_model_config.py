@@ -81,3 +81,11 @@ def read(**values: Any) -> Llama3Config:
 def test_there_is_nothing_to_override() -> None:
     with pytest.raises(ConfigError, match="'max_dynamic_patch'; this architecture knows none"):
         initialize({}, vision_config_overrides={"max_dynamic_patch": 3})
+
+
+@pytest.mark.parametrize("kind", ["llama", "granite", "olmo"])
+def test_a_window_left_over_in_a_model_without_one_is_not_read(kind: str) -> None:
+    values = {"model_type": kind, "sliding_window": 12, "max_position_embeddings": 8192}
+    assert Llama3Config.initialize(pipeline_config(values)).sliding_window is None
+    values["model_type"] = "mistral"
+    assert Llama3Config.initialize(pipeline_config(values)).sliding_window == 12

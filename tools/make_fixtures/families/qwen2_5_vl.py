@@ -57,7 +57,7 @@ class Qwen25VL(VisionFamily):
         image = {**self.settings(), "image_processor_type": "Qwen2VLImageProcessor"}
         size = {"shortest_edge": video_low, "longest_edge": video_high}
         kind = {"video_processor_type": self.video_processor_class}
-        video = {**self.settings(), **kind, "size": size}
+        video = {**self.video_settings(), **kind, "size": size}
         if self.options.nested_processor:
             image["size"] = {"shortest_edge": low, "longest_edge": high}
             video["do_sample_frames"] = False
@@ -66,7 +66,8 @@ class Qwen25VL(VisionFamily):
             return
         image.update(min_pixels=low, max_pixels=high, **owner)
         write_json(self.folder / "preprocessor_config.json", image)
-        if self.options.video_tokens != self.options.image_tokens:
+        is_own = self.video_settings() != self.settings()
+        if is_own or self.options.video_tokens != self.options.image_tokens:
             write_json(self.folder / "video_preprocessor_config.json", {**video, **owner})
 
     def settings(self) -> Json:
@@ -83,6 +84,10 @@ class Qwen25VL(VisionFamily):
             "rescale_factor": 1 / 255,
             "temporal_patch_size": self.case.config["vision"]["temporal_patch_size"],
         }
+
+    def video_settings(self) -> Json:
+        """Of the file for clips; the fuzzer lets it differ from that for pictures."""
+        return self.settings()
 
     def expand(self, text: str, prompt: Prompt, pictures: Pictures) -> tuple[str, Arrays]:
         arrays = self._images(pictures.images) if pictures.images else {}
@@ -124,11 +129,17 @@ class Qwen25VL(VisionFamily):
         """Patches [t * h * w, 3 * step * patch * patch] and (t, h, w) of one clip."""
         p, merge = self.patch_px, self.merge
         height, width = self.frame_size(frames, step)
-        bicubic = Image.Resampling.BICUBIC
-        resized = [np.asarray(f.convert("RGB").resize((width, height), bicubic)) for f in frames]
+        says = self.video_settings()
+        how = Image.Resampling(says["resample"])
+        resized = [np.asarray(f.convert("RGB").resize((width, height), how)) for f in frames]
         resized += resized[-1:] * (-len(frames) % step)
-        stack = np.stack(resized).astype(np.float32) / 255
-        stack = (stack - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
+        stack = np.stack(resized).astype(np.float32)
+        if says["do_rescale"]:
+            factor = says["rescale_factor"]
+            stack = stack / 255 if factor == 1 / 255 else stack * factor
+        if says["do_normalize"]:
+            mean, std = (np.array(says[k], np.float32) for k in ("image_mean", "image_std"))
+            stack = (stack - mean) / std
         t, h, w = len(stack) // step, height // p, width // p
         blocks = stack.reshape(t, step, h // merge, merge, p, w // merge, merge, p, 3)
         rows = blocks.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(t * h * w, -1)

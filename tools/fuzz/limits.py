@@ -1,0 +1,18 @@
+"""Where refusing is right although transformers goes on: the documented limits."""
+
+# A part of the message, and why we stop there. Everything else that transformers takes and we do
+# not is a failure.
+LIMITS: tuple[tuple[str, str], ...] = (
+    ("divide no matrix", "convert: no matrix of this checkpoint has columns in such groups"),
+    ("; this model holds", "more tokens than config.json gives the model, which we never overrun"),
+    ("only towers with a position table", "InternVL without position embeddings: none is released"),
+    (
+        "deepstack_visual_indexes for",
+        "Qwen3-VL with more features than decoder layers to take them",
+    ),
+)
+
+
+def limit_for(message: str) -> str | None:
+    """The reason of the documented limit that a refusal names."""
+    return next((reason for part, reason in LIMITS if part in message), None)
