@@ -44,8 +44,13 @@ def require_device(
 
     declared: what the configuration says. Raises: ConfigError for no device, one that MLX does
     not have here, or one that session or configuration contradict; NotImplementedError for
-    several.
+    several; TypeError for anything but a list of Device, such as a DeviceRef.
     """
+    is_list = isinstance(devices, Sequence)
+    if devices and not (is_list and all(isinstance(device, Device) for device in devices)):
+        raise TypeError(
+            f"devices is {devices!r}, expected a list of one Device; DeviceRef.to_device() gives it"
+        )
     if not devices:
         raise ConfigError("devices is empty; give the one device that the model is to run on")
     if len(devices) > 1:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from mlx_vlm_pipes import load
+from mlx_vlm_pipes.architectures.llama3 import Llama3Model
 from mlx_vlm_pipes.config import KVCacheConfig, ModelConfig, PipelineConfig
 from mlx_vlm_pipes.device_turns import DeviceTurns
 from mlx_vlm_pipes.dtypes import Device, DeviceRef, DeviceSpec, default_device
@@ -90,6 +91,14 @@ def test_devices_that_cannot_be_meant_are_refused(
         )
     assert all(word in str(caught.value) for word in words)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("devices", [[DeviceRef.CPU()], ["cpu"], DeviceRef.CPU().to_device()])
+def test_anything_but_a_list_of_devices_is_refused_by_name(devices: Any) -> None:
+    config = ModelConfig(model_path=str(LLAMA), device_specs=[DeviceSpec.cpu()]).resolve()
+    session, weights = InferenceSession([]), load_weights(config.weight_path)
+    with pytest.raises(TypeError, match="expected a list of one Device"):
+        Llama3Model(PipelineConfig(config), session, devices, config.kv_cache, weights)
 
 
 def test_a_session_without_devices_takes_any() -> None:

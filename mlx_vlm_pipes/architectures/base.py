@@ -299,7 +299,7 @@ class VisionLanguageModel(
             packed = map(self._per_device, self.pack(images))
             fields |= zip(self.inputs_class.vision_fields, packed, strict=True)
         announce(kv_cache_inputs, contexts)
-        phase = step_phase(contexts)
+        phase = step_phase(contexts, return_n_logits)
         return self.inputs_class(**fields, kv_cache_inputs=kv_cache_inputs, phase=phase)
 
     def execute(self, model_inputs: ModelInputs) -> ModelOutputs:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 from mlx_vlm_pipes.config import KVCacheParams
+from mlx_vlm_pipes.errors import InputError
 from mlx_vlm_pipes.kv_cache.storage import (
     CacheFormat,
     Layer,
@@ -151,6 +152,16 @@ class KVCache:
         """Whether placing exactly these rows would push out none that is placed now."""
         wanted = {id(row) for row in rows}
         return all(id(row) in wanted for row in self.placed)
+
+    def require_own(self, rows: Sequence[CacheRow]) -> None:
+        """Raises: InputError for a row given twice, and for one placed in another cache."""
+        if len({id(row) for row in rows}) != len(rows):
+            raise InputError("a row of the cache is given twice; make one for each context")
+        for i, row in enumerate(rows):
+            if row.slot is not None and row is not next(iter(self.placed[row.slot :]), None):
+                raise InputError(
+                    f"row {i} lies in another KVCache; give the rows of one cache in a step"
+                )
 
     def place(self, rows: Sequence[CacheRow], extra: int = 1) -> None:
         """Put these rows, in this order, into slots 0..n-1, with room for `extra` more tokens.

@@ -80,10 +80,12 @@ class RowCacheInputs(KVCacheInputsPerDevice[mx.array, mx.array]):
 
     def __init__(self, cache: KVCache, rows: Sequence[CacheRow]) -> None:
         self.cache, self.rows = cache, list(rows)
+        cache.require_own(self.rows)
         self._expected = [0] * len(self.rows)
 
     @property
     def kv_blocks(self) -> Pages:
+        self.cache.require_own(self.rows)
         params = self.cache.params
         parts = [mx.zeros((0, *params.shape_per_block), params.dtype.to_mx())]
         for row, room in zip(self.rows, self._room(), strict=True):
@@ -134,7 +136,11 @@ class RowCacheInputs(KVCacheInputsPerDevice[mx.array, mx.array]):
             row.length, row.uncounted = row.length + count, 0
 
     def require_counted(self) -> None:
-        """Raises: InputError if the step before wrote tokens that were never counted."""
+        """Raises: InputError if the step before wrote tokens that were never counted.
+
+        And for rows that have been placed in another cache since.
+        """
+        self.cache.require_own(self.rows)
         for i, row in enumerate(self.rows):
             if row.uncounted:
                 raise InputError(
@@ -198,7 +204,10 @@ class KVCacheInputs(Generic[A, B]):
 
 
 def cache_inputs(cache: KVCache, rows: Sequence[CacheRow]) -> KVCacheInputs[mx.array, mx.array]:
-    """The KVCacheInputs of a step over these rows of a cache."""
+    """The KVCacheInputs of a step over these rows of a cache.
+
+    Raises: InputError for a row given twice, and for one placed in another cache.
+    """
     return KVCacheInputs([RowCacheInputs(cache, rows)])
 
 

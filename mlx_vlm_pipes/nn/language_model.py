@@ -173,13 +173,15 @@ class LanguageModel:
     def _tail(self, bounds: np.ndarray, return_n_logits: mx.array) -> int | None:
         """How many last tokens of each row get logits, None for all of them.
 
-        Raises: InputError if a row has fewer tokens than that.
+        Raises: InputError for a number below 1, or if a row has fewer tokens than that.
         """
         if self.return_logits is ReturnLogits.ALL:
             return None
         if self.return_logits is ReturnLogits.LAST_TOKEN:
             return 1
         tail = int(np.array(return_n_logits).reshape(-1)[0])
+        if tail < 1:
+            raise InputError(f"return_n_logits is {tail}, expected 1 or more")
         shortest = int(np.diff(bounds).min())
         if shortest < tail:
             raise InputError(f"return_n_logits {tail} for a row of {shortest} active tokens")

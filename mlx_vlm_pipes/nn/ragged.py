@@ -54,10 +54,13 @@ def active_images(contexts: Sequence[TextContext]) -> list[ImageMetadata]:
     ]
 
 
-def step_phase(contexts: Sequence[TextContext]) -> Phase:
-    """DECODE where every row runs its last token alone and no vision rows go in."""
+def step_phase(contexts: Sequence[TextContext], return_n_logits: int) -> Phase:
+    """DECODE where every row runs its last token alone and no vision rows go in.
+
+    The decode step gives one row of logits each; another number asked for is prefill's to judge.
+    """
     last = all(c.tokens.active_length == 1 and not c.tokens.is_chunked for c in contexts)
-    is_decode = contexts and last and not active_images(contexts)
+    is_decode = contexts and last and return_n_logits == 1 and not active_images(contexts)
     return Phase.DECODE if is_decode else Phase.PREFILL
 
 

@@ -168,6 +168,17 @@ class Contract:
         context.tokens.chunk(2)
         with pytest.raises(InputError, match="return_n_logits 3 for a row of 2"):
             prefill(model, [context], None, 3)
+        with pytest.raises(InputError, match="return_n_logits is 0, expected 1 or more"):
+            prefill(model, [context], None, 0)
+
+    def test_a_last_token_alone_has_no_more_logits_than_one(self) -> None:
+        model = model_of(self.room, ReturnLogits.VARIABLE)
+        context, kv = self.room.context(self.room.prompts[0]), new_cache(model)
+        context.tokens.chunk(context.tokens.active_length - 1)
+        prefill(model, [context], kv)
+        context.tokens.advance_chunk()
+        with pytest.raises(InputError, match="return_n_logits 2 for a row of 1"):
+            prefill(model, [context], kv, 2)
 
     @pytest.mark.parametrize("mode", [m for m in ReturnHiddenStates if m.value != "eagle3"])
     def test_return_hidden_states(self, mode: ReturnHiddenStates) -> None:

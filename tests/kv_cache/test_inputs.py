@@ -50,6 +50,20 @@ def unpaged(blocks: mx.array, pages: np.ndarray, length: int) -> np.ndarray:
     return np.stack(own, axis=3) if own else np.zeros((2, LAYERS, HEADS, 0, DIM), np.float32)
 
 
+def test_a_row_twice_and_a_row_of_another_cache_are_refused() -> None:
+    cache, other = KVCache(params()), KVCache(params())
+    row, stranger = row_of(cache, numbers(1, 5)), row_of(other, numbers(2, 3))
+    with pytest.raises(InputError, match="given twice"):
+        cache_inputs(cache, [row, row])
+    early = cache_inputs(cache, [row, stranger])  # staged: it owns its arrays
+    cache.place([row])
+    other.place([stranger])  # both in slot 0
+    with pytest.raises(InputError, match="row 1 lies in another KVCache"):
+        cache_inputs(cache, [row, stranger])
+    with pytest.raises(InputError, match="row 1 lies in another KVCache"):
+        early.inputs[0].kv_blocks.shape  # noqa: B018
+
+
 @pytest.mark.parametrize("bits", [None, 8])
 def test_staged_and_placed_rows_are_seen_in_pages(bits: int | None) -> None:
     cache, lengths = KVCache(params(bits)), [5, 0, 9, 4]

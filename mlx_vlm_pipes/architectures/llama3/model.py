@@ -130,7 +130,7 @@ class LlamaModelBase(CheckpointModel[TextContext], PipelineModelWithKVCache[Text
             signal_buffers=self.signal_buffers,
             return_n_logits=mx.array([return_n_logits], dtype=mx.int64),
             kv_cache_inputs=kv_cache_inputs,
-            phase=step_phase(contexts),
+            phase=step_phase(contexts, return_n_logits),
             data_parallel_splits=None if degree == 1 else replica_splits(replica_batches),
             **self.lora_fields(contexts),
         )
