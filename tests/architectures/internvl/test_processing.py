@@ -111,6 +111,7 @@ def test_clips_have_their_own_settings(tmp_path) -> None:
             continue
         out = processor.process(request)
         halves = np.asarray(frame).transpose(2, 0, 1) / 2
+        assert out.pixel_values is not None
         assert sum(np.array_equal(tile, halves) for tile in out.pixel_values) == 1
 
 
