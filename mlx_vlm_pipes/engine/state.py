@@ -150,8 +150,8 @@ class EngineState:
         need = capacity * self.model.kv_params.bytes_per_token
         if need > self.config.kv_bytes:
             raise OutOfBudget(
-                f"the request needs {need / 1e6:.1f} MB of KV cache for {longest} tokens, the "
-                f"engine may use {self.config.kv_bytes / 1e6:.1f} MB; ask for fewer tokens or "
+                f"the request needs {need / 1e6:.3g} MB of KV cache for {longest} tokens, the "
+                f"engine may use {self.config.kv_bytes / 1e6:.3g} MB; ask for fewer tokens or "
                 "raise the budget"
             )
         return capacity

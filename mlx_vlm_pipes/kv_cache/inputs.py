@@ -127,7 +127,7 @@ class RowCacheInputs(KVCacheInputsPerDevice[mx.array, mx.array]):
         """Count what the step has written: all rows, or none where one raises InputError."""
         self._require_rows(len(active_lengths))
         for i, (row, count) in enumerate(zip(self.rows, active_lengths, strict=True)):
-            if not 0 <= count <= row.uncounted:
+            if not isinstance(count, int) or not 0 <= count <= row.uncounted:
                 raise InputError(
                     f"{count} tokens to count in row {i} where {row.uncounted} were written; "
                     "execute the step first, and call increment_cache_lengths once after it"

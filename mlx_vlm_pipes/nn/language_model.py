@@ -48,7 +48,7 @@ def captured_layers(
                 f"eagle_layers with return_hidden_states {kind.value!r}; they go with 'eagle3' only"
             )
         return ()
-    wrong = [layer for layer in layers if not -count <= layer < count]
+    wrong = [n for n in layers if type(n) is not int or not -count <= n < count]
     if wrong or not layers:
         raise ConfigError(
             f"eagle_layers {list(layers) or 'missing'} for return_hidden_states 'eagle3'; list "

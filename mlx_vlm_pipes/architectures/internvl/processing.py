@@ -178,7 +178,8 @@ def read_tiles(files: ProcessorFiles, sizes: TileSizes, *, original: bool) -> Ti
     high = sizes.max_tiles or files.image.integer("max_patches", DEFAULT_TILES)
     if side > MAX_TILE_PX or high > MAX_TILES or low > high:
         raise ProcessorError(
-            f"{files.image.source}: {low} to {high} tiles of {side} pixels; expected at most "
+            f"{low} to {high} tiles of {side} pixels (min_patches and max_patches of "
+            f"{files.image.source}, or vision_config_overrides); expected a range of at most "
             f"{MAX_TILES} tiles of {MAX_TILE_PX} pixels"
         )
     tokens = sizes.tokens(side)
