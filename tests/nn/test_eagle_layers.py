@@ -79,6 +79,7 @@ def test_an_empty_batch_has_as_many_columns() -> None:
         ((), "eagle3", "eagle_layers missing"),
         ((0, 3), "eagle3", r"eagle_layers \[0, 3\] .* from 0 to 2"),
         ((-4,), "eagle3", "eagle_layers"),
+        ((1.0,), "eagle3", r"eagle_layers \[1.0\]"),
         ((0,), "all", "eagle_layers with return_hidden_states 'all'"),
     ],
 )
