@@ -31,9 +31,6 @@ from mlx_vlm_pipes.interfaces import (
     PipelineModelWithKVCache,
     RaggedInputs,
     VisionInputs,
-    one_device,
-    require_inputs,
-    require_kind,
 )
 from mlx_vlm_pipes.kv_cache import KVCacheInputs
 from mlx_vlm_pipes.nn.language_model import LanguageModel, captured_layers
@@ -47,6 +44,7 @@ from mlx_vlm_pipes.nn.ragged import (
     row_offsets,
     step_phase,
 )
+from mlx_vlm_pipes.steps import one_device, require_inputs, require_kind
 from mlx_vlm_pipes.weights.layout import Layout, Transform
 
 RaggedT = TypeVar("RaggedT", bound=RaggedInputs[Any])

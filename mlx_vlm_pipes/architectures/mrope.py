@@ -21,11 +21,11 @@ from mlx_vlm_pipes.interfaces import (
     LayerWork,
     Phase,
     VisionInputs,
-    require_kind,
 )
 from mlx_vlm_pipes.kv_cache import KVCacheInputs
 from mlx_vlm_pipes.nn.ragged import active_images
 from mlx_vlm_pipes.processing.grids import GridContext, GridImage
+from mlx_vlm_pipes.steps import require_kind
 from mlx_vlm_pipes.weights.layout import Transform
 
 

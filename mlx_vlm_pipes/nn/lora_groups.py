@@ -14,7 +14,8 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_vlm_pipes.errors import InputError
-from mlx_vlm_pipes.interfaces import Phase, RaggedInputs, StepMode, one_device
+from mlx_vlm_pipes.interfaces import Phase, RaggedInputs, StepMode
+from mlx_vlm_pipes.steps import one_device
 
 
 def group_fields(

@@ -22,8 +22,6 @@ from mlx_vlm_pipes.interfaces import (
     ModelOutputs,
     PipelineModelWithKVCache,
     RaggedInputs,
-    require_inputs,
-    require_kind,
 )
 from mlx_vlm_pipes.kv_cache import KVCacheInputs
 from mlx_vlm_pipes.nn.buffer_step import BufferStep
@@ -34,6 +32,7 @@ from mlx_vlm_pipes.nn.ragged import (
     row_offsets,
     step_phase,
 )
+from mlx_vlm_pipes.steps import require_inputs, require_kind
 
 
 @dataclass

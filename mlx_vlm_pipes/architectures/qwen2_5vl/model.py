@@ -23,13 +23,9 @@ from mlx_vlm_pipes.config import PipelineConfig
 from mlx_vlm_pipes.contexts import ImageMetadata
 from mlx_vlm_pipes.errors import ConfigError
 from mlx_vlm_pipes.hf_config import AutoConfig
-from mlx_vlm_pipes.interfaces import (
-    Buffer,
-    InferenceSession,
-    Model,
-    require_kind,
-)
+from mlx_vlm_pipes.interfaces import Buffer, InferenceSession, Model
 from mlx_vlm_pipes.nn.vision import pixel_array
+from mlx_vlm_pipes.steps import require_kind
 
 ACTIVATION_BYTES = 5 * 2**30  # MAX's estimate
 

@@ -16,12 +16,10 @@ from mlx_vlm_pipes.architectures.qwen3_vl.weight_adapters import LAYOUTS
 from mlx_vlm_pipes.checkpoint.blueprint import Blueprint, Checkpoint
 from mlx_vlm_pipes.contexts import ImageMetadata
 from mlx_vlm_pipes.hf_config import require_vision_config
-from mlx_vlm_pipes.interfaces import (
-    Buffer,
-    require_kind,
-)
+from mlx_vlm_pipes.interfaces import Buffer
 from mlx_vlm_pipes.nn.vision import pixel_array
 from mlx_vlm_pipes.processing.grids import GridImage
+from mlx_vlm_pipes.steps import require_kind
 
 
 @dataclass
