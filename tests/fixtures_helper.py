@@ -28,6 +28,17 @@ def reference(path: Path) -> tuple[dict[str, Any], np.lib.npyio.NpzFile]:
     return _facts(path), np.load(path / "reference.npz")
 
 
+def arguments(folder: Path, fact: dict[str, Any]) -> dict[str, Any]:
+    """A fixture's prompt as keyword arguments of the pipeline's methods."""
+    return {
+        "prompt": fact["prompt"] if fact["raw"] else fact["messages"],
+        "images": [str(folder / name) for name in fact["images"]],
+        "videos": [[str(folder / name) for name in clip] for clip in fact["videos"]],
+        "raw": fact["raw"],
+        "fps": fact["fps"],
+    }
+
+
 def copy_case(case: str, target: Path) -> Path:
     """A checkpoint without its references, in a new folder that a test may change."""
     target.mkdir()

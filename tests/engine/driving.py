@@ -14,7 +14,7 @@ from mlx_vlm_pipes.loading import LoadOptions, load_model
 from mlx_vlm_pipes.pipeline import sampling_params
 from mlx_vlm_pipes.processing.types import PromptRequest
 from mlx_vlm_pipes.registry import find_room
-from tests.fixtures_helper import FIXTURES, reference
+from tests.fixtures_helper import FIXTURES, arguments, reference
 
 FAMILIES = ["llama-tied", "idefics3", "pixtral", "internvl-qwen2", "qwen25vl", "qwen3vl"]
 LLAMA, IDEFICS3 = FIXTURES / "llama-tied", FIXTURES / "idefics3"
@@ -23,16 +23,7 @@ LLAMA, IDEFICS3 = FIXTURES / "llama-tied", FIXTURES / "idefics3"
 def fixture_requests(folder: Path) -> dict[str, dict[str, Any]]:
     """Every prompt of a fixture as keyword arguments of `Pipeline.generate`, by name."""
     facts, _ = reference(folder)
-    return {
-        fact["name"]: {
-            "prompt": fact["prompt"] if fact["raw"] else fact["messages"],
-            "images": [str(folder / name) for name in fact["images"]],
-            "videos": [[str(folder / name) for name in clip] for clip in fact["videos"]],
-            "raw": fact["raw"],
-            "fps": fact["fps"],
-        }
-        for fact in facts["prompts"]
-    }
+    return {fact["name"]: arguments(folder, fact) for fact in facts["prompts"]}
 
 
 class Driven:
