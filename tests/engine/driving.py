@@ -9,7 +9,7 @@ from mlx_vlm_pipes.contexts import TextContext
 from mlx_vlm_pipes.engine.requests import Chunk, Handle
 from mlx_vlm_pipes.engine.scheduler import Scheduler
 from mlx_vlm_pipes.engine.state import EngineConfig
-from mlx_vlm_pipes.hf_config import read_config, text_config
+from mlx_vlm_pipes.hf_config import read_config
 from mlx_vlm_pipes.loading import LoadOptions, load_model
 from mlx_vlm_pipes.pipeline import sampling_params
 from mlx_vlm_pipes.processing.types import PromptRequest
@@ -34,12 +34,11 @@ class Driven:
         room = find_room(hf)
         self.processor = room.processor_class()(folder, hf.to_dict())
         self.model = load_model(room, folder, hf, LoadOptions(dtype="float32", **options))
-        self.vocab_size = text_config(hf).vocab_size
         self.restart(config or EngineConfig())
 
     def restart(self, config: EngineConfig) -> None:
         """A new scheduler, with empty caches, over the same model."""
-        self.scheduler = Scheduler(self.model, config, self.vocab_size)
+        self.scheduler = Scheduler(self.model, config)
 
     def context(self, prompt: Any, images: Any = (), **options: Any) -> TextContext:
         processed = self.processor.process(
