@@ -72,7 +72,7 @@ class Ours:
         config = read_config(folder)
         self.model = load_model(find_room(config), folder, config, LoadOptions())
         limits = EngineConfig(enable_prefix_caching=False)
-        self.scheduler = Scheduler(self.model, limits, config.vocab_size)
+        self.scheduler = Scheduler(self.model, limits)
 
     def run(self, prompts: list[list[int]], count: int) -> float:
         """Seconds a step between the first and the last token."""

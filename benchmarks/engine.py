@@ -31,7 +31,7 @@ def text_scheduler(folder: Path) -> Scheduler:
     """A scheduler on this thread, without prefix reuse, so that every prompt is computed."""
     config = read_config(folder)
     model = load_model(find_room(config), folder, config, LoadOptions())
-    return Scheduler(model, EngineConfig(enable_prefix_caching=False), config.vocab_size)
+    return Scheduler(model, EngineConfig(enable_prefix_caching=False))
 
 
 def submit(scheduler: Scheduler, length: int, new_tokens: int) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_vlm_pipes.errors import ConfigError
+from mlx_vlm_pipes.errors import ConfigError, shown
 
 MAX_MEMBERS = 2**14
 MAX_DEPTH = 32
@@ -111,9 +111,7 @@ def check_limits(
             check_limits(value, more, f"{where}: {key[:40]}", depth + 1)
         limit = COMMON.get(key) or more.get(key)
         if value is not None and limit is not None and not limit.holds(value):
-            shown = repr(value)
-            shown = shown if len(shown) <= 60 else shown[:57] + "..."
-            raise ConfigError(f"{where}: {key!r} is {shown}, expected {limit.expected}")
+            raise ConfigError(f"{where}: {key!r} is {shown(value)}, expected {limit.expected}")
     image, patch = _first(values.get("image_size")), _first(values.get("patch_size"))
     if image is not None and patch is not None and image // patch > MAX_GRID:
         raise ConfigError(f"{where}: image_size {image} by patch_size {patch} is no picture grid")

@@ -80,6 +80,12 @@ class ImageTokenMismatch(PipesError, ValueError):
     """The number of vision rows differs from the number of placeholder tokens."""
 
 
+def shown(value: object, limit: int = 60) -> str:
+    """A value as Python writes it, on one line of at most `limit` characters."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
 def clip(text: object, limit: int = 80) -> str:
     """A printable, one-line form of an untrusted string, at most `limit` characters long."""
     shown = repr(str(text)[: limit + 1])[1:-1]

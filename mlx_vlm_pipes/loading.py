@@ -15,7 +15,7 @@ from mlx_vlm_pipes.engine.engine import Engine
 from mlx_vlm_pipes.engine.state import EngineConfig
 from mlx_vlm_pipes.engine.worker import OwnerThread
 from mlx_vlm_pipes.errors import CheckpointNotFound, ConfigError, clip
-from mlx_vlm_pipes.hf_config import HuggingFaceConfig, read_config, text_config
+from mlx_vlm_pipes.hf_config import HuggingFaceConfig, read_config
 from mlx_vlm_pipes.interfaces import InferenceSession, PipelineModelWithKVCache, ReturnLogits
 from mlx_vlm_pipes.options import Option, unfit
 from mlx_vlm_pipes.paths import is_there, user_path
@@ -68,8 +68,7 @@ def load(  # noqa: PLR0913  # the options a user may say, all but one by keyword
     worker = OwnerThread(chosen)
     try:
         model = worker.call(lambda: load_model(room, folder, config, options))
-        vocab = text_config(config).vocab_size
-        return Pipeline(model, processor, Engine(worker, model, engine, vocab))
+        return Pipeline(model, processor, Engine(worker, model, engine))
     except BaseException:
         worker.stop()
         raise

@@ -14,10 +14,9 @@ from operator import or_
 from types import NoneType
 from typing import Annotated, Any, TypedDict, get_args, get_type_hints
 
-from mlx_vlm_pipes.errors import InputError
+from mlx_vlm_pipes.errors import InputError, shown
 
 Texts = str | Sequence[str]
-MAX_SHOWN = 60  # characters of a wrong value in an error line
 
 
 class _Unfit(Exception):
@@ -86,9 +85,7 @@ class Option:
 
 def unfit(name: str, value: object, expected: str) -> InputError:
     """The error for a wrong value, in one line."""
-    shown = " ".join(repr(value).split())
-    shown = shown if len(shown) <= MAX_SHOWN else f"{shown[:MAX_SHOWN]}..."
-    return InputError(f"{name} is {shown}, expected {expected}")
+    return InputError(f"{name} is {shown(value)}, expected {expected}")
 
 
 class PromptOptions(TypedDict, total=False):

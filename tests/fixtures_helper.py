@@ -28,5 +28,33 @@ def reference(path: Path) -> tuple[dict[str, Any], np.lib.npyio.NpzFile]:
     return _facts(path), np.load(path / "reference.npz")
 
 
+def arguments(folder: Path, fact: dict[str, Any]) -> dict[str, Any]:
+    """A fixture's prompt as keyword arguments of the pipeline's methods."""
+    return {
+        "prompt": fact["prompt"] if fact["raw"] else fact["messages"],
+        "images": [str(folder / name) for name in fact["images"]],
+        "videos": [[str(folder / name) for name in clip] for clip in fact["videos"]],
+        "raw": fact["raw"],
+        "fps": fact["fps"],
+    }
+
+
+def copy_case(case: str, target: Path) -> Path:
+    """A checkpoint without its references, in a new folder that a test may change."""
+    target.mkdir()
+    for file in (FIXTURES / case).iterdir():
+        if file.is_file() and not file.name.startswith("reference"):
+            (target / file.name).write_bytes(file.read_bytes())
+    return target
+
+
+def longest_prompts(path: Path) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Token ids and transformers' logits of the two longest prompts."""
+    facts, arrays = reference(path)
+    names = [fact["name"] for fact in facts["prompts"]]
+    pairs = [(arrays[f"{name}/input_ids"], arrays[f"{name}/logits"]) for name in names]
+    return sorted(pairs, key=lambda pair: len(pair[0]))[-2:]
+
+
 def _facts(path: Path) -> dict[str, Any]:
     return json.loads((path / "reference.json").read_text(encoding="utf-8"))

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from mlx_vlm_pipes import Pipeline, load
-from tests.fixtures_helper import FIXTURES, SAME_PILLOW, cases, reference
+from tests.fixtures_helper import FIXTURES, SAME_PILLOW, arguments, cases, reference
 
 LOGITS_BAR = 2e-5  # of the largest logit; the promise is 2e-3
 PIXELS_BAR = 1e-5  # the promise is 1e-2
@@ -25,17 +25,6 @@ def checkpoint(request: pytest.FixtureRequest) -> Iterator[tuple[Path, Pipeline]
     pipe = load(request.param, dtype="float32")
     yield request.param, pipe
     pipe.close()
-
-
-def arguments(folder: Path, fact: dict[str, Any]) -> dict[str, Any]:
-    """A fixture's prompt as keyword arguments of the pipeline's methods."""
-    return {
-        "prompt": fact["prompt"] if fact["raw"] else fact["messages"],
-        "images": [str(folder / name) for name in fact["images"]],
-        "videos": [[str(folder / name) for name in clip] for clip in fact["videos"]],
-        "raw": fact["raw"],
-        "fps": fact["fps"],
-    }
 
 
 def comparable(facts: dict[str, Any]) -> list[dict[str, Any]]:

@@ -19,17 +19,9 @@ from mlx_vlm_pipes.doctor.report import Checkup
 from mlx_vlm_pipes.doctor.trial import judge
 from mlx_vlm_pipes.errors import CheckpointNotFound
 from mlx_vlm_pipes.loading import BUNDLED
-from tests.fixtures_helper import FIXTURES, cases
+from tests.fixtures_helper import FIXTURES, cases, copy_case
 
 WEIGHTS = "model.safetensors"
-
-
-def copy_case(case: str, target: Path) -> Path:
-    target.mkdir()
-    for file in (FIXTURES / case).iterdir():
-        if file.is_file() and not file.name.startswith("reference"):
-            (target / file.name).write_bytes(file.read_bytes())
-    return target
 
 
 def edit_json(folder: Path, name: str, change: Callable[[dict], object]) -> None:

@@ -21,7 +21,7 @@ from mlx_vlm_pipes.conversion.measure import Difference, compare, text_logits
 from mlx_vlm_pipes.conversion.recipe import RECIPES, Recipe
 from mlx_vlm_pipes.errors import CheckpointError, InputError, WeightsError
 from mlx_vlm_pipes.weights import find_weight_files, load_weights, read_header
-from tests.fixtures_helper import FIXTURES, reference
+from tests.fixtures_helper import FIXTURES, copy_case, reference
 
 VISION_CASES = ["idefics3", "smolvlm", "pixtral", "pixtral-v5", "internvl-chat", "internvl-qwen3",
                 "qwen25vl", "qwen25vl-v5", "qwen3vl", "qwen3vl-v5"]  # fmt: skip
@@ -276,14 +276,6 @@ def test_card_and_processor_files_come_along(tmp_path):
     assert not list((tmp_path / "out").glob("*.py"))
     assert "auto_map" not in config(tmp_path / "out")
     assert (tmp_path / "out/tokenizer_config.json").exists()
-
-
-def copy_case(case: str, target: Path) -> Path:
-    target.mkdir()
-    for file in (FIXTURES / case).iterdir():
-        if file.is_file() and not file.name.startswith("reference"):
-            (target / file.name).write_bytes(file.read_bytes())
-    return target
 
 
 def test_out_folder_is_never_overwritten(tmp_path):

@@ -23,7 +23,7 @@ import pytest
 from mlx_vlm_pipes import check, convert, generate
 from mlx_vlm_pipes.errors import ConfigError
 from mlx_vlm_pipes.hf_config import HuggingFaceConfig
-from tests.fixtures_helper import FIXTURES
+from tests.fixtures_helper import FIXTURES, copy_case
 
 FAMILIES = ["llama-stop", "phi3-longrope", "idefics3", "pixtral-v5", "internvl-chat",
             "internvl-qwen3", "qwen25vl", "qwen3vl"]  # fmt: skip
@@ -36,14 +36,6 @@ BAD: list[Any] = [
     "A" * 10_000, None, True, [], {}, [1], ["a"], {"a": 1}, [[[]]], [0] * 10_000,
 ]  # fmt: skip
 Path_ = tuple[Any, ...]
-
-
-def copy_case(case: str, target: Path) -> Path:
-    target.mkdir()
-    for file in (FIXTURES / case).iterdir():
-        if file.is_file() and not file.name.startswith("reference"):
-            (target / file.name).write_bytes(file.read_bytes())
-    return target
 
 
 def snapshot(root: Path) -> dict[Path, bytes]:

@@ -64,8 +64,7 @@ def test_a_pipeline_over_a_model_with_enable_echo(name: str) -> None:
     facts, arrays = reference(folder)
     model = worker.call(lambda: load(folder, ReturnLogits.LAST_TOKEN, enable_echo=True))
     assert model.return_logits is ReturnLogits.ALL
-    vocab = model.language.decoder.config.vocab_size
-    engine = Engine(worker, model, EngineConfig(prefill_chunk=7), vocab)
+    engine = Engine(worker, model, EngineConfig(prefill_chunk=7))
     prompts = fixture_requests(folder)
     names = [n for n, request in prompts.items() if not request["videos"]][:3]
     requests = [prompts[n] | {"prompt_logprobs": n == names[1]} for n in names]

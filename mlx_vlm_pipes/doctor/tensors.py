@@ -15,7 +15,7 @@ from mlx_vlm_pipes.checkpoint.tie import HEAD
 from mlx_vlm_pipes.config import PipelineConfig
 from mlx_vlm_pipes.doctor.report import Checkup, Part
 from mlx_vlm_pipes.dtypes import DType
-from mlx_vlm_pipes.errors import PipesError, WeightsError
+from mlx_vlm_pipes.errors import PipesError, WeightsError, clip
 from mlx_vlm_pipes.hf_config import HuggingFaceConfig, text_config, tie_flag
 from mlx_vlm_pipes.loading import LoadOptions, model_config_for
 from mlx_vlm_pipes.quantization import QuantizationConfig
@@ -32,7 +32,7 @@ from mlx_vlm_pipes.weights import (
 from mlx_vlm_pipes.weights.install import describe_mismatch
 from mlx_vlm_pipes.weights.layout import group_names
 from mlx_vlm_pipes.weights.quantized import settings_for
-from mlx_vlm_pipes.weights.safetensors import INDEX_NAME, clip, read_index
+from mlx_vlm_pipes.weights.safetensors import INDEX_NAME, read_index
 
 _UNLOADABLE = (DType.float64, DType.float8_e5m2)
 _CAUSE = "likely cause: "

@@ -32,7 +32,6 @@ class Engine:
         worker: OwnerThread,
         model: PipelineModelWithKVCache,
         config: EngineConfig | None,
-        vocab_size: int,
     ) -> None:
         if config is None:
             memory = machine_memory(model.device)
@@ -40,7 +39,7 @@ class Engine:
                 model.pipeline_config, memory, model.weight_bytes, model.kv_cache_config
             )
         self.worker, self.model, self.config = worker, model, config
-        self.scheduler = Scheduler(model, config, vocab_size)
+        self.scheduler = Scheduler(model, config)
         scheduler = self.scheduler
         worker.idle_work = scheduler.step
         worker.last_work = lambda: scheduler.fail_all(EngineClosed("the pipeline was closed"))

@@ -26,8 +26,8 @@ from mlx_vlm_pipes.kv_cache import KVCache
 class Scheduler:
     """Owns all jobs. Knows models only through `PipelineModelWithKVCache`."""
 
-    def __init__(self, model: PipelineModelWithKVCache, config: EngineConfig, vocab: int) -> None:
-        self.state, self.vocab_size = EngineState(model, config), vocab
+    def __init__(self, model: PipelineModelWithKVCache, config: EngineConfig) -> None:
+        self.state, self.vocab_size = EngineState(model, config), model.vocab_size
         self.waiting: deque[Job] = deque()
         self._results = Results(self.state)
         self._prefill = Prefill(self.state, self._results)
@@ -57,7 +57,7 @@ class Scheduler:
         Raises: InputError for bad sampling values, an unknown adapter or token ids beyond the
         vocabulary, OutOfBudget for what can never fit.
         """
-        require_known_tokens(context.tokens.all, self.state.model.vocab_size)
+        require_known_tokens(context.tokens.all, self.vocab_size)
         self.state.require_slice(context)
         keys = prefix_keys(context, self.state.salt(context, self.state.planned_length(context)))
         capacity = self.state.capacity_needed(context, context.sampling_params.max_new_tokens)
@@ -68,7 +68,7 @@ class Scheduler:
 
         It shares no prefix: those tokens' logits are not kept. Raises: as `submit`.
         """
-        require_known_tokens(context.tokens.all, self.state.model.vocab_size)
+        require_known_tokens(context.tokens.all, self.vocab_size)
         self.state.require_slice(context)
         self.state.model.adapter_slot(context.model_name)  # raises for an unknown one
         capacity = self.state.capacity_needed(context, 1)

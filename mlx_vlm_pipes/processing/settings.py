@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_vlm_pipes import json_files
-from mlx_vlm_pipes.errors import ProcessorError
+from mlx_vlm_pipes.errors import ProcessorError, shown
 
 MAX_SIDE_PX = 2**16
 MAX_COUNT = 2**40
@@ -117,7 +117,7 @@ class Settings:
         return value
 
     def error(self, key: str, value: Any, expected: str) -> ProcessorError:
-        return ProcessorError(f"{self.source}: {key} is {_short(value)}; expected {expected}")
+        return ProcessorError(f"{self.source}: {key} is {shown(value)}; expected {expected}")
 
 
 @dataclass(frozen=True)
@@ -201,8 +201,3 @@ class ProcessorFiles:
 def _file(path: Path) -> Settings | None:
     values = read_json(path)
     return None if values is None else Settings(str(path), values)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -12,9 +12,9 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_vlm_pipes.dtypes import DType
-from mlx_vlm_pipes.errors import WeightsError
+from mlx_vlm_pipes.errors import WeightsError, clip
 from mlx_vlm_pipes.quantization import QuantizationEncoding
-from mlx_vlm_pipes.weights.safetensors import Header, TensorInfo, clip, read_header
+from mlx_vlm_pipes.weights.safetensors import Header, TensorInfo, read_header
 
 _FLOATS = frozenset({DType.float16, DType.bfloat16, DType.float32})
 

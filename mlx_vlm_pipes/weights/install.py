@@ -10,10 +10,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_vlm_pipes.errors import WeightsError
+from mlx_vlm_pipes.errors import WeightsError, clip
 from mlx_vlm_pipes.weights.checkpoint import WeightData
 from mlx_vlm_pipes.weights.layout import MAX_NAMED, group_names
-from mlx_vlm_pipes.weights.safetensors import clip
 
 _FOREIGN_SUFFIXES = (".qweight", ".qzeros", ".weight_scale", ".weight_scale_inv", ".weight_packed")
 

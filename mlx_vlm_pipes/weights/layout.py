@@ -21,9 +21,8 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
-from mlx_vlm_pipes.errors import WeightsError
+from mlx_vlm_pipes.errors import WeightsError, clip
 from mlx_vlm_pipes.weights.checkpoint import WeightData, Weights
-from mlx_vlm_pipes.weights.safetensors import clip
 
 IGNORED = ("*.rotary_emb.inv_freq", "rope_freqs.weight", "*.position_ids", "*.masked_bias")
 MAX_NAMED = 10  # names listed in one error message

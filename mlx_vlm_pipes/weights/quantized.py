@@ -9,10 +9,9 @@ from typing import Any
 import mlx.nn as nn
 from mlx.utils import tree_map_with_path
 
-from mlx_vlm_pipes.errors import ConfigError, UnsupportedModel, WeightsError
+from mlx_vlm_pipes.errors import ConfigError, UnsupportedModel, WeightsError, clip
 from mlx_vlm_pipes.quantization import QuantizationConfig
 from mlx_vlm_pipes.weights.layout import Layout, group_names
-from mlx_vlm_pipes.weights.safetensors import clip
 
 # mode -> (group sizes, bits), defaults first; source: the table in mx.quantize's documentation
 MLX_MODES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from mlx_vlm_pipes.dtypes import DType
-from mlx_vlm_pipes.errors import WeightsError
+from mlx_vlm_pipes.errors import WeightsError, clip
 from mlx_vlm_pipes.quantization import QuantizationConfig
 from mlx_vlm_pipes.weights.checkpoint import Tensors, WeightData
-from mlx_vlm_pipes.weights.safetensors import clip
 
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # the nibble that holds column 0, 1, … of each eight
 _FLOAT = ("float", "bfloat")  # DType names

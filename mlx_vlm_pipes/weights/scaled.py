@@ -13,12 +13,11 @@ from typing import Literal
 import mlx.core as mx
 
 from mlx_vlm_pipes.dtypes import DType
-from mlx_vlm_pipes.errors import WeightsError
+from mlx_vlm_pipes.errors import WeightsError, clip
 from mlx_vlm_pipes.quantization import QuantConfig, QuantizationConfig, ScaleSpec
 from mlx_vlm_pipes.weights.checkpoint import Tensors, WeightData
 from mlx_vlm_pipes.weights.quantized import ScaledFormat
 from mlx_vlm_pipes.weights.repack import repack
-from mlx_vlm_pipes.weights.safetensors import clip
 
 _NARROW = (DType.float8_e4m3fn, DType.int8)
 _SCALES = ("weight_scale", "weight_scale_inv")  # both are multiplied, whatever the name says

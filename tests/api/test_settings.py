@@ -56,7 +56,7 @@ class Served:
     def __init__(self, **options: Any) -> None:
         self.model = build(Llama3Model, LLAMA.folder, **options)
         self.config = EngineConfig.from_pipeline(self.model.pipeline_config, MEMORY)
-        self.scheduler = Scheduler(self.model, self.config, LLAMA.text_json["vocab_size"])
+        self.scheduler = Scheduler(self.model, self.config)
         self.slices: list[int] = []
         prepare = self.model.prepare_initial_token_inputs
 
@@ -165,7 +165,7 @@ def test_engine_and_load_take_the_settings_of_the_model() -> None:
     worker = OwnerThread(cpu())
     own = KVCacheConfig(device_memory_utilization=0.5, enable_prefix_caching=False)
     made = worker.call(lambda: build(Llama3Model, LLAMA.folder, kv_cache=own))
-    engine = Engine(worker, made, None, LLAMA.text_json["vocab_size"])
+    engine = Engine(worker, made, None)
     assert engine.config.kv_bytes == (int(0.5 * machine_memory()) - stored) * 3 // 4
     assert not engine.config.enable_prefix_caching
     engine.close()

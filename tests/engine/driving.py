@@ -9,12 +9,12 @@ from mlx_vlm_pipes.contexts import TextContext
 from mlx_vlm_pipes.engine.requests import Chunk, Handle
 from mlx_vlm_pipes.engine.scheduler import Scheduler
 from mlx_vlm_pipes.engine.state import EngineConfig
-from mlx_vlm_pipes.hf_config import read_config, text_config
+from mlx_vlm_pipes.hf_config import read_config
 from mlx_vlm_pipes.loading import LoadOptions, load_model
 from mlx_vlm_pipes.pipeline import sampling_params
 from mlx_vlm_pipes.processing.types import PromptRequest
 from mlx_vlm_pipes.registry import find_room
-from tests.fixtures_helper import FIXTURES, reference
+from tests.fixtures_helper import FIXTURES, arguments, reference
 
 FAMILIES = ["llama-tied", "idefics3", "pixtral", "internvl-qwen2", "qwen25vl", "qwen3vl"]
 LLAMA, IDEFICS3 = FIXTURES / "llama-tied", FIXTURES / "idefics3"
@@ -23,16 +23,7 @@ LLAMA, IDEFICS3 = FIXTURES / "llama-tied", FIXTURES / "idefics3"
 def fixture_requests(folder: Path) -> dict[str, dict[str, Any]]:
     """Every prompt of a fixture as keyword arguments of `Pipeline.generate`, by name."""
     facts, _ = reference(folder)
-    return {
-        fact["name"]: {
-            "prompt": fact["prompt"] if fact["raw"] else fact["messages"],
-            "images": [str(folder / name) for name in fact["images"]],
-            "videos": [[str(folder / name) for name in clip] for clip in fact["videos"]],
-            "raw": fact["raw"],
-            "fps": fact["fps"],
-        }
-        for fact in facts["prompts"]
-    }
+    return {fact["name"]: arguments(folder, fact) for fact in facts["prompts"]}
 
 
 class Driven:
@@ -43,12 +34,11 @@ class Driven:
         room = find_room(hf)
         self.processor = room.processor_class()(folder, hf.to_dict())
         self.model = load_model(room, folder, hf, LoadOptions(dtype="float32", **options))
-        self.vocab_size = text_config(hf).vocab_size
         self.restart(config or EngineConfig())
 
     def restart(self, config: EngineConfig) -> None:
         """A new scheduler, with empty caches, over the same model."""
-        self.scheduler = Scheduler(self.model, config, self.vocab_size)
+        self.scheduler = Scheduler(self.model, config)
 
     def context(self, prompt: Any, images: Any = (), **options: Any) -> TextContext:
         processed = self.processor.process(

@@ -87,7 +87,7 @@ class Silent:
 
 
 def new_scheduler(model: PipelineModelWithKVCache, **limits: Any) -> Scheduler:
-    return Scheduler(model, EngineConfig(**{"enable_prefix_caching": False, **limits}), VOCAB)
+    return Scheduler(model, EngineConfig(**{"enable_prefix_caching": False, **limits}))
 
 
 def submit(scheduler: Scheduler, ids: list[int], count: int, *, logprobs: int = 0) -> Handle:

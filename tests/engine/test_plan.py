@@ -6,8 +6,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_vlm_pipes import EngineConfig, load
-from tests.fixtures_helper import cases, reference
-from tests.test_against_transformers import arguments
+from tests.fixtures_helper import arguments, cases, reference
 
 NAMES = ("idefics3", "pixtral", "internvl-qwen3", "qwen25vl-v5", "qwen3vl")
 CASES = [c for c in cases() if c.name in NAMES]

@@ -185,7 +185,7 @@ class Broken(RowSampler):
 def broken_job(driven: Driven, handle: Handle) -> None:
     job = next(job for job in driven.scheduler.waiting if job.handle is handle)
     job.sampler = Broken(
-        job.context.sampling_params, job.context.tokens.prompt, driven.vocab_size, []
+        job.context.sampling_params, job.context.tokens.prompt, driven.scheduler.vocab_size, []
     )
 
 

@@ -15,8 +15,7 @@ import pytest
 from mlx_vlm_pipes import Pipeline, load
 from mlx_vlm_pipes.contexts import ImageMetadata, TextAndVisionContext, TokenBuffer
 from mlx_vlm_pipes.engine.state import EngineConfig
-from tests.fixtures_helper import FIXTURES, reference
-from tests.test_against_transformers import arguments
+from tests.fixtures_helper import FIXTURES, arguments, reference
 
 FOLDER = FIXTURES / "pixtral"
 

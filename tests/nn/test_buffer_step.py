@@ -22,18 +22,10 @@ from mlx_vlm_pipes.kv_cache import (
 )
 from tests.architectures.driving import new_cache, relative
 from tests.engine.models import open_model, write_llama
-from tests.fixtures_helper import FIXTURES, reference
+from tests.fixtures_helper import FIXTURES, longest_prompts
 
 PAGE = 8
 Step = Callable[[Any], ModelOutputs]
-
-
-def prompts(folder: Path) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Token ids and transformers' logits of the two longest prompts."""
-    facts, arrays = reference(folder)
-    names = [fact["name"] for fact in facts["prompts"]]
-    pairs = [(arrays[f"{name}/input_ids"], arrays[f"{name}/logits"]) for name in names]
-    return sorted(pairs, key=lambda pair: len(pair[0]))[-2:]
 
 
 def context(ids: np.ndarray) -> TextContext:
@@ -78,7 +70,7 @@ def drive(
 @pytest.mark.parametrize("name", ["llama-tied", "mistral-window", "phi3-longrope"])
 def test_buffers_give_the_logits_of_execute_and_of_transformers(name: str) -> None:
     folder = FIXTURES / name
-    model, pairs = open_paged(folder), prompts(folder)
+    model, pairs = open_paged(folder), longest_prompts(folder)
     given: list[np.ndarray] = []
 
     def by_buffers(inputs: Any) -> ModelOutputs:
@@ -115,7 +107,7 @@ def test_buffers_give_the_logits_of_execute_and_of_transformers(name: str) -> No
 def test_keys_lie_in_their_pages_after_the_rotation() -> None:
     """Keys and values of the first layer, from the stored weights by Llama's formula."""
     folder = FIXTURES / "llama-tied"
-    model, (ids, _) = open_paged(folder), prompts(folder)[-1]
+    model, (ids, _) = open_paged(folder), longest_prompts(folder)[-1]
     kv = new_cache(model)
     mx.eval(model.execute(model.prepare_initial_token_inputs([[context(ids)]], kv)).logits)
     increment_cache_lengths(kv, [len(ids)])
@@ -143,7 +135,7 @@ def test_keys_lie_in_their_pages_after_the_rotation() -> None:
 def test_pages_of_ones_own_in_any_order() -> None:
     """Somebody's own arrays, stepped over as the documentation of paged caches says."""
     folder = FIXTURES / "llama-tied"
-    model, pairs = open_paged(folder), prompts(folder)
+    model, pairs = open_paged(folder), longest_prompts(folder)
     wide = max(-(-len(ids) // PAGE) for ids, _ in pairs)
     order = np.random.default_rng(0).permutation(2 * wide + 1)[: 2 * wide].reshape(2, wide)
     blocks = mx.zeros((2 * wide + 1, *model.kv_params.shape_per_block))

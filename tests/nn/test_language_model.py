@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -13,15 +11,7 @@ from mlx_vlm_pipes.errors import InputError
 from mlx_vlm_pipes.interfaces import ReturnLogits
 from mlx_vlm_pipes.kv_cache import increment_cache_lengths
 from tests.architectures.driving import load, new_cache, relative
-from tests.fixtures_helper import FIXTURES, reference
-
-
-def prompts(folder: Path) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Token ids and transformers' logits of the two longest prompts."""
-    facts, arrays = reference(folder)
-    names = [fact["name"] for fact in facts["prompts"]]
-    pairs = [(arrays[f"{name}/input_ids"], arrays[f"{name}/logits"]) for name in names]
-    return sorted(pairs, key=lambda pair: len(pair[0]))[-2:]
+from tests.fixtures_helper import FIXTURES, longest_prompts
 
 
 def context(ids: np.ndarray) -> TextContext:
@@ -32,7 +22,7 @@ def context(ids: np.ndarray) -> TextContext:
 @pytest.mark.parametrize("name", ["llama-tied", "mistral-window", "phi3-longrope"])
 def test_last_logits_equal_transformers(name: str, chunks: int) -> None:
     folder = FIXTURES / name
-    pairs = prompts(folder)
+    pairs = longest_prompts(folder)
     for mode, count in ((ReturnLogits.LAST_TOKEN, 1), (ReturnLogits.VARIABLE, 3)):
         model = load(folder, mode)
         contexts = [context(ids) for ids, _ in pairs]
@@ -55,7 +45,7 @@ def test_last_logits_equal_transformers(name: str, chunks: int) -> None:
 def test_more_logits_than_tokens_are_refused() -> None:
     folder = FIXTURES / "llama-tied"
     model = load(folder, ReturnLogits.VARIABLE)
-    ids = prompts(folder)[0][0][:2]
+    ids = longest_prompts(folder)[0][0][:2]
     kv = new_cache(model)
     with pytest.raises(InputError, match="return_n_logits 3 for a row of 2"):
         mx.eval(model.execute(model.prepare_initial_token_inputs([[context(ids)]], kv, 3)).logits)

@@ -14,9 +14,10 @@ from mlx_vlm_pipes.config import ModelConfig, PipelineConfig
 from mlx_vlm_pipes.contexts import ImageMetadata, TextAndVisionContext, TokenBuffer
 from mlx_vlm_pipes.dtypes import DeviceRef, DeviceSpec
 from mlx_vlm_pipes.interfaces import InferenceSession, ReturnLogits
-from mlx_vlm_pipes.kv_cache import KVCache, cache_inputs, increment_cache_lengths
+from mlx_vlm_pipes.kv_cache import increment_cache_lengths
 from mlx_vlm_pipes.nn.decoder import DenseDecoder
 from mlx_vlm_pipes.weights import find_weight_files, load_weights, parameter_shapes
+from tests.architectures.driving import new_cache
 
 IMAGE_TOKEN = 3
 TEXT = {
@@ -115,8 +116,7 @@ def run(
     model: InternVLModel, contexts: list[TextAndVisionContext], steps: int
 ) -> tuple[list[np.ndarray], np.ndarray]:
     """Logits of every prompt position of each row, and `steps` greedy tokens, [rows, steps]."""
-    cache = KVCache(model.kv_params)
-    kv = cache_inputs(cache, [cache.new_row() for _ in contexts])
+    kv = new_cache(model, len(contexts))
     inputs = model.prepare_initial_token_inputs([contexts], kv)
     out = model.execute(inputs)
     assert out.logit_offsets is not None
@@ -131,8 +131,3 @@ def run(
         increment_cache_lengths(kv, [1] * len(contexts))
     rows = [logits[begin:end] for begin, end in itertools.pairwise(offsets)]
     return rows, np.array(chosen).T
-
-
-def relative(found: np.ndarray, expected: np.ndarray) -> float:
-    """The largest difference, in units of the largest expected value."""
-    return float(np.abs(found - expected).max() / np.abs(expected).max())

@@ -13,6 +13,7 @@ from mlx_vlm_pipes.errors import ConfigError, ImageTokenMismatch, InputError, We
 from mlx_vlm_pipes.interfaces import ModelInputs, ReturnLogits
 from mlx_vlm_pipes.kv_cache import KVCache, cache_inputs, increment_cache_lengths
 from mlx_vlm_pipes.processing.transforms import cut_tiles
+from tests.architectures.driving import relative
 from tests.architectures.internvl.driving import (
     IMAGE_TOKEN,
     NATIVE,
@@ -20,7 +21,6 @@ from tests.architectures.internvl.driving import (
     context,
     load,
     random_checkpoint,
-    relative,
     run,
     tiles,
 )

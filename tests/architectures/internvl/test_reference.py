@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.architectures.internvl.driving import IMAGE_TOKEN, context, load, relative, run, tiles
+from tests.architectures.driving import relative
+from tests.architectures.internvl.driving import IMAGE_TOKEN, context, load, run, tiles
 
 torch = pytest.importorskip("torch")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

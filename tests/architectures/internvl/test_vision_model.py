@@ -16,7 +16,8 @@ from mlx_vlm_pipes.architectures.internvl.vision_model import (
 from mlx_vlm_pipes.errors import InputError
 from mlx_vlm_pipes.hf_config import HuggingFaceConfig
 from mlx_vlm_pipes.processing.transforms import cut_tiles
-from tests.architectures.internvl.driving import NATIVE, VISION, pipeline_config, relative, tiles
+from tests.architectures.driving import relative
+from tests.architectures.internvl.driving import NATIVE, VISION, pipeline_config, tiles
 
 
 def build(**changes: object) -> tuple[InternVLConfig, VisionModel]:

@@ -23,8 +23,9 @@ from mlx_vlm_pipes.contexts import ImageMetadata, TextAndVisionContext, TokenBuf
 from mlx_vlm_pipes.dtypes import DeviceRef, default_device
 from mlx_vlm_pipes.errors import ConfigError, ImageTokenMismatch, InputError
 from mlx_vlm_pipes.interfaces import InferenceSession, ModelInputs, ReturnLogits
-from mlx_vlm_pipes.kv_cache import KVCache, KVCacheInputs, cache_inputs, increment_cache_lengths
+from mlx_vlm_pipes.kv_cache import KVCacheInputs, increment_cache_lengths
 from mlx_vlm_pipes.weights import find_weight_files, load_weights
+from tests.architectures.driving import new_cache
 from tests.fixtures_helper import cases, reference
 
 Context = Qwen2_5VLTextAndVisionContext
@@ -99,11 +100,6 @@ def stored(path: Path, prompt: str) -> Context:
     images.sort(key=lambda image: image.start_idx)
     vision = config.vision_config
     return context(ids, rope, images, VisionSizes(merge, vision.patch_size, vision.window_size))
-
-
-def new_cache(model: Qwen2_5VLModel, rows: int) -> KVCacheInputs[mx.array, mx.array]:
-    cache = KVCache(model.kv_params)
-    return cache_inputs(cache, [cache.new_row() for _ in range(rows)])
 
 
 def step(model: Qwen2_5VLModel, inputs: ModelInputs, lengths: Sequence[int]) -> Any:

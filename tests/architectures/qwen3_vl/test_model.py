@@ -20,9 +20,8 @@ from mlx_vlm_pipes.contexts import ImageMetadata, TextAndVisionContext, TokenBuf
 from mlx_vlm_pipes.errors import ConfigError, ImageTokenMismatch, InputError
 from mlx_vlm_pipes.interfaces import ModelInputs, ReturnLogits
 from tests.architectures.driving import load, new_cache, relative, run, run_in_chunks
-from tests.fixtures_helper import SAME_PILLOW, cases, reference
+from tests.fixtures_helper import SAME_PILLOW, arguments, cases, reference
 from tests.processing.test_fixtures import to_request
-from tests.test_against_transformers import arguments
 
 BAR = 2e-5  # of the largest logit
 every_case = pytest.mark.parametrize("path", cases("qwen3_vl"), ids=lambda path: path.name)
