@@ -10,7 +10,6 @@ import mlx.core as mx
 from mlx_vlm_pipes.contexts import ImageMetadata, TextContext
 from mlx_vlm_pipes.interfaces import ModelOutputs, PipelineModelWithKVCache
 from mlx_vlm_pipes.kv_cache import CacheRow, KVCache, cache_inputs, increment_cache_lengths
-from mlx_vlm_pipes.nn.ragged import active_images
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,10 @@ def run_slice(
     """The active tokens of all rows in one ragged step; counts them as cached. Lazy."""
     kv = cache_inputs(cache, [row.cache for row in rows])
     features = [
-        row.features[image_key(image)] for row in rows for image in active_images([row.context])
+        row.features[image_key(image)]
+        for row in rows
+        for image in row.context.next_images
+        if image.start_idx < row.context.tokens.current_position
     ]
     inputs = model.prepare_initial_token_inputs(
         model.as_replicas([row.context for row in rows]),
