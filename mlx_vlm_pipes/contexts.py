@@ -254,6 +254,12 @@ class TextContext:
         return self.images[self.image_idx :]
 
     @property
+    def active_images(self) -> list[ImageMetadata]:
+        """Those of them that a step over the active tokens encodes."""
+        end = self.tokens.current_position
+        return [image for image in self.next_images if image.start_idx < end]
+
+    @property
     def needs_vision_encoding(self) -> bool:
         return self.image_idx < len(self.images)
 

@@ -23,7 +23,6 @@ from mlx_vlm_pipes.interfaces import (
     VisionInputs,
 )
 from mlx_vlm_pipes.kv_cache import KVCacheInputs
-from mlx_vlm_pipes.nn.ragged import active_images
 from mlx_vlm_pipes.processing.grids import GridContext, GridImage
 from mlx_vlm_pipes.steps import require_kind
 from mlx_vlm_pipes.weights.layout import Transform
@@ -103,7 +102,7 @@ class MRopeModel(AlwaysSignalBuffersMixin, VisionLanguageModel[MRopeT]):
         """Raises: TypeError for contexts without positions, InputError for missing pixels."""
         own = [require_kind(context, self.context_class) for context in contexts]
         for context in own if has_pixels else ():
-            if active_images([context]):
+            if context.active_images:
                 context.media_positions()
         position_ids = self.prepare_decoder_position_ids(own, self.devices)
         return {"signal_buffers": self.signal_buffers, "position_ids": position_ids}

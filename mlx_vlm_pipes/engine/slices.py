@@ -41,10 +41,7 @@ def run_slice(
     """The active tokens of all rows in one ragged step; counts them as cached. Lazy."""
     kv = cache_inputs(cache, [row.cache for row in rows])
     features = [
-        row.features[image_key(image)]
-        for row in rows
-        for image in row.context.next_images
-        if image.start_idx < row.context.tokens.current_position
+        row.features[image_key(image)] for row in rows for image in row.context.active_images
     ]
     inputs = model.prepare_initial_token_inputs(
         model.as_replicas([row.context for row in rows]),

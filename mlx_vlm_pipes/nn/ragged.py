@@ -46,12 +46,7 @@ def row_offsets(contexts: Sequence[TextContext]) -> mx.array:
 
 def active_images(contexts: Sequence[TextContext]) -> list[ImageMetadata]:
     """The images that this step encodes: those with tokens among the active ones, in order."""
-    return [
-        image
-        for context in contexts
-        for image in context.next_images
-        if image.start_idx < context.tokens.current_position
-    ]
+    return [image for context in contexts for image in context.active_images]
 
 
 def step_phase(contexts: Sequence[TextContext], return_n_logits: int) -> Phase:
@@ -95,7 +90,7 @@ def image_token_indices(contexts: Sequence[TextContext]) -> np.ndarray:
     pieces, begin = [np.zeros(0, np.int32)], 0
     for context in contexts:
         done, active = context.tokens.processed_length, context.tokens.active_length
-        for image in active_images([context]):
+        for image in context.active_images:
             place = context.placeholder_positions(image) - done
             inside = (place >= 0) & (place < active)
             pieces.append(np.where(inside, place + begin, DROP).astype(np.int32))
