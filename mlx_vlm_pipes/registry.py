@@ -29,11 +29,17 @@ NAMES = {
     "GraniteForCausalLM": "llama3",
     "Phi3ForCausalLM": "llama3",
     "OlmoForCausalLM": "llama3",
+    "Qwen2ForCausalLM": "llama3",
+    "Qwen3ForCausalLM": "llama3",
+    "SmolLM3ForCausalLM": "llama3",
     "llama": "llama3",
     "mistral": "llama3",
     "granite": "llama3",
     "phi3": "llama3",
     "olmo": "llama3",
+    "qwen2": "llama3",
+    "qwen3": "llama3",
+    "smollm3": "llama3",
     "Idefics3ForConditionalGeneration": "idefics3",
     "SmolVLMForConditionalGeneration": "idefics3",
     "idefics3": "idefics3",
@@ -50,8 +56,6 @@ NAMES = {
     "Qwen3VLForConditionalGeneration": "qwen3_vl",
     "qwen3_vl": "qwen3_vl",
 }
-# model_type of a part of other architectures' config.json: room
-_PARTS = {"qwen2": "llama3", "qwen3": "qwen3"}
 
 
 @dataclass(frozen=True)
@@ -85,9 +89,8 @@ def find_facts(names: Sequence[Any], model_type: Any) -> RoomFacts:
     Args: names, what `architectures` lists.
     """
     for name in (*names, model_type):
-        room = (NAMES.get(name) or _PARTS.get(name)) if isinstance(name, str) else None
-        if room is not None:
-            return _facts(room)
+        if isinstance(name, str) and name in NAMES:
+            return _facts(NAMES[name])
     return NO_FACTS
 
 

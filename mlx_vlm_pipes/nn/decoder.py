@@ -3,7 +3,7 @@
 Two ways through the same weights: `prefill` takes ragged rows on a flat token axis, `decode` one
 token of every row. Hidden states are [T, E]: no batch axis, no padding.
 Source: transformers modeling_llama.py, modeling_granite.py, modeling_phi3.py, modeling_olmo.py,
-modeling_qwen2.py, modeling_qwen3.py, modeling_qwen3_vl.py, modeling_gemma3.py.
+modeling_qwen2.py, modeling_qwen3.py, modeling_qwen3_vl.py, modeling_gemma3.py, modeling_smollm3.py.
 """
 
 from __future__ import annotations
@@ -62,12 +62,17 @@ class DecoderConfig:
     sliding_rope: RopeSpec | None = None  # of layers with a window; None: as all others (Gemma 3)
     post_norms: bool = False  # norms before each residual too (Gemma 3)
     embed_scale: float = 1.0  # of tokens only; pictures then take their places (Gemma 3)
+    turned_layers: tuple[bool, ...] | None = None  # with rotary positions; None: all (SmolLM3)
 
     def window(self, layer: int) -> int | None:
         """The layer's attention window in tokens, None for full attention."""
         if self.sliding_layers is not None and not self.sliding_layers[layer]:
             return None
         return self.sliding_window
+
+    def turns(self, layer: int) -> bool:
+        """Whether the layer's queries and keys are turned by their positions."""
+        return self.turned_layers is None or self.turned_layers[layer]
 
 
 @dataclass(frozen=True)
@@ -235,7 +240,7 @@ class Attention(Projections):
         )  # fmt: skip
         self.scale, self.clip = config.attention_scale, config.clip_qkv
         self.residual_multiplier = config.residual_multiplier
-        self.layer, self.window = layer, config.window(layer)
+        self.layer, self.window, self.turns = layer, config.window(layer), config.turns(layer)
         heads, kv_heads, bias = self.num_heads, self.num_kv_heads, config.qkv_bias
         if config.stacked_qkv:
             self.qkv_proj = nn.Linear(hidden, (heads + 2 * kv_heads) * dim, bias=bias)
@@ -269,6 +274,10 @@ class Attention(Projections):
             qk = mx.concatenate([q, self.k_norm(qk[:, self.num_heads :])], axis=1)
         return qk, v
 
+    def _rotation(self, rotations: dict[int | None, Rotation]) -> Rotation:
+        """The one of the layer's window, or none at all."""
+        return rotations[self.window] if self.turns else lambda x: x
+
     def prefill(
         self,
         x: mx.array,
@@ -287,7 +296,7 @@ class Attention(Projections):
             part = slice(row.begin, row.end)
             heads = qk[part].transpose(1, 0, 2)[None]  # [1, H + K, T, D]
             # Apart, unlike in a decode step: the queries can go before the keys are cached.
-            rotation, start = row.rotations[self.window], row.start
+            rotation, start = self._rotation(row.rotations), row.start
             q = rotation(heads[:, : self.num_heads])
             if tail is not None:
                 start += q.shape[2] - tail
@@ -308,7 +317,7 @@ class Attention(Projections):
         self, x: mx.array, residual: mx.array | None, cached: Layer, step: DecodeStep
     ) -> tuple[mx.array, Layer]:
         qk, v = self._project(x, step.slots)
-        turned = step.rotations[self.window](qk[:, :, None])  # [B, H + K, 1, D]
+        turned = self._rotation(step.rotations)(qk[:, :, None])  # [B, H + K, 1, D]
         q, k = turned[:, : self.num_heads], turned[:, self.num_heads :]
         cached = write_decode(cached, step.format.encode(k, v[:, :, None]), step.lengths)
         mask = step.masks[self.window]
