@@ -152,8 +152,9 @@ def _qwen_cases() -> list[Case]:
         Case(
             "smollm3", "smollm3",
             "every second layer without rotary positions, and with a window",
-            SMALL | {"num_hidden_layers": 4, "no_rope_layer_interval": 2, "tie_word_embeddings": True,
-                     "use_sliding_window": True, "sliding_window": 12},
+            SMALL | {"num_hidden_layers": 4, "no_rope_layer_interval": 2,
+                     "tie_word_embeddings": True, "use_sliding_window": True,
+                     "sliding_window": 12},
             (RAW, CHAT, LONG), batch=("raw", "long"), options=Options(style="llama3"),
         ),
     ]  # fmt: skip

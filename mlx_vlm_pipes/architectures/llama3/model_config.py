@@ -383,7 +383,9 @@ def _turned_layers(cfg: AutoConfig) -> tuple[bool, ...] | None:
         every = require_int(cfg, "no_rope_layer_interval")
         return tuple((i + 1) % every != 0 for i in range(count))
     if len(given) < count:
-        raise ConfigError(f"no_rope_layers has {len(given)} entries, expected one of {count} layers")
+        raise ConfigError(
+            f"no_rope_layers has {len(given)} entries, expected one of {count} layers"
+        )
     return tuple(bool(turns) for turns in given[:count])
 
 
