@@ -34,7 +34,7 @@ from mlx_vlm_pipes.hf_config import (
     text_config,
 )
 from mlx_vlm_pipes.interfaces import ReturnHiddenStates, ReturnLogits
-from mlx_vlm_pipes.nn.decoder import DecoderConfig
+from mlx_vlm_pipes.nn.decoder_config import DecoderConfig
 from mlx_vlm_pipes.nn.rope import Llama3RopeScalingParams, LongRoPEScalingParams
 from mlx_vlm_pipes.nn.rope_scaling import (
     DynamicRope,
@@ -178,8 +178,6 @@ class Llama3Config(DecoderFields):
             sliding_window=window,
             sliding_layers=window_layers,
             hidden_act=activation_name(cfg, "hidden_act", default="silu"),
-            qk_norm=cls.has_qk_norm or lookup(cfg, "model_type") in NORMED_TYPES,
-            turned_layers=_turned_layers(cfg),
         )
 
     @classmethod
@@ -218,7 +216,8 @@ class Llama3Config(DecoderFields):
         self.output_bias = f"{attention}o_proj.bias" in names
         said = lookup(huggingface_config, "mlp_bias", default=False)
         self.mlp_bias = bool(said or "layers.0.mlp.down_proj.bias" in names)
-        self.qk_norm = self.qk_norm or f"{attention}q_norm.weight" in names
+        is_normed = self.has_qk_norm or lookup(huggingface_config, "model_type") in NORMED_TYPES
+        self.qk_norm = is_normed or f"{attention}q_norm.weight" in names
         self.stacked_qkv = f"{attention}qkv_proj.weight" in names
         self.stacked_mlp = "layers.0.mlp.gate_up_proj.weight" in names
         text = text_config(huggingface_config)
@@ -338,6 +337,7 @@ def _rope_fields(cfg: AutoConfig) -> dict[str, Any]:
         "longrope_scaling_params": _of_type(scaling, LongRoPEScalingParams),
         "more_rope_scaling": _of_type(scaling, (LinearRope, YarnRope, DynamicRope)),
         "recomputes": lookup(cfg, "model_type") in RECOMPUTING_TYPES,
+        "turned_layers": _turned_layers(cfg),
         "partial_rotary_factor": float(share),
         "mrope_section": None if section is None else tuple(int(n) for n in section),
         "mrope_interleaved": bool(rope.get("mrope_interleaved")),
