@@ -25,9 +25,10 @@ STAND_INS = (
 # Names that a primitive takes by one of its arguments. Export gives the class and the argument; a
 # drawn graph gives the name, which for these classes says less.
 BITWISE = ("BitwiseAnd", "BitwiseOr", "BitwiseXor", "LeftShift", "RightShift")
-CLASSES: dict[str, str] = dict.fromkeys(
-    ("And", "Or", "Sum", "Prod", "Min", "Max"), "Reduce"
-) | dict.fromkeys(("CumSum", "CumProd", "CumMin", "CumMax"), "Scan")
+CLASSES = {
+    "And": "Reduce", "Or": "Reduce", "Sum": "Reduce", "Prod": "Reduce", "Min": "Reduce",
+    "Max": "Reduce", "CumSum": "Scan", "CumProd": "Scan", "CumMin": "Scan", "CumMax": "Scan",
+}  # fmt: skip
 PREFILL_HEADS, DECODE_HEADS = (64, 72, 80, 96, 128), (64, 96, 128)
 DECODE_QUERIES = 8  # up to so many queries take the vector kernel
 VECTOR_LIMIT = 32  # queries times query heads a key head that it takes
