@@ -1,4 +1,4 @@
-"""Rows that decode together, one token a step, with one step always in flight."""
+"""Rows that decode together, one token a step; while text goes out, the next step is in flight."""
 
 from __future__ import annotations
 
