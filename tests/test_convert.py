@@ -146,7 +146,7 @@ def test_width_that_no_group_divides_stays(tmp_path):
 
 
 def test_what_a_file_leaves_to_its_type_is_written_under_the_new_one(tmp_path):
-    """As transformers saves it: LLaVA's layer -2 left out, which mlx-vlm's `pixtral` reads as -1."""
+    """LLaVA's layer -2, which transformers leaves out; mlx-vlm's `pixtral` would read -1."""
     source, out = copy_case("pixtral", tmp_path / "in"), tmp_path / "out"
     values = config(source)
     del values["vision_feature_layer"], values["text_config"]["model_type"]
