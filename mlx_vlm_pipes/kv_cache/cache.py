@@ -206,6 +206,9 @@ class KVCache:
         """Make these groups. Layer by layer, so that no more than one is there twice."""
         for move in moves:
             move.settle(self._groups)
+        self._is_settled = True
+        if all(move.is_there for move in moves):
+            return
         made: list[list[Layer]] = [[] for _ in moves]
         for i in range(self.params.num_layers):
             for own, move in zip(made, moves, strict=True):
@@ -223,7 +226,6 @@ class KVCache:
             RowGroup(list(move.rows), move.slots, move.capacity, layers)
             for move, layers in zip(moves, made, strict=True)
         ]
-        self._is_settled = True
         self._number()
 
     def _number(self) -> None:

@@ -90,6 +90,11 @@ class Move:
             if self._base is None or source[0] is not self._base:
                 self._copied.append((i, row, source))
 
+    @property
+    def is_there(self) -> bool:
+        """Whether the group is already as it is to be."""
+        return self._base is not None and self._base.capacity == self.capacity and not self._copied
+
     def layer(self, i: int, format: CacheFormat, params: KVCacheParams) -> Layer:
         """The arrays of one layer. Only what the rows hold is copied; nothing, if nothing moves."""
         if self._base is not None:

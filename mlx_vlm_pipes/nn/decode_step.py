@@ -95,13 +95,17 @@ class DecodeStep:
     slots: mx.array | None  # int32 [B], each row's LoRA adapter; None where none is loaded
 
     def turn(
-        self, qkv: mx.array, window: int | None, norms: tuple[nn.Module, nn.Module] | None
+        self,
+        qkv: mx.array,
+        rotation: Rotation,
+        joined: Rotation | None,
+        norms: tuple[nn.Module, nn.Module] | None,
     ) -> tuple[mx.array, list[Layer]]:
         """Heads [B, H + 2 * K, D] -> turned queries [B, H, 1, D], and what the cache gets.
 
         norms: of queries and of keys. The latter is one part, keys and values, or one of each.
         """
-        on_gpu, joined = self.format.on_gpu, self.joined[window]
+        on_gpu = self.format.on_gpu
         first, last = self.heads.queries, self.heads.queries + self.heads.keys
         if joined is not None and (norms is None or not on_gpu):
             if norms is not None:
@@ -109,7 +113,7 @@ class DecodeStep:
                 qkv = mx.concatenate([q, k, qkv[:, last:]], axis=1)
             turned = joined(qkv)
             return turned[:, :first, None], [self._encoded(turned)]
-        rotation, v = self.rotations[window], qkv[:, last:]
+        v = qkv[:, last:]
         if joined is not None and norms is not None:
             q, k = norms[0](qkv[:, :first]), norms[1](qkv[:, first:last])
             q, k = rotation(q[:, :, None]), rotation(k[:, :, None])[:, :, 0]

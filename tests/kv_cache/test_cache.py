@@ -15,7 +15,6 @@ from mlx_vlm_pipes.kv_cache import (
     KVCache,
     capacity_bucket,
     decode_places,
-    most_held,
     write_decode,
     write_one,
 )
