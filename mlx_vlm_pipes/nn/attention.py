@@ -8,6 +8,7 @@ attention holds no scores.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import mlx.core as mx
@@ -121,8 +122,11 @@ def decode_attention(
     grouped = _grouped(q, cached[0].shape[2])  # [B, K, H / K, D]
     capacity = mask.shape[-1]
     if capacity <= DECODE_TILE:
-        scores = format.scores(grouped, cached).astype(mx.float32) * scale
-        weights = mx.softmax(mx.where(mask, scores, _HIDDEN), axis=-1, precise=True)
+        scores = format.scores(grouped, cached)
+        if math.frexp(scale)[0] != 0.5:  # a power of two leaves the digits of any type
+            scores = scores.astype(mx.float32)
+        scores = mx.where(mask, scores * scale, mx.finfo(scores.dtype).min)
+        weights = mx.softmax(scores, axis=-1, precise=True)
         return format.mix(weights, cached).reshape(q.shape).astype(q.dtype)
     state = None
     for begin in range(0, capacity, DECODE_TILE):
