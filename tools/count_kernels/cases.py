@@ -131,11 +131,15 @@ def load_checkpoint(folder: Path) -> Any:
 
 
 def count_tower(folder: Path, *, fused: bool = False) -> tuple[Count, int]:
-    """One picture's encoding by a checkpoint's tower, and what its last layer alone adds."""
+    """One picture's encoding by a checkpoint's tower, and what its last layer alone adds.
+
+    The picture's windows, where the tower has any, are of one size: every other size that a
+    picture's edges bring is attended to by itself, in two kernels more a layer.
+    """
     config = read_config(folder)
     room, model = find_room(config), load_checkpoint(folder)
     processor: Any = room.processor_class()(folder, config.to_dict())
-    noise = np.random.default_rng(0).integers(0, 256, (96, 128, 3), np.uint8)
+    noise = np.random.default_rng(0).integers(0, 256, (128, 128, 3), np.uint8)
     content = [{"type": "image"}, {"type": "text", "text": "Describe the picture."}]
     processed = processor.process(PromptRequest([{"role": "user", "content": content}], (noise,)))
     context = processor.new_context(processed, max_length=2048)
