@@ -139,7 +139,7 @@ def count_tower(folder: Path, *, fused: bool = False) -> tuple[Count, int]:
     config = read_config(folder)
     room, model = find_room(config), load_checkpoint(folder)
     processor: Any = room.processor_class()(folder, config.to_dict())
-    noise = np.random.default_rng(0).integers(0, 256, (128, 128, 3), np.uint8)
+    noise = np.random.default_rng(0).integers(0, 256, (64, 128, 3), np.uint8)
     content = [{"type": "image"}, {"type": "text", "text": "Describe the picture."}]
     processed = processor.process(PromptRequest([{"role": "user", "content": content}], (noise,)))
     context = processor.new_context(processed, max_length=2048)
