@@ -88,10 +88,12 @@ def test_decode_step(
     ("options", "most"),
     [
         ({"temperature": 0.0}, 1),
-        ({"temperature": 0.7}, 136),
-        ({"temperature": 0.7, "min_p": 0.05}, 176),
-        ({"temperature": 0.7, "top_p": 0.9}, 344),
-        ({"temperature": 0.7, "top_k": 40, "top_p": 0.9}, 496),
+        ({"temperature": 0.7}, 5),
+        ({"temperature": 0.7, "min_p": 0.05}, 7),
+        ({"temperature": 0.7, "top_p": 0.9}, 29),
+        ({"temperature": 0.7, "top_k": 40}, 25),
+        ({"temperature": 0.7, "top_k": 40, "top_p": 0.9}, 31),
+        ({"temperature": 0.7, "repetition_penalty": 1.1, "presence_penalty": 1.0}, 10),
     ],
 )
 def test_sampling_of_eight_rows(options: dict[str, float], most: int) -> None:
@@ -100,7 +102,7 @@ def test_sampling_of_eight_rows(options: dict[str, float], most: int) -> None:
 
 @pytest.mark.parametrize(
     ("family", "most"),
-    [("idefics3", 14), ("internvl", 15), ("pixtral", 35), ("qwen2_5_vl", 39), ("qwen3_vl", 32)],
+    [("idefics3", 13), ("internvl", 14), ("pixtral", 16), ("qwen2_5_vl", 13), ("qwen3_vl", 12)],
 )
 def test_a_layer_of_each_tower(family: str, most: int) -> None:
     assert count_tower(FIXTURES / TOWERS[family], fused=True)[1] <= most

@@ -10,7 +10,6 @@ import pytest
 
 from mlx_vlm_pipes.contexts import TokenBuffer
 from mlx_vlm_pipes.engine.requests import Handle
-from mlx_vlm_pipes.engine.sampling import RowSampler
 from mlx_vlm_pipes.engine.state import EngineConfig
 from mlx_vlm_pipes.errors import InputError, OutOfBudget
 from mlx_vlm_pipes.kv_cache import Layer, row_bucket
@@ -170,24 +169,16 @@ def test_running_requests_wait_for_a_bounded_slice(idefics3: Driven) -> None:
     idefics3.finish()
 
 
-class Broken(RowSampler):
-    """Raises at its third token."""
-
-    def next_token(self, logits: mx.array) -> mx.array:
-        if self.steps == 2:
-            raise ValueError("this sampler is broken")
-        return super().next_token(logits)
-
-    @property
-    def is_plain(self) -> bool:
-        return False
-
-
-def broken_job(driven: Driven, handle: Handle) -> None:
+def break_sampler(driven: Driven, handle: Handle) -> None:
+    """The request's sampler raises at its third token."""
     job = next(job for job in driven.scheduler.waiting if job.handle is handle)
-    job.sampler = Broken(
-        job.context.sampling_params, job.context.tokens.prompt, driven.scheduler.vocab_size, []
-    )
+
+    def own_way(logits: mx.array) -> mx.array:
+        if job.sampler.steps == 2:
+            raise ValueError("this sampler is broken")
+        return logits
+
+    job.sampler.own_way = own_way
 
 
 def test_a_sampler_that_raises_fails_its_request_only(fresh: Driven) -> None:
@@ -195,7 +186,7 @@ def test_a_sampler_that_raises_fails_its_request_only(fresh: Driven) -> None:
     alone = [fresh.generate(p, seed=i, **options) for i, p in enumerate(PROMPTS)]
     handles = [fresh.submit(p, seed=i, **options) for i, p in enumerate(PROMPTS)]
     bad = fresh.submit("Hello", **options)
-    broken_job(fresh, bad)
+    break_sampler(fresh, bad)
     after = fresh.submit("Hello", seed=0, **options)
     fresh.finish()
     with pytest.raises(ValueError, match="this sampler is broken"):
