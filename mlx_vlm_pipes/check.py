@@ -14,7 +14,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Examine a checkpoint: reads headers and JSON only, in seconds at any size.",
         epilog="exit status: 0 usable, 1 not usable, 2 there is no such model",
     )
-    parser.add_argument("model", help="folder or hub id")
+    parser.add_argument("model", help="folder, GGUF file or hub id")
     parser.add_argument("--revision", help="branch, tag or commit of a hub id")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument(

@@ -105,7 +105,8 @@ class Transfer:
         if source is not None and target == source and pair is None:
             return self._cast(arrays), source
         if source is not None:
-            arrays = unpack(arrays, source)
+            is_exact = self.options.dtype == "float32"  # narrower scales would round the products
+            arrays = unpack(self._cast(arrays) if is_exact else arrays, source)
         if pair is not None:
             arrays["weight"] = merge_into(arrays["weight"], pair)
         arrays = self._cast(arrays)

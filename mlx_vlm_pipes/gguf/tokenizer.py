@@ -1,7 +1,8 @@
 """tokenizer.json and tokenizer_config.json of a GGUF file: byte-level BPE and SentencePiece BPE.
 
-Sources: transformers 5.23 integrations/gguf/gguf_tokenizer_mapping.py; what it leaves out (how
-SmolLM cuts numbers, merges that are ignored, where a BOS is added) from llama.cpp's llama-vocab.cpp.
+Sources: transformers 5.23 integrations/gguf/gguf_tokenizer_mapping.py; from llama.cpp's
+llama-vocab.cpp what that leaves out: how SmolLM cuts numbers, merges that are ignored, where a BOS
+is added.
 """
 
 from __future__ import annotations
