@@ -196,8 +196,8 @@ class ModelConfig:
     """One checkpoint and how to read it.
 
     device_specs: the one device that the model is built and run on. max_length in tokens, None for
-    the model's own limit. rope_type is for GGUF files, which are not read: any but None is
-    refused. use_subgraphs=False: the decode step is not compiled.
+    the model's own limit. rope_type: the rotary pairs of a GGUF file are turned back as it is
+    read, so any but None is refused. use_subgraphs=False: the decode step is not compiled.
     """
 
     model_path: str = ""
@@ -372,7 +372,7 @@ def weights_format(weight_path: list[Path]) -> Literal["gguf", "safetensors"]:
     if suffixes == {".gguf"}:
         return "gguf"
     raise ConfigError(
-        f"weight files of kind {sorted(suffixes) or 'none'}; expected only .safetensors"
+        f"weight files of kind {sorted(suffixes) or 'none'}; expected only .safetensors, or .gguf"
     )
 
 

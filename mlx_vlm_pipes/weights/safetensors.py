@@ -289,6 +289,8 @@ def _inside(folder: Path, name: str) -> Path:
 def _explain_no_safetensors(folder: Path) -> str:
     """Why there is nothing to load, and what to use instead."""
     suffixes = {path.suffix for path in folder.iterdir() if path.is_file()}
+    if ".gguf" in suffixes:
+        return f"{folder}: only GGUF weights; name the .gguf file itself"
     if suffixes & {".bin", ".pt", ".pth", ".ckpt"}:
         return (
             f"{folder}: only PyTorch pickle weights, which are never read because they can run"

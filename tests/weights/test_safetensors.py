@@ -220,7 +220,7 @@ def test_links_may_leave_the_folder_only_into_the_hub_caches_blobs(tmp_path: Pat
 
 @pytest.mark.parametrize(
     ("file", "message"),
-    [("m.gguf", "GGUF.*mlx-community"), ("pytorch_model.bin", "pickle"), ("x.txt", "no \\*")],
+    [("m.gguf", "GGUF.*name the .gguf file"), ("pytorch_model.bin", "pickle"), ("x.txt", "no \\*")],
 )
 def test_folders_without_safetensors_say_what_to_use(
     tmp_path: Path, file: str, message: str
