@@ -166,7 +166,7 @@ class _Reader:
         (dims,) = self.numbers("I")
         if not 1 <= dims <= MAX_DIMS:
             raise self.fault(f"tensor '{clip(name)}' has {dims} dimensions")
-        shape = tuple(reversed(self.numbers("Q" * dims)))
+        shape = tuple(reversed(self.numbers(f"{dims}Q")))
         number, offset = self.numbers("IQ")
         if not all(1 <= size <= MAX_DIM for size in shape):
             raise self.fault(f"tensor '{clip(name)}' has the shape {clip(list(shape))}")
@@ -191,7 +191,7 @@ class _Reader:
                 raise self.fault(f"metadata '{clip(key)}' is a list of {count} entries")
             if inner == _STRING:
                 return list(self.texts(count))
-            return list(self.numbers(self.number(inner, key) * count))
+            return list(self.numbers(f"{count}{self.number(inner, key)}"))
         return self.numbers(self.number(kind, key))[0]
 
     def number(self, kind: int, key: str) -> str:

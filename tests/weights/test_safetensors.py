@@ -14,10 +14,9 @@ from safetensors import safe_open
 
 from mlx_vlm_pipes.dtypes import DType
 from mlx_vlm_pipes.errors import CheckpointNotFound, InputError, WeightsError
+from mlx_vlm_pipes.weights import find_weight_files, read_header
 from mlx_vlm_pipes.weights.safetensors import (
     INDEX_NAME,
-    find_weight_files,
-    read_header,
     write_file,
 )
 
