@@ -16,6 +16,7 @@ from mlx_vlm_pipes.dtypes import DeviceRef, DeviceSpec, DType, scan_available_de
 from mlx_vlm_pipes.encoding import (
     COMPUTE_TYPES,
     ENCODINGS,
+    GGUF_ENCODINGS,
     fitting_encoding,
     split_encoding,
     stored_encoding,
@@ -298,6 +299,8 @@ class ModelConfig:
         kind, compute = self._encoding()
         if kind in COMPUTE_TYPES:
             return DType[kind]
+        if kind in GGUF_ENCODINGS:
+            return ENCODINGS[kind][1]
         return DType.bfloat16 if kind.startswith(("float8", "float4")) else compute
 
     def _encoding(self) -> tuple[str, DType | None]:
