@@ -15,7 +15,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Examine a checkpoint: reads headers and JSON only, in seconds at any size.",
         epilog="exit status: 0 usable, 1 not usable, 2 there is no such model",
     )
-    parser.add_argument("model", nargs="?", help="folder or hub id")
+    parser.add_argument("model", nargs="?", help="folder, GGUF file or hub id")
     parser.add_argument(
         "--families", action="store_true", help="list the model classes that are supported"
     )
@@ -36,7 +36,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.families:
         return _list_families(is_json=args.json)
     if args.model is None:
-        raise InputError("no model given; name a folder or hub id, or give --families")
+        raise InputError("no model given; name a folder, GGUF file or hub id, or give --families")
     from mlx_vlm_pipes.doctor import examine
     from mlx_vlm_pipes.doctor.trial import try_out
     from mlx_vlm_pipes.loading import resolve_folder
