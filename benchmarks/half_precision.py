@@ -11,6 +11,9 @@ float64: of this package, and of transformers itself with the same roundings.
   one in float32 and the one in bfloat16, get the same weights unpacked.
 - 8-bit cache: bfloat16; transformers gets a cache that rounds keys and values as ours does.
 
+With --decode only the last tokens of each prompt count, and ours come from compiled decode steps,
+one token each; those of transformers from one pass, as before.
+
 Trained models see their unseen cases, random ones of other families the same pictures; SmolLM2 (a
 folder with its safetensors) reads prose, a licence, Python, JSON and other languages.
 """
@@ -25,7 +28,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,7 @@ import mlx.core as mx
 import numpy as np
 import torch
 import transformers
+from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
@@ -42,14 +46,24 @@ sys.path.insert(0, str(ROOT))
 from mlx_vlm_pipes import Pipeline, load  # noqa: E402  # the path above leads there
 from mlx_vlm_pipes.config import KVCacheConfig, kv_group_size  # noqa: E402
 from mlx_vlm_pipes.conversion import ConvertOptions, convert  # noqa: E402
+from mlx_vlm_pipes.hf_config import read_config  # noqa: E402
+from mlx_vlm_pipes.kv_cache import (  # noqa: E402
+    KVCache,
+    cache_inputs,
+    increment_cache_lengths,
+)
+from mlx_vlm_pipes.loading import LoadOptions, load_model  # noqa: E402
+from mlx_vlm_pipes.processing.types import PromptRequest  # noqa: E402
+from mlx_vlm_pipes.registry import find_room  # noqa: E402
 from tools.train_tiny.tasks import messages_of, unseen_case  # noqa: E402
 
 SEED = 7  # of the unseen cases
 TEXT_TOKENS = 400  # of each text
+DECODED = 8  # last tokens of a prompt that --decode looks at, behind all pictures
 LANGUAGES = (
     "Der Zug nach Köln fährt um 7:45 Uhr von Gleis 3. «¿Cuánto cuesta el billete?», preguntó ella. "
-    "Вчера в Москве шёл снег, а сегодня светит солнце. 東京は日本の首都です。人口は約1400万人。"
-    "E = mc², ∑ 1/n² = π²/6 ≈ 1.6449, 3.7 × 10⁸ m/s; naïve café, Ærøskøbing, İstanbul, Łódź. 🙂🚀"
+    "Le café est fermé à midi ; revenez vers 14 h. 東京は日本の首都です。人口は約1400万人。"
+    "E = mc², ∑ 1/n² = π²/6 ≈ 1.6449, 3.7e8 m/s; Ærøskøbing, İstanbul, Łódź. 🙂🚀"
 )
 TEXT_FILES = (
     "README.md",
@@ -173,8 +187,39 @@ def draw_prompts(name: str, folder: Path, positions: int) -> list[Prompt]:
 
 def reference_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """transformers' model of a folder."""
-    architecture = transformers.AutoConfig.from_pretrained(folder).architectures[0]
-    return getattr(transformers, architecture).from_pretrained(folder, dtype=dtype).eval()
+    architecture = transformers.AutoConfig.from_pretrained(folder).architectures or []
+    return getattr(transformers, architecture[0]).from_pretrained(folder, dtype=dtype).eval()
+
+
+class Stepping:
+    """A model whose decode steps are driven on this thread, with the tokens that a prompt has."""
+
+    def __init__(self, folder: Path, dtype: str, kv_bits: int | None) -> None:
+        config = read_config(folder)
+        room = find_room(config)
+        options = LoadOptions(dtype=dtype, kv_cache=KVCacheConfig(bits=kv_bits))
+        self.model = load_model(room, folder, config, options)
+        self.processor = room.processor_class()(folder, config.to_dict(), {})
+
+    def logits(self, prompt: Prompt) -> np.ndarray:
+        """float32 [DECODED, V]: of the last tokens, one step each."""
+        given = dict(prompt.request)
+        asked, images = given.pop("prompt"), tuple(given.pop("images", ()))
+        processed = self.processor.process(PromptRequest(asked, images, **given))
+        ids = processed.input_ids
+        short = replace(processed, input_ids=ids[:-DECODED])
+        context = self.processor.new_context(short, max_length=self.model.max_seq_len)
+        cache = KVCache(self.model.kv_params)
+        kv = cache_inputs(cache, [cache.new_row()])
+        inputs = self.model.prepare_initial_token_inputs([[context]], kv)
+        mx.eval(self.model.execute(inputs).last_logits())
+        increment_cache_lengths(kv, [len(ids) - DECODED])
+        rows = []
+        for token in ids[-DECODED:]:
+            inputs = self.model.prepare_next_token_inputs(mx.array([token]), inputs)
+            rows.append(np.array(self.model.execute(inputs).last_logits()))
+            increment_cache_lengths(kv, [1])
+        return np.concatenate(rows)
 
 
 class RoundedLayer(DynamicLayer):
@@ -183,8 +228,8 @@ class RoundedLayer(DynamicLayer):
     bits = 8
 
     def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> Any:
-        rounded = (self._rounded(x) for x in (key_states, value_states))
-        return super().update(*rounded, *args, **kwargs)
+        keys, values = self._rounded(key_states), self._rounded(value_states)
+        return super().update(keys, values, *args, **kwargs)
 
     def _rounded(self, x: torch.Tensor) -> torch.Tensor:
         group = kv_group_size(x.shape[-1], KVCacheConfig().group_size)
@@ -204,9 +249,9 @@ def reference_logits(
     if rounded_cache:
         cache = DynamicCache()
         count = model.config.get_text_config().num_hidden_layers
-        cache.layers = [RoundedLayer() for _ in range(count)]
+        cache.layers.extend(RoundedLayer() for _ in range(count))
     with torch.no_grad():
-        out = model(**inputs, past_key_values=cache, use_cache=rounded_cache)
+        out = model.forward(**inputs, past_key_values=cache, use_cache=rounded_cache)
     return out.logits[0].float().numpy()
 
 
@@ -217,16 +262,16 @@ def text_path(name: str) -> str:
 
 def give_unpacked_weights(model: PreTrainedModel, packed: Path) -> None:
     """Put a 4-bit checkpoint's weights, unpacked in float32, into transformers' model."""
-    arrays: dict[str, mx.array] = {}
+    arrays: dict[str, Any] = {}
     for file in packed.glob("*.safetensors"):
-        arrays.update(mx.load(str(file)))  # pyright: ignore[reportArgumentType]  # a dict here
-    targets = {text_path(name): module for name, module in model.named_modules()}
+        arrays.update(mx.load(str(file)))  # pyright: ignore[reportArgumentType,reportCallIssue]
+    parameters = {text_path(name): value for name, value in model.named_parameters()}
     for name in [n.removesuffix(".scales") for n in arrays if n.endswith(".scales")]:
         scales, biases = (arrays[f"{name}.{k}"].astype(mx.float32) for k in ("scales", "biases"))
         group = 32 * arrays[f"{name}.weight"].shape[1] // 4 // scales.shape[1]
         weight = mx.dequantize(arrays[f"{name}.weight"], scales, biases, group, 4)
         with torch.no_grad():
-            targets[text_path(name)].weight.copy_(torch.from_numpy(np.array(weight)))
+            parameters[f"{text_path(name)}.weight"].copy_(torch.from_numpy(np.array(weight)))
 
 
 def divergence(wanted: np.ndarray, found: np.ndarray) -> np.ndarray:
@@ -247,8 +292,9 @@ def measure(
 ) -> tuple[np.ndarray, float]:
     """Divergence at every position, and the share of positions with the same likeliest token."""
     parts, same = [], []
-    for prompt, wanted in zip(prompts, references, strict=True):
+    for prompt, whole in zip(prompts, references, strict=True):
         found = run(prompt)
+        wanted = whole[-len(found) :]
         parts.append(divergence(wanted, found))
         same.append(found.argmax(-1) == wanted.argmax(-1))
     return np.concatenate(parts), float(np.concatenate(same).mean())
@@ -270,6 +316,7 @@ class Case:
     folder: Path
     packed: Path
     prompts: list[Prompt]
+    decode: bool  # only the last DECODED tokens of each prompt, by decode steps
 
     def references(self, line: str) -> list[np.ndarray]:
         model = self._theirs(line, torch.float32)
@@ -280,22 +327,27 @@ class Case:
         folder = self.packed if line == "4-bit" else self.folder
         dtype = line if line in ("float32", "float16") else "bfloat16"
         bits = 8 if line == "8-bit cache" else None
+        if self.decode:
+            return measure(self.prompts, references, Stepping(folder, dtype, bits).logits)
         with load(folder, dtype=dtype, device="cpu", kv_bits=bits) as pipe:
             return measure(self.prompts, references, lambda p: pipe.logits(**p.request))
 
     def theirs(self, line: str, references: list[np.ndarray]) -> tuple[np.ndarray, float]:
         """What transformers gives with the same roundings."""
         model = self._theirs(line, torch.float16 if line == "float16" else torch.bfloat16)
-        rounded = line == "8-bit cache"
-        return measure(
-            self.prompts, references, lambda p: reference_logits(model, p, rounded_cache=rounded)
-        )
+        rounded, begin = line == "8-bit cache", -DECODED if self.decode else 0
+
+        def run(prompt: Prompt) -> np.ndarray:
+            return reference_logits(model, prompt, rounded_cache=rounded)[begin:]
+
+        return measure(self.prompts, references, run)
 
     def _theirs(self, line: str, dtype: torch.dtype) -> PreTrainedModel:
         model = reference_model(self.folder, torch.float32)
         if line == "4-bit":
             give_unpacked_weights(model, self.packed)
-        return model.to(dtype)
+        nn.Module.to(model, dtype)  # in place
+        return model
 
 
 def compare(case: Case, lines: list[str]) -> None:
@@ -324,6 +376,7 @@ def main() -> None:
     parser.add_argument("--positions", type=int, default=2000)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--lines", nargs="+", default=list(LINES), choices=LINES)
+    parser.add_argument("--decode", action="store_true", help="decode steps instead of prompts")
     args = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -340,7 +393,7 @@ def main() -> None:
                 )
                 convert(options)
             prompts = draw_prompts(name, folder, args.positions)
-            compare(Case(name, folder, packed, prompts), args.lines)
+            compare(Case(name, folder, packed, prompts, args.decode), args.lines)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from mlx_vlm_pipes.config import KVCacheParams, kv_group_size
+from mlx_vlm_pipes.rounding import packed_product
 
 Layer = tuple[mx.array, ...]
 
@@ -67,17 +68,13 @@ class QuantizedFormat:
 
     def scores(self, q: mx.array, layer: Layer) -> mx.array:
         """q [B, K, R, D] times the packed keys of a layer -> [B, K, R, S]."""
-        return mx.quantized_matmul(
-            q.astype(self.dtype),
-            *layer[:3],
-            transpose=True,
-            group_size=self.group_size,
-            bits=self.bits,
+        return packed_product(
+            q.astype(self.dtype), *layer[:3], group_size=self.group_size, bits=self.bits
         )
 
     def mix(self, weights: mx.array, layer: Layer) -> mx.array:
         """weights [B, K, R, S] times the packed values of a layer -> [B, K, R, D]."""
-        return mx.quantized_matmul(
+        return packed_product(
             weights.astype(self.dtype),
             *layer[3:],
             transpose=False,

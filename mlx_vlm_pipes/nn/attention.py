@@ -1,7 +1,7 @@
 """Attention against a KV cache: exact rows while prefilling, whole capacity while decoding.
 
-Plain caches go through `mx.fast.scaled_dot_product_attention`. Quantised ones are read in tiles
-with an online softmax, so that neither the scores nor the dequantised cache ever exist whole.
+Plain caches go through MLX's fused attention. Quantised ones are read in tiles with an online
+softmax, so that neither the scores nor the dequantised cache ever exist whole.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_vlm_pipes.kv_cache import CacheFormat, Layer, PlainFormat, QuantizedFormat, Span
+from mlx_vlm_pipes.rounding import attend
 
 TILE = 256  # tokens of a quantised cache that prefill dequantises at a time
 DECODE_TILE = 2048  # tokens whose scores a decode step holds at a time; nothing is dequantised
@@ -90,9 +91,7 @@ def prefill_attention(
         return _tiled(q, cached, format, scale, start, window, spans)
     keys, values = fresh if start == 0 else format.decode(cached, 0, stop)
     mask = causal_mask(start, stop, window, spans)
-    return mx.fast.scaled_dot_product_attention(
-        q, keys.astype(q.dtype), values.astype(q.dtype), scale=scale, mask=mask
-    )
+    return attend(q, keys.astype(q.dtype), values.astype(q.dtype), scale=scale, mask=mask)
 
 
 def decode_attention(
@@ -101,9 +100,7 @@ def decode_attention(
     """One query of each row, [B, H, 1, D], against the whole capacity; mask [B, 1, 1, capacity]."""
     if isinstance(format, PlainFormat):
         keys, values = cached
-        return mx.fast.scaled_dot_product_attention(
-            q, keys.astype(q.dtype), values.astype(q.dtype), scale=scale, mask=mask
-        )
+        return attend(q, keys.astype(q.dtype), values.astype(q.dtype), scale=scale, mask=mask)
     heads = cached[0].shape[1]
     grouped = _grouped(q * scale, heads)  # [B, K, H / K, D]
     state = None
