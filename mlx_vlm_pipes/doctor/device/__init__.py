@@ -1,0 +1,1 @@
+"""What a machine computes, against stored numbers and against itself."""
