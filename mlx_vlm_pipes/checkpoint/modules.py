@@ -15,7 +15,8 @@ from mlx_vlm_pipes.checkpoint.state import LANGUAGE, StateDict, part, tower_stat
 from mlx_vlm_pipes.checkpoint.tie import HEAD, settle_head
 from mlx_vlm_pipes.config import PipelineConfig
 from mlx_vlm_pipes.interfaces import InferenceSession, Model
-from mlx_vlm_pipes.nn.decoder import DecoderConfig, DenseDecoder, Projections
+from mlx_vlm_pipes.nn.decoder import DenseDecoder, Projections
+from mlx_vlm_pipes.nn.decoder_config import DecoderConfig
 from mlx_vlm_pipes.nn.lora import LoRATable, attach_loras
 from mlx_vlm_pipes.weights import (
     WeightData,

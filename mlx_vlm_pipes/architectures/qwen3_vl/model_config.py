@@ -29,7 +29,7 @@ from mlx_vlm_pipes.hf_config import (
     rope_dictionary,
     text_config,
 )
-from mlx_vlm_pipes.nn.decoder import DecoderConfig
+from mlx_vlm_pipes.nn.decoder_config import DecoderConfig
 
 if TYPE_CHECKING:
     from typing_extensions import Self
