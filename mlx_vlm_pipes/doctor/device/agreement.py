@@ -25,6 +25,7 @@ from mlx_vlm_pipes.pipeline import GenerationResult, Pipeline
 ROWS = 8
 SAME = 2e-4  # of a log-probability, in float32; the order of a sum depends on the way
 LOGITS_SAME = 1e-4  # of the largest logit
+BEST = 5  # tokens at each place whose log-probabilities are compared
 SLICE = 16  # tokens; a picture of the bundled model has as many
 SAMPLED: dict[str, Any] = {"temperature": 1.0, "top_p": 0.95, "seed": 5}
 ALWAYS, NEVER = 1 << 40, 0  # bytes of cache up to which steps overlap
@@ -34,11 +35,11 @@ def check_agreement(record: Recorder, folder: Path) -> None:
     """One row against eight, slices, prefixes, steps in order, and steps uncompiled."""
     cases = [case for case in load_cases() if case.logits is not None][:ROWS]
     with record.trying("one row"), opened(folder, dtype="float32") as pipe:
-        alone = [answer(pipe, case, logprobs=1) for case in cases]
+        alone = [answer(pipe, case, logprobs=BEST) for case in cases]
         whole = [text_logits(pipe, case) for case in cases]
         _check_rows(record, pipe, cases, alone)
         with record.trying("cached prefix", "use EngineConfig(enable_prefix_caching=False)"):
-            again = [answer(pipe, case, logprobs=1) for case in cases]
+            again = [answer(pipe, case, logprobs=BEST) for case in cases]
             reused = sum(one.usage.cached_tokens > 0 for one in again)
             record.all_of("cached prefix: prompts that reuse it", reused, len(cases))
             _same(record, "cached prefix", again, alone)
@@ -57,7 +58,7 @@ def _check_rows(
 ) -> None:
     with record.trying("eight rows", "use EngineConfig(max_batch_size=1)"):
         pipe.engine.forget()
-        _same(record, "eight rows", answers_together(pipe, cases, logprobs=1), alone)
+        _same(record, "eight rows", answers_together(pipe, cases, logprobs=BEST), alone)
         drawn = [answer(pipe, case, **SAMPLED).tokens for case in cases]
         together = [one.tokens for one in answers_together(pipe, cases, **SAMPLED)]
         record.all_of("eight rows, sampled: answers", right_tokens(together, drawn), len(cases))
@@ -90,7 +91,7 @@ def _check_other_ways(
     for name, (remedy, options) in ways.items():
         with record.trying(name, remedy):
             with opened(folder, dtype="float32", **options) as pipe:
-                found = answers_together(pipe, cases, logprobs=1)
+                found = answers_together(pipe, cases, logprobs=BEST)
             _same(record, name, found, alone)
 
 
@@ -112,5 +113,6 @@ def _same(
 
 
 def _scores(answer: GenerationResult) -> np.ndarray:
-    """float [n]: the log-probability of each token."""
-    return np.array([place.token_log_probabilities[0] for place in answer.logprobs or []])
+    """float [n, BEST], of each place's best tokens: the unlikely ones show a difference first."""
+    places = [place.top_log_probabilities[0] for place in answer.logprobs or []]
+    return np.array([sorted(place.values())[::-1][:BEST] for place in places])

@@ -1,4 +1,4 @@
-"""The attention and matrix kernels that models of the usual sizes take, against numpy in float64."""
+"""Attention and matrix kernels at the sizes that models have, against numpy in float64."""
 
 from __future__ import annotations
 
@@ -93,19 +93,21 @@ def _decode_error(dim: int, dtype: mx.Dtype, capacity: int) -> float:
     return _apart(found, _attend_in_numpy(*_as_held(args, dtype)))
 
 
-def _attend(
-    args: Inputs, dtype: mx.Dtype, mask: np.ndarray | str, **options: bool
-) -> mx.array:
+def _attend(args: Inputs, dtype: mx.Dtype, mask: np.ndarray | str) -> mx.array:
     q, k, v = (mx.array(a).astype(dtype) for a in args[:3])
     shown = mask if isinstance(mask, str) else mx.array(mask)
     scale = q.shape[-1] ** -0.5
-    return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=shown, **options)
+    return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=shown)
 
 
 def _is_fused(args: Inputs, dtype: mx.Dtype) -> bool:
-    """Whether MLX has one kernel for it: asked to take no other way, it raises else."""
+    """Whether MLX has one kernel for it: asked to take no other way, it raises ValueError else."""
+    q, k, v = (mx.array(a).astype(dtype) for a in args[:3])
     try:
-        mx.eval(_attend(args, dtype, args[3], force_fused=True))
+        out = mx.fast.scaled_dot_product_attention(
+            q, k, v, scale=1.0, mask=mx.array(args[3]), force_fused=True
+        )
+        mx.eval(out)
     except ValueError:
         return False
     return True
@@ -143,13 +145,15 @@ def _product_error(size: tuple[int, int], dtype: mx.Dtype) -> float:
 def _packed_error(size: tuple[int, int], dtype: mx.Dtype, bits: int, group: int) -> float:
     """Against the same packed values, unpacked on the CPU."""
     x, w = _operands(size, dtype)
-    packed, scales, biases = mx.quantize(w, group, bits)
+    packed, scales, *biases = mx.quantize(w, group, bits)
     found = {
-        rows: mx.quantized_matmul(x[:rows], packed, scales, biases, True, group, bits)
+        rows: mx.quantized_matmul(
+            x[:rows], packed, scales, biases[0], transpose=True, group_size=group, bits=bits
+        )
         for rows in _rows()
     }
-    floats = [a.astype(mx.float32) for a in (scales, biases)]
-    unpacked = mx.dequantize(packed, *floats, group, bits, stream=mx.cpu)
+    floats = [a.astype(mx.float32) for a in (scales, biases[0])]
+    unpacked = mx.dequantize(packed, *floats, group_size=group, bits=bits, stream=mx.cpu)
     return _worst(found, x, unpacked)
 
 

@@ -1,4 +1,4 @@
-"""A model of SmolVLM-256M's shape with random weights: what a real one costs, without a download."""
+"""Random weights in SmolVLM-256M's shape: what a real model costs, without a download."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mlx_vlm_pipes.registry import find_room
 
 _TEXT = {
     "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9,
-    "num_key_value_heads": 3, "head_dim": 64, "vocab_size": 49280, "max_position_embeddings": 8192,
+    "num_key_value_heads": 3, "head_dim": 64, "max_position_embeddings": 8192,
     "tie_word_embeddings": True,
 }  # fmt: skip
 _TOWER = {
@@ -30,21 +30,23 @@ _SCALE = 4  # by so many patches each way, one image token
 
 @dataclass(frozen=True)
 class Shape:
-    """Layers of decoder and tower; side of a picture in pixels."""
+    """Layers of decoder and tower, tokens, side of a picture in pixels: whole, or less of it."""
 
     layers: int = 30
     tower_layers: int = 12
+    vocab_size: int = 49280
     side: int = 512
 
     @property
     def name(self) -> str:
-        return f"SmolVLM-256M's shape, {self.layers} + {self.tower_layers} layers, random weights"
+        layers = f"{self.layers} layers and {self.tower_layers} of the tower"
+        return f"random weights of SmolVLM-256M's widths, {layers}"
 
 
 def write_random_model(target: Path, shape: Shape) -> Path:
     """The bundled model's tokenizer and processor around another network, in bfloat16."""
     shutil.copytree(BUNDLED, target, ignore=shutil.ignore_patterns("*.safetensors"))
-    text = {**_TEXT, "num_hidden_layers": shape.layers}
+    text = {**_TEXT, "num_hidden_layers": shape.layers, "vocab_size": shape.vocab_size}
     tower = {**_TOWER, "num_hidden_layers": shape.tower_layers, "image_size": shape.side}
     config = require_json(target / "config.json")
     config["text_config"].update(text)
@@ -53,7 +55,9 @@ def write_random_model(target: Path, shape: Shape) -> Path:
     _rewrite(target / "config.json", config)
     edge = {"longest_edge": shape.side}
     pictures = require_json(target / "preprocessor_config.json")
-    _rewrite(target / "preprocessor_config.json", {**pictures, "size": edge, "max_image_size": edge})
+    _rewrite(
+        target / "preprocessor_config.json", {**pictures, "size": edge, "max_image_size": edge}
+    )
     tokens = (shape.side // _TOWER["patch_size"] // _SCALE) ** 2
     settings = require_json(target / "processor_config.json")
     _rewrite(target / "processor_config.json", {**settings, "image_seq_len": tokens})

@@ -59,8 +59,7 @@ class Recorder:
 
     def all_of(self, name: str, right: int, total: int) -> None:
         """So many of so many were as they should be."""
-        text = f"{right} of {total}"
-        self._add(name, text, value=right, bar=total, ok=right == total > 0)
+        self._add(name, f"{right} of {total}", value=right, bar=total, ok=right == total > 0)
 
     def figures(self, subject: str, values: Mapping[str, Any]) -> None:
         """What is neither right nor wrong; numbers are rounded to four digits."""
@@ -91,12 +90,13 @@ class DeviceReport:
         """What a part has sent on."""
         if "check" in message:
             self.checks.append(Check(**message["check"]))
+        self.machine.update(message.get("machine", {}))
         for subject, values in message.get("figures", {}).items():
             self.figures.setdefault(subject, {}).update(values)
 
     def fail(self, part: str, text: str, remedy: str) -> None:
         """A part that did not come to its end."""
-        self.checks.append(Check(part, part, False, text, remedy=remedy))
+        self.checks.append(Check(part, part, ok=False, text=text, remedy=remedy))
 
     @property
     def failed(self) -> list[Check]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +12,6 @@ from mlx_vlm_pipes.contexts import SamplingParams
 from mlx_vlm_pipes.doctor.device.references import load_cases
 from mlx_vlm_pipes.doctor.device.report import Recorder
 from mlx_vlm_pipes.dtypes import default_device
-from mlx_vlm_pipes.engine.sampler import Sampler
 from mlx_vlm_pipes.engine.sampling import RowSampler
 
 VOCABULARY = 151_936  # Qwen's: sorting so many takes other kernels than sorting the bundled 438
@@ -72,7 +70,7 @@ def check_sampling(record: Recorder) -> None:
 
 
 def flattened(logits: np.ndarray) -> np.ndarray:
-    """Logits [V] of a model that is sure, made unsure: the best twenty are within 4 of each other."""
+    """Logits [V] of a model that is sure, made unsure: the best twenty within 4 of each other."""
     best = np.sort(logits)[-20:]
     return (logits * (4.0 / (best[-1] - best[0]))).astype(np.float32)
 
@@ -85,31 +83,24 @@ def made_logits(size: int) -> np.ndarray:
     return logits
 
 
-def _tokens(
-    logits: np.ndarray, way: Way, rows: int, steps: int, **more: Any
-) -> np.ndarray:
+def _tokens(logits: np.ndarray, way: Way, rows: int, steps: int, **more: Any) -> np.ndarray:
     """uint32 [steps, rows]: the same logits [V] for every row and step."""
-    sampler = Sampler(is_gpu=not default_device().is_host)
     samplers = [
         RowSampler(SamplingParams(**{**way.settings, **more, "seed": i}), PROMPT, len(logits), ())
         for i in range(rows)
     ]
-    tiled, found = mx.array(np.tile(logits, (rows, 1))), []
+    own, found = mx.array(logits), []
     for _ in range(steps):
-        tokens, failures = sampler(tiled, samplers)
-        for error in failures.values():
-            raise error
-        mx.eval(tokens, sampler.state())
+        tokens = mx.stack([row.next_token(own) for row in samplers])
+        mx.eval(tokens, *(array for row in samplers for array in row.state()))
         found.append(np.array(tokens))
     return np.stack(found)
 
 
-PROMPT = np.arange(0, 400, 7)  # tokens that a repetition penalty finds in the prompt
+PROMPT = np.arange(0, 400, 7)  # what a repetition penalty finds in the prompt; all are below 438
 
 
-def _check_draws(
-    record: Recorder, name: str, logits: np.ndarray, way: Way, draws: int
-) -> None:
+def _check_draws(record: Recorder, name: str, logits: np.ndarray, way: Way, draws: int) -> None:
     drawn = _tokens(logits, way, ROWS, draws // ROWS).reshape(-1)
     kept = kept_in_numpy(logits, **way.settings)
     record.all_of(f"{name}: tokens that may come", int(kept[drawn].sum()), len(drawn))
@@ -177,7 +168,7 @@ def chosen_in_numpy(
 ) -> list[int]:
     """The likeliest token of each step, as the penalties on those before leave it."""
     counts, seen = np.zeros(len(logits)), np.zeros(len(logits), bool)
-    seen[PROMPT[PROMPT < len(logits)]] = True
+    seen[PROMPT] = True
     tokens: list[int] = []
     for _ in range(steps):
         punished = np.where(logits < 0, logits * repetition_penalty, logits / repetition_penalty)
