@@ -17,7 +17,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="exit status: 0 usable (with --device: to be trusted), 1 not, "
         "2 there is no such model",
     )
-    parser.add_argument("model", nargs="?", help="folder or hub id")
+    parser.add_argument("model", nargs="?", help="folder, GGUF file or hub id")
     parser.add_argument(
         "--families", action="store_true", help="list the model classes that are supported"
     )
@@ -47,7 +47,9 @@ def _run(args: argparse.Namespace) -> int:
     if args.device:
         return _check_device(args)
     if args.model is None:
-        raise InputError("no model given; name a folder or hub id, or give --families or --device")
+        raise InputError(
+            "no model given; name a folder, GGUF file or hub id, or give --families or --device"
+        )
     from mlx_vlm_pipes.doctor import examine
     from mlx_vlm_pipes.doctor.trial import try_out
     from mlx_vlm_pipes.loading import resolve_folder

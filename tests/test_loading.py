@@ -99,9 +99,9 @@ def test_a_fault_is_named(name: str, tmp_path: Path) -> None:
 
 
 def test_nothing_there(tmp_path: Path) -> None:
-    with pytest.raises(errors.CheckpointNotFound, match="no model folder"):
+    with pytest.raises(errors.CheckpointNotFound, match="no model at"):
         load(tmp_path / "gone")
-    with pytest.raises(errors.CheckpointNotFound, match="GGUF"):
+    with pytest.raises(errors.CheckpointNotFound, match="a GGUF file or a hub id"):
         load(tmp_path / "model.gguf")
     with pytest.raises(errors.CheckpointNotFound, match="hub"):
         load("nobody/no-such-model")

@@ -48,7 +48,7 @@ class Transfer:
             settings = packing_of(self.source, path)
             parts = modules.pop(path)
             arrays, packed = self.convert(path, parts, settings)
-            self.tally.read += sum(part.data.nbytes for part in parts.values())
+            self.tally.read += sum(part.nbytes for part in parts.values())
             del parts  # the last hold on what was read
             self._read(path, arrays)
             for target in self._targets(path):
@@ -105,7 +105,8 @@ class Transfer:
         if source is not None and target == source and pair is None:
             return self._cast(arrays), source
         if source is not None:
-            arrays = unpack(arrays, source)
+            is_exact = self.options.dtype == "float32"  # narrower scales would round the products
+            arrays = unpack(self._cast(arrays) if is_exact else arrays, source)
         if pair is not None:
             arrays["weight"] = merge_into(arrays["weight"], pair)
         arrays = self._cast(arrays)

@@ -21,7 +21,7 @@ def estimate_memory(room: Room, tensors: Tensors, checkup: Checkup) -> None:
     model = tensors.pipeline.model
     config = model.require_huggingface_config()
     room_class = room.model_class()
-    load = sum(weight.data.nbytes for weight in tensors.state.values())
+    load = sum(weight.nbytes for weight in tensors.state.values())
     params = room_class.get_kv_params(
         config, tensors.pipeline, model.devices, model.kv_cache, model.cache_dtype
     )

@@ -185,10 +185,10 @@ class Prefill:
         if not ended:
             return []
         rows = [job.first_logits for job in ended if job.first_logits is not None]
-        tokens = self._results.sample(mx.concatenate(rows), ended)
-        values: list[int] = tokens.tolist()  # pyright: ignore[reportAssignmentType]  # 1-D
+        sampled = self._results.sample(mx.concatenate(rows), ended)
+        mx.eval(sampled.arrays())
         started = []
-        for job, token, logits in zip(ended, values, rows, strict=True):
+        for job, (token, score) in zip(ended, sampled.read(), strict=True):
             self.jobs.remove(job)
             job.first_logits = None
             job.features.clear()
@@ -197,7 +197,7 @@ class Prefill:
             if job.wants_echo:
                 length = job.context.tokens.prompt_length
                 job.prompt_logprobs = join_logprobs(job.echoed, length)
-            if self._results.deliver(job, token, logits):
+            if self._results.deliver(job, token, score):
                 started.append(job)
         return started
 

@@ -45,7 +45,7 @@ def as_cached(x: mx.array, y: mx.array, bits: int | None) -> tuple[mx.array, mx.
     """Keys and values as the cache gives them back."""
     format = cache_format(params(bits))
     if isinstance(format, QuantizedFormat):
-        return format.decode(format.encode(x, y), 0, x.shape[2])
+        return format.decode(format.encode(mx.stack([x, y])), 0, x.shape[2])
     return x, y
 
 
@@ -84,7 +84,7 @@ def test_decode(bits: int | None, window: int | None, monkeypatch: pytest.Monkey
     )
     format = cache_format(params(bits))
     mask = decode_mask(mx.array(lengths), 128, window)
-    out = decode_attention(q, format.encode(k, v), format, mask, SCALE)
+    out = decode_attention(q, format.encode(mx.stack([k, v])), format, mask, SCALE)
     for i, length in enumerate(lengths):
         one = slice(i, i + 1)
         keys, values = as_cached(k[one, :, : length + 1], v[one, :, : length + 1], bits)

@@ -12,6 +12,7 @@ from mlx_vlm_pipes.contexts import SamplingParams
 from mlx_vlm_pipes.doctor.device.references import load_cases
 from mlx_vlm_pipes.doctor.device.report import Recorder
 from mlx_vlm_pipes.dtypes import default_device
+from mlx_vlm_pipes.engine.sampler import Sampler
 from mlx_vlm_pipes.engine.sampling import RowSampler
 
 VOCABULARY = 151_936  # Qwen's: sorting so many takes other kernels than sorting the bundled 438
@@ -85,14 +86,17 @@ def made_logits(size: int) -> np.ndarray:
 
 def _tokens(logits: np.ndarray, way: Way, rows: int, steps: int, **more: Any) -> np.ndarray:
     """uint32 [steps, rows]: the same logits [V] for every row and step."""
+    sampler = Sampler(is_gpu=not default_device().is_host)
     samplers = [
         RowSampler(SamplingParams(**{**way.settings, **more, "seed": i}), PROMPT, len(logits), ())
         for i in range(rows)
     ]
-    own, found = mx.array(logits), []
+    tiled, found = mx.array(np.tile(logits, (rows, 1))), []
     for _ in range(steps):
-        tokens = mx.stack([row.next_token(own) for row in samplers])
-        mx.eval(tokens, *(array for row in samplers for array in row.state()))
+        tokens, failures = sampler(tiled, samplers)
+        for error in failures.values():
+            raise error
+        mx.eval(tokens, sampler.state())
         found.append(np.array(tokens))
     return np.stack(found)
 

@@ -50,10 +50,10 @@ def test_positions_and_back() -> None:
 
 
 def test_rotary_angles_alternate_between_axes() -> None:
-    cos, sin = PatchRotary(8, 16.0)(np.array([2]), np.array([3]))
+    first, second = PatchRotary(8, 16.0)(np.array([2]), np.array([3]))
     angles = np.array([2 * 1.0, 2 * 16**-0.5, 3 * 16**-0.25, 3 * 16**-0.75])
-    assert np.allclose(np.array(cos)[0], np.cos(angles), atol=bar(1e-6))
-    assert np.allclose(np.array(sin)[0], np.sin(angles), atol=bar(1e-6))
+    assert np.allclose(np.array(first)[0], [np.cos(angles), np.sin(angles)], atol=bar(1e-6))
+    assert np.allclose(np.array(second)[0], [-np.sin(angles), np.cos(angles)], atol=bar(1e-6))
 
 
 @pytest.mark.parametrize("path", CASES, ids=lambda path: path.name)
