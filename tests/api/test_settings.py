@@ -17,7 +17,7 @@ from mlx_vlm_pipes.architectures.internvl.processing import InternVLProcessor
 from mlx_vlm_pipes.architectures.llama3 import Llama3Config, Llama3Model
 from mlx_vlm_pipes.config import KVCacheConfig, ModelConfig, PipelineConfig, RuntimeConfig
 from mlx_vlm_pipes.contexts import SamplingParams
-from mlx_vlm_pipes.dtypes import DeviceRef, DType
+from mlx_vlm_pipes.dtypes import DType
 from mlx_vlm_pipes.engine.engine import Engine, machine_memory
 from mlx_vlm_pipes.engine.requests import Handle
 from mlx_vlm_pipes.engine.scheduler import Scheduler
@@ -28,9 +28,10 @@ from mlx_vlm_pipes.interfaces import Phase, ReturnHiddenStates
 from mlx_vlm_pipes.nn.language_model import can_compile
 from mlx_vlm_pipes.processing.types import PromptRequest
 from mlx_vlm_pipes.quantization import QuantizationEncoding
-from tests.api.driving import STEPS, build, cpu, pipeline_config, prefill, relative, save
+from tests.api.driving import STEPS, build, pipeline_config, prefill, relative, save
 from tests.api.test_internvl import ROOM as INTERNVL
 from tests.api.test_llama3 import ROOM as LLAMA
+from tests.device import device, device_ref
 from tests.fixtures_helper import FIXTURES
 
 MEMORY = 1 << 30
@@ -162,7 +163,7 @@ def test_engine_and_load_take_the_settings_of_the_model() -> None:
     assert model.weight_bytes == stored
     assert limits.kv_bytes == (int(0.9 * machine_memory()) - stored) * 3 // 4
     pipe.close()
-    worker = OwnerThread(cpu())
+    worker = OwnerThread(device())
     own = KVCacheConfig(device_memory_utilization=0.5, enable_prefix_caching=False)
     made = worker.call(lambda: build(Llama3Model, LLAMA.folder, kv_cache=own))
     engine = Engine(worker, made, None)
@@ -198,7 +199,7 @@ def test_without_use_subgraphs_the_decode_step_is_not_compiled() -> None:
     assert served[0].answer() == served[1].answer() == LLAMA.greedy(PROMPT)
     traces = [one.scheduler.stats.traces for one in served]
     assert traces[1] == 0
-    assert traces[0] > 0 or not can_compile(DeviceRef.CPU())
+    assert traces[0] > 0 or not can_compile(device_ref())
 
 
 def test_norm_dtype_is_the_type_of_the_norms_weights() -> None:
