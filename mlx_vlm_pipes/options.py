@@ -175,7 +175,7 @@ def read_options(given: Mapping[str, object], table: Mapping[str, Option]) -> di
     """
     unknown = sorted(given.keys() - table.keys())
     if unknown:
-        raise InputError(f"unknown option {unknown[0]!r}; options: {', '.join(sorted(table))}")
+        raise InputError(f"unknown option {shown(unknown[0])}; options: {', '.join(sorted(table))}")
     read = {name: table[name].read(value) for name, value in given.items()}
     return {name: value for name, value in read.items() if value is not None}
 

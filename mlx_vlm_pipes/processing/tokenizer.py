@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_vlm_pipes.errors import InputError, ProcessorError
+from mlx_vlm_pipes.errors import InputError, ProcessorError, shown
 from mlx_vlm_pipes.processing.chat_template import ChatTemplate, find_template
 from mlx_vlm_pipes.processing.growth import checked_growth
 from mlx_vlm_pipes.processing.settings import read_json
@@ -241,7 +241,9 @@ def _add_missing(backend: tokenizers.Tokenizer, folder: Path, config: Mapping[st
             wanted[number] = AddedToken(token, normalized=False, special=token[:1] == "<")
     for number, entry in (listed if isinstance(listed, Mapping) else {}).items():
         if not isinstance(entry, Mapping) or not isinstance(entry.get("content"), str):
-            raise ProcessorError(f"{folder}: added_tokens_decoder entry {number!r} has no content")
+            raise ProcessorError(
+                f"{folder}: added_tokens_decoder entry {shown(number)} has no content"
+            )
         names = ("single_word", "lstrip", "rstrip", "normalized", "special")
         flags = {name: bool(entry.get(name, False)) for name in names}
         if str(number).isdigit():
