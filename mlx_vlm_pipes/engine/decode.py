@@ -1,4 +1,4 @@
-"""Rows that decode together, one token a step, with one step always in flight."""
+"""Rows that decode together, one token a step; while text goes out, the next step is in flight."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from mlx_vlm_pipes.engine.handover import overlaps
 from mlx_vlm_pipes.engine.requests import Job
 from mlx_vlm_pipes.engine.results import Results
 from mlx_vlm_pipes.engine.state import EngineState
@@ -105,6 +106,8 @@ class Decode:
         logits = outputs.last_logits()
         tokens = self._results.sample(logits, jobs)
         states = [a for job in jobs for a in job.sampler.state()]
+        if self._flight is not None and not overlaps(self._state):
+            self._state.model.device.synchronize()  # reading its tokens would not free the cache
         mx.async_eval(tokens, *states)
         return Flight(jobs, inputs, kv, tokens, logits)
 
