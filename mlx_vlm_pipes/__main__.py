@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     if given and given[0] not in ("-h", "--help", "--version"):
         return import_module("mlx_vlm_pipes.generate").main(given)
     parser = _build_parser()
-    return run_command(parser, lambda args: _put_help(parser), given)
+    return run_command(lambda: parser, lambda args: _put_help(parser), given)
 
 
 def _build_parser() -> argparse.ArgumentParser:

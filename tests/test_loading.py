@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +13,8 @@ import pytest
 from PIL import Image
 
 from mlx_vlm_pipes import errors, load
-from tests.fixtures_helper import FIXTURES
+from mlx_vlm_pipes.conversion import ConvertOptions, convert
+from tests.fixtures_helper import FIXTURES, copy_case
 
 LLAMA, VLM = FIXTURES / "llama-tied", FIXTURES / "idefics3"
 
@@ -226,3 +229,16 @@ def test_overrides_reach_tiles_and_model() -> None:
     assert tiles == [1, 5]
     with pytest.raises(errors.ConfigError, match="knows none"):
         load(FIXTURES / "llama-tied", vision_config_overrides={"max_dynamic_patch": 1})
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="its file systems take UTF-8 alone")
+def test_a_folder_whose_name_is_not_utf8(tmp_path: Path) -> None:
+    folder = copy_case("llama-tied", tmp_path / "plain").rename(tmp_path / os.fsdecode(b"m\xff"))
+    line = r"m\\udcff.*: not a name in UTF-8; rename it$"
+    with pytest.raises(errors.CheckpointNotFound, match=line):
+        load(folder)
+    with pytest.raises(errors.CheckpointNotFound, match=line):
+        load(LLAMA, adapter=str(folder))
+    with pytest.raises(errors.InputError, match=line):
+        convert(ConvertOptions(model=LLAMA, out=folder / "out"))
+    assert not (folder / "out").exists()
