@@ -13,7 +13,7 @@ from mlx_vlm_pipes.contexts import SamplingParams, TextContext
 from mlx_vlm_pipes.engine.engine import Engine
 from mlx_vlm_pipes.engine.plan import Plan
 from mlx_vlm_pipes.engine.requests import Chunk, Handle, Timings, Usage
-from mlx_vlm_pipes.errors import ContextTooLong, InputError
+from mlx_vlm_pipes.errors import ContextTooLong, InputError, shown
 from mlx_vlm_pipes.hf_config import lookup
 from mlx_vlm_pipes.interfaces import LogProbabilities, PipelineModelWithKVCache
 from mlx_vlm_pipes.options import (
@@ -147,10 +147,11 @@ class Pipeline:
 
         adapter: as for `generate`.
         """
+        name = OPTIONS["adapter"].read(adapter)
         processed = self.encode(prompt, images, videos, **options)
         self._check_length(processed, 0)
         context = self.processor.new_context(
-            processed, max_length=self.max_seq_len, model_name=self._adapter(adapter)
+            processed, max_length=self.max_seq_len, model_name=self._adapter(name)
         )
         return self.engine.prompt_logits(context)
 
@@ -316,8 +317,9 @@ class Pipeline:
         total = len(processed.input_ids) + new_tokens
         if total > self.max_seq_len:
             raise ContextTooLong(
-                f"{len(processed.input_ids)} prompt tokens and {new_tokens} new ones make {total}; "
-                f"this model holds {self.max_seq_len}; shorten the prompt or ask for fewer tokens"
+                f"{len(processed.input_ids)} prompt tokens and {shown(new_tokens)} new ones make "
+                f"{shown(total)}; this model holds {self.max_seq_len}; shorten the prompt or ask "
+                "for fewer tokens"
             )
 
 
