@@ -9,6 +9,7 @@ Load: SmolLM2-135M's shape, plain and packed, as shares of the parameters' bytes
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import tempfile
@@ -54,9 +55,15 @@ def pack(folder: Path, packed: Path) -> None:
     (packed / "config.json").write_text(json.dumps(config))
 
 
-def measure_load(folder: Path, name: str, dtype: str) -> None:
+def in_use() -> int:
+    """Bytes, without what was measured before."""
+    gc.collect()
     mx.synchronize()
-    before = mx.get_active_memory()
+    return mx.get_active_memory()
+
+
+def measure_load(folder: Path, name: str, dtype: str) -> None:
+    before = in_use()
     mx.reset_peak_memory()
     model = open_folder(folder, dtype)
     size = model.weight_bytes
@@ -71,8 +78,7 @@ def measure_steps(model: PipelineModelWithKVCache, rows: int, length: int, way: 
     """Milliseconds a step; memory in use and at its peak, as shares of the cache."""
     limits = EngineConfig(enable_prefix_caching=False, overlap_bytes=WAYS[way])
     scheduler = Scheduler(model, limits)
-    mx.synchronize()
-    before, times, active = mx.get_active_memory(), [], []
+    before, times, active = in_use(), [], []
     for _ in range(rows):
         submit(scheduler, length, 40 + 12 * rows)
     while len(scheduler.running) < rows:
