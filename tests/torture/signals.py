@@ -23,10 +23,14 @@ from tests.torture import section
 from tests.torture.section import Case, require
 from tests.torture.worker import ROOT
 
-BEGUN = (
-    "import os, sys\nfrom mlx_vlm_pipes.{command} import main\n"
-    "os.write({mark}, b'.')\nstatus = main(sys.argv[1:])\nos.write({mark}, bytes([status]))\nsys.exit(status)"
-)
+BEGUN = """
+import os, sys
+from mlx_vlm_pipes.{command} import main
+os.write({mark}, b".")
+status = main(sys.argv[1:])
+os.write({mark}, bytes([status]))
+sys.exit(status)
+"""
 PICTURE = ROOT / "examples" / "images" / "shapes.png"
 SIGNALS = ["SIGINT", "SIGTERM", "SIGKILL", "SIGPIPE", "twice SIGINT", "twice SIGTERM", "SIGHUP"]
 # how a command may end: as asked, or by the signal; convert clears up before it ends
