@@ -30,7 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
         "cast, dequantised, or with an adapter merged.",
         epilog=_EPILOG,
     )
-    parser.add_argument("--model", required=True, help="folder or hub id")
+    parser.add_argument("--model", required=True, help="folder, GGUF file or hub id")
     parser.add_argument("--out", required=True, type=Path, help="folder to make; must not exist")
     parser.add_argument("--revision", help="branch, tag or commit of a hub id")
     packing = parser.add_argument_group("quantisation")

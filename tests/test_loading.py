@@ -102,9 +102,9 @@ def test_a_fault_is_named(name: str, tmp_path: Path) -> None:
 
 
 def test_nothing_there(tmp_path: Path) -> None:
-    with pytest.raises(errors.CheckpointNotFound, match="no model folder"):
+    with pytest.raises(errors.CheckpointNotFound, match="no model at"):
         load(tmp_path / "gone")
-    with pytest.raises(errors.CheckpointNotFound, match="GGUF"):
+    with pytest.raises(errors.CheckpointNotFound, match="a GGUF file or a hub id"):
         load(tmp_path / "model.gguf")
     with pytest.raises(errors.CheckpointNotFound, match="hub"):
         load("nobody/no-such-model")
@@ -151,12 +151,14 @@ def test_values_that_change_nothing(case: str, values: dict[str, object], tmp_pa
     assert answers[0] == answers[1]
 
 
-@pytest.mark.parametrize("edge", [None, {"longest_edge": 999}, {"longest_edge": 13}])
-def test_frames_that_the_tower_does_not_read(edge: object, tmp_path: Path) -> None:
+@pytest.mark.parametrize("edge", [{"longest_edge": 7}, {"longest_edge": 13}])
+def test_frames_that_make_no_tokens(edge: object, tmp_path: Path) -> None:
     folder = changed(
         "idefics3", tmp_path / "model", "preprocessor_config.json", max_image_size=edge
     )
-    with pytest.raises(errors.ProcessorError, match=r"max_image_size is .*expected 4x4"):
+    with pytest.raises(
+        errors.ProcessorError, match=r"max_image_size is .*expected a multiple of scale_factor 2"
+    ):
         load(folder)
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_vlm_pipes.errors import InputError, ProcessorError, shown
+from mlx_vlm_pipes.gguf.header import is_gguf
 from mlx_vlm_pipes.processing.chat_template import ChatTemplate, find_template
 from mlx_vlm_pipes.processing.growth import checked_growth
 from mlx_vlm_pipes.processing.settings import read_json
@@ -186,7 +188,9 @@ def _named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
 
 def _load_backend(folder: Path, config: Mapping[str, Any]) -> tokenizers.Tokenizer:
     path = folder / "tokenizer.json"
-    if path.is_file():
+    if is_gguf(folder):
+        backend = _from_values(path, read_json(path) or {})
+    elif path.is_file():
         backend = _from_json(path)
     elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         backend = _from_vocabulary(folder, config)
@@ -205,6 +209,15 @@ def _from_json(path: Path) -> tokenizers.Tokenizer:
     _check_size(path)
     try:
         return tokenizers.Tokenizer.from_file(str(path))
+    except BaseException as error:
+        raise _damaged(path, error) from error
+
+
+def _from_values(path: Path, values: Mapping[str, Any]) -> tokenizers.Tokenizer:
+    import tokenizers
+
+    try:
+        return tokenizers.Tokenizer.from_str(json.dumps(values))
     except BaseException as error:
         raise _damaged(path, error) from error
 

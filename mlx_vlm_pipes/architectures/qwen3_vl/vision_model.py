@@ -15,7 +15,7 @@ import numpy as np
 from mlx_vlm_pipes.architectures.qwen3_vl.model_config import VisionConfig
 from mlx_vlm_pipes.nn.activations import activation
 from mlx_vlm_pipes.nn.rope import inverse_frequencies
-from mlx_vlm_pipes.nn.vision import PatchEmbed, SegmentAttention, SegmentBlock, Segments
+from mlx_vlm_pipes.nn.vision import PatchEmbed, SegmentAttention, SegmentBlock, Segments, turn_of
 
 NORM_EPS = 1e-6  # written into the reference's code, in no config.json
 
@@ -93,7 +93,7 @@ class VisionModel(nn.Module):
         angles = vision_position_ids.astype(mx.float32)[:, :, None] * self._inv_freq
         angles = angles.reshape(angles.shape[0], -1)  # [P, D/2]: row angles, then column angles
         frames = np.diff(np.array(cu_seqlens).astype(np.int64)).tolist()
-        segments = Segments(frames, mx.cos(angles), mx.sin(angles))
+        segments = Segments(frames, turn_of(angles))
         h = self.patch_embed(pixel_values.astype(self.dtype))
         h = h + self._places(interpolation_indices, interpolation_weights).astype(h.dtype)
         rows: list[mx.array] = []
