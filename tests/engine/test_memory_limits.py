@@ -178,10 +178,10 @@ def test_a_picture_too_large_for_the_device_is_refused(monkeypatch: pytest.Monke
     request = next(r for r in fixture_requests(IDEFICS3).values() if r["images"])
     asked = driven.context(request["prompt"], request["images"], max_tokens=4)
     state = driven.scheduler.state
-    require_room(state, asked, 4)
+    require_room(state, asked, 4, scored=False)
     state.memory_bytes = driven.model.weight_bytes + 10_000
     with pytest.raises(OutOfBudget, match=r"one of its pictures alone takes .* give smaller ones"):
-        require_room(state, asked, 4)
+        require_room(state, asked, 4, scored=False)
 
 
 def test_pictures_are_encoded_apart_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
