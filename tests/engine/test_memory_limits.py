@@ -57,7 +57,7 @@ def test_the_pool_follows_a_row_that_grows_to_3000_tokens(
         if cache.nbytes:
             shares.append((mx.get_cache_memory() - MB) / cache.nbytes)
     # for one step the old arrays are there, then half of what is in use may be
-    assert max(shares) < 1.1
+    assert max(shares) < 1.25
     assert np.mean(shares) < 0.4
 
 
