@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from mlx_vlm_pipes.command import new_parser, put, put_json, run_command
+from mlx_vlm_pipes.errors import InputError
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -14,7 +15,10 @@ def build_parser() -> argparse.ArgumentParser:
         description="Examine a checkpoint: reads headers and JSON only, in seconds at any size.",
         epilog="exit status: 0 usable, 1 not usable, 2 there is no such model",
     )
-    parser.add_argument("model", help="folder or hub id")
+    parser.add_argument("model", nargs="?", help="folder or hub id")
+    parser.add_argument(
+        "--families", action="store_true", help="list the model classes that are supported"
+    )
     parser.add_argument("--revision", help="branch, tag or commit of a hub id")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument(
@@ -29,6 +33,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
+    if args.families:
+        return _list_families(is_json=args.json)
+    if args.model is None:
+        raise InputError("no model given; name a folder or hub id, or give --families")
     from mlx_vlm_pipes.doctor import examine
     from mlx_vlm_pipes.doctor.trial import try_out
     from mlx_vlm_pipes.loading import resolve_folder
@@ -42,6 +50,16 @@ def _run(args: argparse.Namespace) -> int:
     else:
         put("\n".join(checkup.lines()) + "\n")
     return 0 if checkup.is_usable else 1
+
+
+def _list_families(*, is_json: bool) -> int:
+    from mlx_vlm_pipes.registry import families
+
+    if is_json:
+        put_json(families())
+    else:
+        put("".join(f"{room}: {', '.join(names)}\n" for room, names in families().items()))
+    return 0
 
 
 if __name__ == "__main__":

@@ -32,10 +32,16 @@ class _Terminated(BaseException):
     """SIGTERM, as an exception, so that what is unfinished is cleared away."""
 
 
-def new_parser(command: str, *, description: str, epilog: str) -> argparse.ArgumentParser:
-    """The parser of `python -m mlx_vlm_pipes.<command>`; the epilog's lines stay as they are."""
+def new_parser(
+    command: str | None, *, description: str, epilog: str, usage: str | None = None
+) -> argparse.ArgumentParser:
+    """The parser of `python -m mlx_vlm_pipes.<command>`, or of what holds all commands.
+
+    The epilog's lines stay as they are.
+    """
     parser = argparse.ArgumentParser(
-        prog=f"python -m mlx_vlm_pipes.{command}",
+        prog="python -m mlx_vlm_pipes" + (f".{command}" if command else ""),
+        usage=usage,
         description=description,
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -83,6 +83,16 @@ class HuggingFaceConfig:
             for k, v in self._values.items()
         }
 
+    @property
+    def implied(self) -> dict[str, Any]:
+        """Keys that the file leaves out, with what its `model_type` says for them."""
+        return {k: v for k, v in self._defaults.items() if k not in self._values}
+
+    @property
+    def parts(self) -> dict[str, HuggingFaceConfig]:
+        """The nested configurations, by key."""
+        return {k: v for k, v in self._values.items() if isinstance(v, HuggingFaceConfig)}
+
 
 AutoConfig = HuggingFaceConfig  # the name that the documented signatures use
 

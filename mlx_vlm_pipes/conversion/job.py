@@ -37,7 +37,7 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> Report
     folder = resolve_folder(options.model, options.revision)
     source = open_source(folder)
     _refuse_twice(source, options)
-    adapter = source.read_adapter(options.lora) if options.lora else None
+    adapter = None if options.lora is None else source.read_adapter(options.lora)
     recipe = Recipe(base, options.mixed, source.num_layers, options.quantize_vision)
     transfer = Transfer(source, options, recipe, adapter)
     total, name = source.num_bytes, source.room.name

@@ -1,4 +1,4 @@
-"""Rows that decode together, one token a step, with one step always in flight."""
+"""Rows that decode together, one token a step; while text goes out, the next step is in flight."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from mlx_vlm_pipes.engine.handover import overlaps
 from mlx_vlm_pipes.engine.requests import Job
 from mlx_vlm_pipes.engine.results import Results, Sampled
 from mlx_vlm_pipes.engine.state import EngineState
@@ -102,6 +103,8 @@ class Decode:
         increment_cache_lengths(kv, [1] * len(jobs))
         self._state.note_bucket()
         sampled = self._results.sample(outputs.last_logits(), jobs)
+        if self._flight is not None and not overlaps(self._state):
+            self._state.model.device.synchronize()  # reading its tokens would not free the cache
         mx.async_eval(sampled.arrays())
         return Flight(jobs, inputs, kv, sampled)
 

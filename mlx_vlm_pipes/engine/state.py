@@ -30,6 +30,8 @@ class EngineConfig:
     or pictures as the slices before say, at most running_chunk tokens or image_batch pictures, at
     least MIN_SLICE tokens or one picture.
     enable_chunked_prefill=False: no prompt is cut, and one longer than prefill_chunk is refused.
+    overlap_bytes: the next decode step is handed over while the last one runs where the cache of
+    the batch has at most so many bytes, else once that is done (engine.handover).
     Raises: InputError for a limit that would let nothing run, or of a wrong type.
     """
 
@@ -41,6 +43,7 @@ class EngineConfig:
     kv_bytes: int = 8 << 30
     prefix_bytes: int = 1 << 30
     image_bytes: int = 256 << 20
+    overlap_bytes: int = 8 << 20
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True
 
@@ -78,7 +81,8 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         counts = ("max_batch_size", "prefill_chunk", "running_chunk", "image_batch")
-        lows = {**dict.fromkeys(counts, 1), "kv_bytes": 0, "prefix_bytes": 0, "image_bytes": 0}
+        sizes = ("kv_bytes", "prefix_bytes", "image_bytes", "overlap_bytes")
+        lows = {**dict.fromkeys(counts, 1), **dict.fromkeys(sizes, 0)}
         for name, low in lows.items():
             Option("", name=name, kind=int, low=low).read(getattr(self, name))
         Option("", name="running_wait_ms", kind=float, above=0).read(self.running_wait_ms)

@@ -3,7 +3,7 @@
 Two ways through the same weights: `prefill` takes ragged rows on a flat token axis, `decode` one
 token of every row. Hidden states are [T, E]: no batch axis, no padding.
 Source: transformers modeling_llama.py, modeling_granite.py, modeling_phi3.py, modeling_olmo.py,
-modeling_qwen2.py, modeling_qwen3.py, modeling_qwen3_vl.py, modeling_gemma3.py.
+modeling_qwen2.py, modeling_qwen3.py, modeling_qwen3_vl.py, modeling_gemma3.py, modeling_smollm3.py.
 """
 
 from __future__ import annotations
@@ -22,52 +22,12 @@ from mlx_vlm_pipes.nn.attention import (
     prefill_attention,
 )
 from mlx_vlm_pipes.nn.capture import Capture
+from mlx_vlm_pipes.nn.decoder_config import DecoderConfig
 from mlx_vlm_pipes.nn.linear import fuse_linears, linear_part
 from mlx_vlm_pipes.nn.lora import LoRATable, adapted
-from mlx_vlm_pipes.nn.rope import Rope, RopeSpec, Rotation
+from mlx_vlm_pipes.nn.rope import Rope, Rotation
 
 MANY_ROWS = 128  # from here on, a product is bound by arithmetic, not by the kernels' number
-
-
-@dataclass(frozen=True, kw_only=True)
-class DecoderConfig:
-    """What the decoder reads. Sizes in elements; the multipliers are Granite's."""
-
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    vocab_size: int
-    rope: RopeSpec
-    attention_scale: float
-    norm_eps: float | None = 1e-6  # None: layer norm without weights (OLMo)
-    norm_dtype: mx.Dtype | None = None  # of the norms' weights; None: as they are stored
-    hidden_act: str = "silu"
-    qkv_bias: bool = False
-    o_bias: bool = False
-    mlp_bias: bool = False
-    qk_norm: bool = False
-    clip_qkv: float | None = None
-    stacked_qkv: bool = False
-    stacked_mlp: bool = False
-    tie_word_embeddings: bool = False
-    embedding_multiplier: float = 1.0
-    residual_multiplier: float = 1.0
-    logits_scaling: float = 1.0
-    sliding_window: int | None = None
-    sliding_layers: tuple[bool, ...] | None = None  # None: all of them, where a window is given
-    feature_layers: int = 0  # the first layers, behind which pictures add features (DeepStack)
-    sliding_rope: RopeSpec | None = None  # of layers with a window; None: as all others (Gemma 3)
-    post_norms: bool = False  # norms before each residual too (Gemma 3)
-    embed_scale: float = 1.0  # of tokens only; pictures then take their places (Gemma 3)
-
-    def window(self, layer: int) -> int | None:
-        """The layer's attention window in tokens, None for full attention."""
-        if self.sliding_layers is not None and not self.sliding_layers[layer]:
-            return None
-        return self.sliding_window
 
 
 @dataclass(frozen=True)
@@ -235,7 +195,7 @@ class Attention(Projections):
         )  # fmt: skip
         self.scale, self.clip = config.attention_scale, config.clip_qkv
         self.residual_multiplier = config.residual_multiplier
-        self.layer, self.window = layer, config.window(layer)
+        self.layer, self.window, self.turns = layer, config.window(layer), config.turns(layer)
         heads, kv_heads, bias = self.num_heads, self.num_kv_heads, config.qkv_bias
         if config.stacked_qkv:
             self.qkv_proj = nn.Linear(hidden, (heads + 2 * kv_heads) * dim, bias=bias)
@@ -269,6 +229,10 @@ class Attention(Projections):
             qk = mx.concatenate([q, self.k_norm(qk[:, self.num_heads :])], axis=1)
         return qk, v
 
+    def _rotation(self, rotations: dict[int | None, Rotation]) -> Rotation:
+        """The one of the layer's window, or none at all."""
+        return rotations[self.window] if self.turns else lambda x: x
+
     def prefill(
         self,
         x: mx.array,
@@ -287,7 +251,7 @@ class Attention(Projections):
             part = slice(row.begin, row.end)
             heads = qk[part].transpose(1, 0, 2)[None]  # [1, H + K, T, D]
             # Apart, unlike in a decode step: the queries can go before the keys are cached.
-            rotation, start = row.rotations[self.window], row.start
+            rotation, start = self._rotation(row.rotations), row.start
             q = rotation(heads[:, : self.num_heads])
             if tail is not None:
                 start += q.shape[2] - tail
@@ -308,7 +272,7 @@ class Attention(Projections):
         self, x: mx.array, residual: mx.array | None, cached: Layer, step: DecodeStep
     ) -> tuple[mx.array, Layer]:
         qk, v = self._project(x, step.slots)
-        turned = step.rotations[self.window](qk[:, :, None])  # [B, H + K, 1, D]
+        turned = self._rotation(step.rotations)(qk[:, :, None])  # [B, H + K, 1, D]
         q, k = turned[:, : self.num_heads], turned[:, self.num_heads :]
         cached = write_decode(cached, step.format.encode(k, v[:, :, None]), step.lengths)
         mask = step.masks[self.window]

@@ -63,12 +63,14 @@ class ClipPlan:
 
     list_fps: frames a second of a list of frames. choose: ascending frame numbers to take from a
     file. prepare: (RGB frame, size (width, height) of the first frame, number of frames) -> frame.
+    convert_rgb: as `load_image` takes it, for frames of a list; decoded files give RGB anyway.
     """
 
     list_fps: float
     choose: Callable[[VideoInfo], np.ndarray]
     prepare: Callable[[Image, tuple[int, int], int], Image]
     access: Access = ANYWHERE
+    convert_rgb: bool = True
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ def arange_indices(start: float, total: int, step: float) -> np.ndarray:
 def _from_list(source: Sequence[Any], plan: ClipPlan, name: str) -> Clip:
     if not 1 <= len(source) <= MAX_LIST_FRAMES:
         raise MediaError(f"{name} has {len(source)} frames; expected 1 to {MAX_LIST_FRAMES}")
-    frames = (load_image(frame, plan.access) for frame in source)
+    frames = (load_image(f, plan.access, convert=plan.convert_rgb) for f in source)
     stamps = [i / plan.list_fps for i in range(len(source))]
     return _prepared(frames, len(source), VideoInfo(len(source), plan.list_fps), stamps, plan)
 

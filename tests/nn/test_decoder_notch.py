@@ -19,7 +19,8 @@ from mlx_vlm_pipes.dtypes import DeviceRef, DType
 from mlx_vlm_pipes.errors import ConfigError, InputError
 from mlx_vlm_pipes.interfaces import Phase, ReturnLogits, StepMode
 from mlx_vlm_pipes.kv_cache import KVCache, Span, cache_inputs, increment_cache_lengths
-from mlx_vlm_pipes.nn.decoder import DecoderConfig, DenseDecoder
+from mlx_vlm_pipes.nn.decoder import DenseDecoder
+from mlx_vlm_pipes.nn.decoder_config import DecoderConfig
 from mlx_vlm_pipes.nn.language_model import LanguageModel
 from mlx_vlm_pipes.nn.rope import RopeSpec, frequency_axes
 

@@ -5,11 +5,6 @@
 LIMITS: tuple[tuple[str, str], ...] = (
     ("divide no matrix", "convert: no matrix of this checkpoint has columns in such groups"),
     ("; this model holds", "more tokens than config.json gives the model, which we never overrun"),
-    ("only towers with a position table", "InternVL without position embeddings: none is released"),
-    (
-        "deepstack_visual_indexes for",
-        "Qwen3-VL with more features than decoder layers to take them",
-    ),
 )
 
 

@@ -160,7 +160,8 @@ class Idefics3Processor(VisionProcessor):
             del first, count
             return clip_frame(frame, settings)
 
-        plan = ClipPlan(request.fps, choose, prepare, request.access)
+        convert = settings.pixels.convert_rgb
+        plan = ClipPlan(request.fps, choose, prepare, request.access, convert_rgb=convert)
         clip = load_clip(source, plan)
         check_num_tokens(len(clip.frames) * self.image_seq_len, clip.source_size)
         arrays = [to_array(frame, settings.pixels) for frame in clip.frames]

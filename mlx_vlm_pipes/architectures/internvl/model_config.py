@@ -77,6 +77,7 @@ class VisionConfig:
     qk_norm_eps: float = field(default=QK_NORM_EPS, kw_only=True)
     final_norm: bool = field(default=False, kw_only=True)
     hidden_act: str = field(default="gelu", kw_only=True)
+    has_positions: bool = field(default=True, kw_only=True)
 
     @classmethod
     def initialize_from_config(
@@ -116,6 +117,7 @@ class VisionConfig:
             qk_norm_eps=eps if original else QK_NORM_EPS,
             final_norm=not original and lookup(cfg, "use_mean_pooling", default=True) is False,
             hidden_act=activation_name(cfg, "hidden_act", default="gelu"),
+            has_positions=bool(lookup(cfg, "use_absolute_position_embeddings", default=True)),
         )
 
     def finalize(self, dtype: DType, state_dict: dict[str, WeightData]) -> None:
@@ -223,11 +225,6 @@ def _refuse_unknown_tower(vision: AutoConfig) -> None:
     channels = lookup(vision, "num_channels", default=CHANNELS)
     if channels != CHANNELS:
         raise UnsupportedModel(f"vision num_channels {channels}; only RGB (3) is supported")
-    if lookup(vision, "use_absolute_position_embeddings", default=True) is False:
-        raise UnsupportedModel(
-            "vision use_absolute_position_embeddings false; only towers with a position table"
-            " are supported"
-        )
 
 
 def _refuse_unknown_projection(config: AutoConfig) -> None:

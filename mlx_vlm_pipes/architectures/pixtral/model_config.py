@@ -26,7 +26,7 @@ from mlx_vlm_pipes.hf_config import (
     text_config,
 )
 from mlx_vlm_pipes.interfaces import ReturnLogits
-from mlx_vlm_pipes.nn.decoder import DecoderConfig
+from mlx_vlm_pipes.nn.decoder_config import DecoderConfig
 from mlx_vlm_pipes.nn.rope import Llama3RopeScalingParams, LongRoPEScalingParams
 from mlx_vlm_pipes.nn.rope_scaling import DynamicRope, LinearRope, YarnRope
 

@@ -65,7 +65,7 @@ class VisionModel(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.dtype, self.out_dtype = config.dtype.to_mx(), config.llm_dtype.to_mx()
-        self.taps = config.deepstack_visual_indexes
+        self.taps, self.used = config.deepstack_visual_indexes, config.tapped_blocks
         # each axis takes half of the rotary pairs
         self._inv_freq = mx.array(inverse_frequencies(config.head_dim // 2, config.rope_theta))
         self.patch_embed = PatchEmbed(config.patch_elements, config.hidden_size, bias=True)
@@ -99,7 +99,7 @@ class VisionModel(nn.Module):
         rows: list[mx.array] = []
         for i, block in enumerate(self.blocks):
             h = block(h, segments)
-            if i in self.taps:
+            if i in self.used:
                 rows.append(self.deepstack_merger_list[self.taps.index(i)](h))
         return mx.concatenate([self.merger(h), *rows], axis=1).astype(self.out_dtype)
 
