@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from importlib import import_module
 from typing import Any
 
@@ -29,11 +30,17 @@ NAMES = {
     "GraniteForCausalLM": "llama3",
     "Phi3ForCausalLM": "llama3",
     "OlmoForCausalLM": "llama3",
+    "Qwen2ForCausalLM": "llama3",
+    "Qwen3ForCausalLM": "llama3",
+    "SmolLM3ForCausalLM": "llama3",
     "llama": "llama3",
     "mistral": "llama3",
     "granite": "llama3",
     "phi3": "llama3",
     "olmo": "llama3",
+    "qwen2": "llama3",
+    "qwen3": "llama3",
+    "smollm3": "llama3",
     "Idefics3ForConditionalGeneration": "idefics3",
     "SmolVLMForConditionalGeneration": "idefics3",
     "idefics3": "idefics3",
@@ -50,8 +57,6 @@ NAMES = {
     "Qwen3VLForConditionalGeneration": "qwen3_vl",
     "qwen3_vl": "qwen3_vl",
 }
-# model_type of a part of other architectures' config.json: room
-_PARTS = {"qwen2": "llama3", "qwen3": "qwen3"}
 
 
 @dataclass(frozen=True)
@@ -85,9 +90,8 @@ def find_facts(names: Sequence[Any], model_type: Any) -> RoomFacts:
     Args: names, what `architectures` lists.
     """
     for name in (*names, model_type):
-        room = (NAMES.get(name) or _PARTS.get(name)) if isinstance(name, str) else None
-        if room is not None:
-            return _facts(room)
+        if isinstance(name, str) and name in NAMES:
+            return _facts(NAMES[name])
     return NO_FACTS
 
 
@@ -108,7 +112,32 @@ def find_room(huggingface_config: Any) -> Room:
             room = NAMES[name]
             return Room(room, _MODELS.get(name, _CLASSES[room][0]))
     label = ", ".join(names) or repr(kind)
+    near = _nearest(label if names else str(kind))
     raise UnsupportedModel(
-        f"architecture {label} is not supported; supported: "
-        + ", ".join(n for n in NAMES if n[0].isupper())
+        f"architecture {label} is not supported; "
+        + (f"nearest: {', '.join(near)}; " if near else "")
+        + "`python -m mlx_vlm_pipes.check --families` lists what is"
     )
+
+
+def families() -> dict[str, list[str]]:
+    """The names in `architectures` of config.json that each room serves, by room."""
+    served: dict[str, list[str]] = {}
+    for name, room in NAMES.items():
+        if name[0].isupper():
+            served.setdefault(room, []).append(name)
+    return served
+
+
+def _nearest(name: str) -> list[str]:
+    """Up to three supported names of its spelling: classes for a class, else model types."""
+    is_class = name[:1].isupper()
+    known = {_stem(n): n for n in NAMES if n[0].isupper() == is_class}
+    return [known[stem] for stem in get_close_matches(_stem(name), known, n=3, cutoff=0.5)]
+
+
+def _stem(name: str) -> str:
+    """A class name without what nearly all of them end in."""
+    for ending in ("ForConditionalGeneration", "ForCausalLM", "Model"):
+        name = name.removesuffix(ending)
+    return name.lower()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import struct
 import time
 from collections.abc import Callable
@@ -415,3 +416,23 @@ def test_a_closed_folder_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     (tmp_path / "closed").mkdir(mode=0o000)
     assert check.main([str(tmp_path / "closed")]) == 2
     assert "no permission" in capsys.readouterr().err
+
+
+def test_families_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every class that a fixture of ours names is in the list; without a model nothing else is."""
+    assert check.main(["--families", "--json"]) == 0
+    listed = {name for names in json.loads(capsys.readouterr().out).values() for name in names}
+    named = {json.loads((f / "config.json").read_text())["architectures"][0] for f in cases()}
+    assert named == listed
+    assert check.main([]) == 2
+    assert "--families" in capsys.readouterr().err
+
+
+def test_a_refusal_names_the_nearest_family(tmp_path: Path) -> None:
+    folder = copy_case("llama-tied", tmp_path / "model")
+    name = "Qwen2AudioForConditionalGeneration"
+    edit_json(
+        folder, "config.json", lambda v: v.update(architectures=[name], model_type="qwen2_audio")
+    )
+    said = "\n".join(examine(folder).lines())
+    assert re.search(f"{name} is not supported; nearest: Qwen2ForCausalLM.*--families", said)

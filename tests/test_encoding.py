@@ -14,13 +14,14 @@ from mlx_vlm_pipes.architectures.idefics3.model_config import Idefics3Config
 from mlx_vlm_pipes.config import KVCacheConfig, ModelConfig, PipelineConfig, weights_format
 from mlx_vlm_pipes.contexts import TextContext, TokenBuffer
 from mlx_vlm_pipes.conversion import ConvertOptions, convert
-from mlx_vlm_pipes.dtypes import DeviceRef, DeviceSpec, DType
+from mlx_vlm_pipes.dtypes import DType
 from mlx_vlm_pipes.errors import ConfigError
 from mlx_vlm_pipes.interfaces import InferenceSession
 from mlx_vlm_pipes.kv_cache import KVCache, cache_inputs
 from mlx_vlm_pipes.quantization import LoRAConfig, QuantizationEncoding
 from mlx_vlm_pipes.registry import find_room
 from mlx_vlm_pipes.weights import find_weight_files, load_weights
+from tests.device import device, device_spec
 from tests.fixtures_helper import FIXTURES
 from tests.gguf_file import write_case
 from tests.test_check import copy_case, edit_json, edit_tensors
@@ -37,14 +38,14 @@ def by_hand(
         model_path=str(folder),
         weight_path=find_weight_files(folder),
         quantization_encoding=encoding,
-        device_specs=[DeviceSpec.cpu()],
+        device_specs=[device_spec()],
         **options,
     )
-    device = DeviceRef.CPU().to_device()
+    chosen = device()
     return find_room(config.huggingface_config).model_class()(
         PipelineConfig(model=config, lora=lora),
-        InferenceSession([device]),
-        [device],
+        InferenceSession([chosen]),
+        [chosen],
         config.kv_cache,
         load_weights(config.weight_path),
     )

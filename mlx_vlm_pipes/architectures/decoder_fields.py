@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mlx_vlm_pipes.config import KVCacheParams
 from mlx_vlm_pipes.interfaces import ArchConfigWithKVCache
-from mlx_vlm_pipes.nn.decoder import DecoderConfig
+from mlx_vlm_pipes.nn.decoder_config import DecoderConfig
 from mlx_vlm_pipes.nn.rope import Llama3RopeScalingParams, LongRoPEScalingParams, RopeSpec
 from mlx_vlm_pipes.nn.rope_scaling import DynamicRope, LinearRope, RopeScaling, YarnRope
 

@@ -11,7 +11,7 @@ from mlx_vlm_pipes.checkpoint.state import LANGUAGE, StateDict, part, tower_stat
 from mlx_vlm_pipes.config import PipelineConfig
 from mlx_vlm_pipes.hf_config import AutoConfig
 from mlx_vlm_pipes.interfaces import ReturnHiddenStates, ReturnLogits
-from mlx_vlm_pipes.nn.decoder import DecoderConfig
+from mlx_vlm_pipes.nn.decoder_config import DecoderConfig
 
 
 @dataclass(frozen=True)

@@ -63,9 +63,9 @@ class Source:
     def num_bytes(self) -> int:
         return sum(part.nbytes for parts in self.modules.values() for part in parts.values())
 
-    def read_adapter(self, folder: Path) -> LoRAAdapter:
+    def read_adapter(self, folder: str | Path) -> LoRAAdapter:
         """Raises: WeightsError for an adapter of another model."""
-        adapter = read_adapter(folder, folder.name, self.layouts)
+        adapter = read_adapter(folder, Path(folder).name, self.layouts)
         check_against_base(adapter, self.linear_shapes())
         return adapter
 

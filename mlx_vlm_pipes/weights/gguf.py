@@ -147,7 +147,11 @@ def _read(
     array = mx.array(values)
     if entry.kind == "BF16":
         array = array.view(mx.bfloat16)
-    return array if values.dtype == np.uint32 else array.astype(dtype.to_mx())
+    if values.dtype == np.uint32 or array.dtype == dtype.to_mx():
+        return array
+    array = array.astype(dtype.to_mx())
+    mx.eval(array)  # or the wider array would stay beside it until somebody evaluates this one
+    return array
 
 
 def _halves_apart(rows: np.ndarray, heads: int) -> np.ndarray:

@@ -33,7 +33,7 @@ SMALL: Json = {
 
 
 def text_cases() -> list[Case]:
-    return [*_llama_cases(), *_mistral_cases(), *_phi3_cases(), *_other_cases()]
+    return [*_llama_cases(), *_mistral_cases(), *_phi3_cases(), *_qwen_cases(), *_other_cases()]
 
 
 def _llama_cases() -> list[Case]:
@@ -129,6 +129,33 @@ def _phi3_cases() -> list[Case]:
                      "sliding_window": 24, "original_max_position_embeddings": 512,
                      "rope_parameters": partial, "tie_word_embeddings": True},
             (RAW, LONG), options=Options(config_style="v5", dtype="bfloat16"),
+        ),
+    ]  # fmt: skip
+
+
+def _qwen_cases() -> list[Case]:
+    yarn = ROPE | {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    return [
+        Case(
+            "qwen2", "qwen2", "biases in q, k, v; a window from the second layer on, yarn",
+            SMALL | {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 1,
+                     "rope_parameters": yarn},
+            (RAW, CHAT, LONG), batch=("raw", "long"), options=Options(style="qwen"),
+        ),
+        Case(
+            "qwen3", "qwen3", "norms on queries and keys, head_dim apart, tied; version 5",
+            SMALL | {"head_dim": 16, "tie_word_embeddings": True,
+                     "rope_parameters": ROPE | {"rope_theta": 1000000.0}},
+            (RAW, CHAT, TURNS),
+            options=Options(style="qwen", config_style="v5", dtype="bfloat16"),
+        ),
+        Case(
+            "smollm3", "smollm3",
+            "every second layer without rotary positions, and with a window",
+            SMALL | {"num_hidden_layers": 4, "no_rope_layer_interval": 2,
+                     "tie_word_embeddings": True, "use_sliding_window": True,
+                     "sliding_window": 12},
+            (RAW, CHAT, LONG), batch=("raw", "long"), options=Options(style="llama3"),
         ),
     ]  # fmt: skip
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mlx_vlm_pipes.config_limits import FACTOR
+from mlx_vlm_pipes.config_limits import FACTOR, INDICES, size
 from mlx_vlm_pipes.facts import RoomFacts
 
 LLAMA = {
@@ -15,6 +15,7 @@ QWEN = {
     "max_position_embeddings": 32768, "use_sliding_window": False, "sliding_window": 4096,
     "max_window_layers": 28,
 }  # fmt: skip
+QWEN3 = {**QWEN, "head_dim": 128}
 
 FACTS = RoomFacts(
     class_defaults={
@@ -24,6 +25,13 @@ FACTS = RoomFacts(
             "max_position_embeddings": 131072, "sliding_window": 4096,
         },
         "qwen2": QWEN,
+        "qwen3": QWEN3,
+        "smollm3": {
+            **LLAMA, "hidden_size": 2048, "num_hidden_layers": 36, "num_attention_heads": 16,
+            "num_key_value_heads": 4, "vocab_size": 128256, "max_position_embeddings": 32768,
+            "rope_theta": 2e6, "use_sliding_window": False, "no_rope_layer_interval": 4,
+            "tie_word_embeddings": True,
+        },
         "granite": {
             **LLAMA, "attention_multiplier": 1.0, "embedding_multiplier": 1.0,
             "residual_multiplier": 1.0, "logits_scaling": 1.0,
@@ -35,11 +43,14 @@ FACTS = RoomFacts(
             "original_max_position_embeddings": 4096,
         },
     },
-    limits=dict.fromkeys(
-        (
-            "attention_multiplier", "embedding_multiplier", "residual_multiplier",
-            "logits_scaling", "clip_qkv",
+    limits={
+        **dict.fromkeys(
+            (
+                "attention_multiplier", "embedding_multiplier", "residual_multiplier",
+                "logits_scaling", "clip_qkv",
+            ),
+            FACTOR,
         ),
-        FACTOR,
-    ),
+        "no_rope_layers": INDICES, "no_rope_layer_interval": size(2**10),
+    },
 )  # fmt: skip

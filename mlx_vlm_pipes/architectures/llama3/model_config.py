@@ -1,4 +1,4 @@
-"""Llama3Config: what the dense decoder of Llama, Mistral, Granite, Phi-3 and OLMo reads."""
+"""Llama3Config: what the dense decoder of all text families reads."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from mlx_vlm_pipes.hf_config import (
     text_config,
 )
 from mlx_vlm_pipes.interfaces import ReturnHiddenStates, ReturnLogits
-from mlx_vlm_pipes.nn.decoder import DecoderConfig
+from mlx_vlm_pipes.nn.decoder_config import DecoderConfig
 from mlx_vlm_pipes.nn.rope import Llama3RopeScalingParams, LongRoPEScalingParams
 from mlx_vlm_pipes.nn.rope_scaling import (
     DynamicRope,
@@ -58,6 +58,7 @@ MAX_WINDOW = 2**30  # no sequence is longer, and masks count in int32
 NormMethod = Literal["rms_norm", "layer_norm"]
 # transformers modeling_phi3.py, prepare_inputs_for_generation; no other type does
 RECOMPUTING_TYPES = ("phi3",)
+NORMED_TYPES = ("qwen3",)  # with a norm on each head's queries and keys, whatever the weights say
 
 ScalingT = TypeVar("ScalingT", bound=RopeScaling)
 
@@ -116,6 +117,7 @@ class Llama3Config(DecoderFields):
     mrope_interleaved: bool = False  # the axes take turns among the rotary pairs
     more_rope_scaling: LinearRope | YarnRope | DynamicRope | None = None
     recomputes: bool = False  # rows that outgrow LongRoPE's short factors are prefilled again
+    turned_layers: tuple[bool, ...] | None = None  # those with rotary positions; None: all
 
     @classmethod
     def initialize(
@@ -214,7 +216,8 @@ class Llama3Config(DecoderFields):
         self.output_bias = f"{attention}o_proj.bias" in names
         said = lookup(huggingface_config, "mlp_bias", default=False)
         self.mlp_bias = bool(said or "layers.0.mlp.down_proj.bias" in names)
-        self.qk_norm = self.has_qk_norm or f"{attention}q_norm.weight" in names
+        is_normed = self.has_qk_norm or lookup(huggingface_config, "model_type") in NORMED_TYPES
+        self.qk_norm = is_normed or f"{attention}q_norm.weight" in names
         self.stacked_qkv = f"{attention}qkv_proj.weight" in names
         self.stacked_mlp = "layers.0.mlp.gate_up_proj.weight" in names
         text = text_config(huggingface_config)
@@ -288,6 +291,7 @@ class Llama3Config(DecoderFields):
             embedding_multiplier=self.embedding_multiplier,
             residual_multiplier=self.residual_multiplier,
             logits_scaling=self.logits_scaling,
+            turned_layers=self.turned_layers,
         )
 
 
@@ -333,6 +337,7 @@ def _rope_fields(cfg: AutoConfig) -> dict[str, Any]:
         "longrope_scaling_params": _of_type(scaling, LongRoPEScalingParams),
         "more_rope_scaling": _of_type(scaling, (LinearRope, YarnRope, DynamicRope)),
         "recomputes": lookup(cfg, "model_type") in RECOMPUTING_TYPES,
+        "turned_layers": _turned_layers(cfg),
         "partial_rotary_factor": float(share),
         "mrope_section": None if section is None else tuple(int(n) for n in section),
         "mrope_interleaved": bool(rope.get("mrope_interleaved")),
@@ -357,10 +362,31 @@ def _sliding_window(cfg: AutoConfig) -> tuple[int | None, tuple[bool, ...] | Non
     types = lookup(cfg, "layer_types")
     if types is not None:
         return window, tuple(kind == "sliding_attention" for kind in types)
+    count = require_int(cfg, "num_hidden_layers")
+    turned = _turned_layers(cfg)
+    if turned is not None:  # SmolLM3's windows are on the layers without positions
+        return window, tuple(not turns for turns in turned)
     first = lookup(cfg, "max_window_layers")
-    if first is None:
-        return window, None
-    return window, tuple(i >= first for i in range(require_int(cfg, "num_hidden_layers")))
+    return window, None if first is None else tuple(i >= first for i in range(count))
+
+
+def _turned_layers(cfg: AutoConfig) -> tuple[bool, ...] | None:
+    """Which layers have rotary positions; None: all of them (every type but SmolLM3).
+
+    Raises: ConfigError for a list that is shorter than the layers.
+    Source: transformers configuration_smollm3.py.
+    """
+    if lookup(cfg, "model_type") != "smollm3":
+        return None
+    count, given = require_int(cfg, "num_hidden_layers"), lookup(cfg, "no_rope_layers")
+    if given is None:
+        every = require_int(cfg, "no_rope_layer_interval")
+        return tuple((i + 1) % every != 0 for i in range(count))
+    if len(given) < count:
+        raise ConfigError(
+            f"no_rope_layers has {len(given)} entries, expected one of {count} layers"
+        )
+    return tuple(bool(turns) for turns in given[:count])
 
 
 def _is_interleaved(model_config: MAXModelConfig) -> bool:

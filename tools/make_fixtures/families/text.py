@@ -10,6 +10,9 @@ CLASSES = {
     "granite": ("GraniteForCausalLM", "GraniteConfig"),
     "phi3": ("Phi3ForCausalLM", "Phi3Config"),
     "olmo": ("OlmoForCausalLM", "OlmoConfig"),
+    "qwen2": ("Qwen2ForCausalLM", "Qwen2Config"),
+    "qwen3": ("Qwen3ForCausalLM", "Qwen3Config"),
+    "smollm3": ("SmolLM3ForCausalLM", "SmolLM3Config"),
 }
 
 
