@@ -1,6 +1,7 @@
 """Signals at any moment of the commands: the exit status, no traceback, nothing that looks whole.
 
-Moments are counted from where the command begins: what Python does before is not ours.
+Moments are counted from where the command begins, and what comes when it has returned counts as
+too late: what Python does before and after is not ours.
 """
 
 from __future__ import annotations
@@ -22,10 +23,14 @@ from tests.torture import section
 from tests.torture.section import Case, require
 from tests.torture.worker import ROOT
 
-BEGUN = (
-    "import os, sys\nfrom mlx_vlm_pipes.{command} import main\n"
-    "os.write({mark}, b'.')\nsys.exit(main(sys.argv[1:]))"
-)
+BEGUN = """
+import os, sys
+from mlx_vlm_pipes.{command} import main
+os.write({mark}, b".")
+status = main(sys.argv[1:])
+os.write({mark}, bytes([status]))
+sys.exit(status)
+"""
 PICTURE = ROOT / "examples" / "images" / "shapes.png"
 SIGNALS = ["SIGINT", "SIGTERM", "SIGKILL", "SIGPIPE", "twice SIGINT", "twice SIGTERM", "SIGHUP"]
 # how a command may end: as asked, or by the signal; convert clears up before it ends
@@ -67,11 +72,11 @@ class Section(section.Section):
 
     def _try(self, command: str, argv: list[str], folder: Path, kind: str, delay: float) -> None:
         folder.mkdir()
-        status, error = _run(command, argv, folder, kind, delay)
+        status, error, is_late = _run(command, argv, folder, kind, delay)
         ended = {0, *ENDS[kind]}
-        require(status in ended, f"status {status}: {' '.join(error.split())[-300:]}")
+        require(is_late or status in ended, f"status {status}: {' '.join(error.split())[-300:]}")
         is_second = kind == "twice SIGINT"  # Python's own: it meets the line about the first
-        require(is_second or "Traceback" not in error, f"a traceback: {error[-300:]}")
+        require(is_second or is_late or "Traceback" not in error, f"a traceback: {error[-300:]}")
         if status in (130, 143) and not is_second:
             said = [line for line in error.splitlines() if line in ("interrupted", "terminated")]
             require(len(said) == 1, f"says {error[-200:]!r}")
@@ -79,8 +84,13 @@ class Section(section.Section):
             _whole_or_not_there(folder, argv, dead=status < 0)
 
 
-def _run(command: str, argv: list[str], folder: Path, kind: str, delay: float) -> tuple[int, str]:
-    """Exit status and standard error of a command that a signal met after `delay` seconds."""
+def _run(
+    command: str, argv: list[str], folder: Path, kind: str, delay: float
+) -> tuple[int, str, bool]:
+    """Exit status and standard error of a command that a signal met after `delay` seconds.
+
+    The last: whether the command had returned in peace, and Python's own end was met at most.
+    """
     begun, mark = os.pipe()
     with (folder.parent / f"{folder.name}.err").open("w+") as error:
         child = subprocess.Popen(
@@ -89,12 +99,13 @@ def _run(command: str, argv: list[str], folder: Path, kind: str, delay: float) -
         )  # fmt: skip
         os.close(mark)
         os.read(begun, 1)
-        os.close(begun)
         time.sleep(delay)
         _send(child, kind)
         status = child.wait(timeout=60)
+        is_late = os.read(begun, 1) == b"\0"
+        os.close(begun)
         error.seek(0)
-        return status, error.read()
+        return status, error.read(), is_late
 
 
 def _send(child: subprocess.Popen[bytes], kind: str) -> None:
