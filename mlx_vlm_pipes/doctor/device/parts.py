@@ -19,7 +19,7 @@ from mlx_vlm_pipes.doctor.device.precision import check_precision
 from mlx_vlm_pipes.doctor.device.report import Emit, Recorder
 from mlx_vlm_pipes.doctor.device.sampling import check_sampling
 from mlx_vlm_pipes.dtypes import default_device
-from mlx_vlm_pipes.engine.engine import machine_memory
+from mlx_vlm_pipes.engine.memory import machine_memory
 from mlx_vlm_pipes.errors import InputError
 from mlx_vlm_pipes.loading import BUNDLED
 
