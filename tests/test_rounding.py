@@ -20,10 +20,10 @@ def wide(x: mx.array) -> np.ndarray:
     return np.array(x.astype(mx.float32)).astype(np.float64)
 
 
-def errors(found: mx.array, wanted: np.ndarray) -> tuple[float, float]:
+def errors(found: mx.array, wanted: np.ndarray) -> list[float]:
     """Root mean square error of a result, and of the wanted numbers rounded to its dtype."""
     best = mx.array(wanted.astype(np.float32)).astype(found.dtype)
-    return tuple(float(np.sqrt(np.mean((wide(x) - wanted) ** 2))) for x in (found, best))
+    return [float(np.sqrt(np.mean((wide(x) - wanted) ** 2))) for x in (found, best)]
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -46,7 +46,7 @@ def test_packed_products(dtype: mx.Dtype, rows: int, transpose: bool) -> None:
     shape = (96, 512) if transpose else (512, 128)
     packed = mx.quantize(normal(1, shape, dtype) * 512**-0.5, 64, 4)
     x = normal(2, (rows, 512), dtype)
-    weights = np.array(mx.dequantize(packed[0], *(a.astype(mx.float32) for a in packed[1:]), 64, 4))
+    weights = np.array(unpack(*packed, group_size=64, bits=4, dtype=mx.float32))
     wanted = wide(x) @ (weights.T if transpose else weights).astype(np.float64)
     out = packed_product(x, *packed, group_size=64, bits=4, transpose=transpose)
     assert out.dtype == dtype
