@@ -190,7 +190,7 @@ def run_mlx_vlm(folder: Path, picture_px: tuple[int, int]) -> dict[str, float]:
 
     del picture_px  # in the stored arrays
     begun = time.perf_counter()
-    model = load_model(folder)
+    model: Any = load_model(folder)
     mx.eval(model.parameters())
     loaded = time.perf_counter() - begun
     arrays = {name: mx.array(a) for name, a in np.load(folder / "inputs.npz").items()}
