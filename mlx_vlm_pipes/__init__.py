@@ -11,32 +11,57 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mlx_vlm_pipes.config import KVCacheConfig, ModelConfig, PipelineConfig
     from mlx_vlm_pipes.contexts import SamplingParams
-    from mlx_vlm_pipes.engine.requests import Chunk, Timings, Usage
+    from mlx_vlm_pipes.engine.plan import Plan
+    from mlx_vlm_pipes.engine.requests import Chunk, Handle, Timings, Usage
     from mlx_vlm_pipes.engine.state import EngineConfig
-    from mlx_vlm_pipes.errors import PipesError
+    from mlx_vlm_pipes.errors import (
+        CheckpointError,
+        CheckpointNotFound,
+        ConfigError,
+        ContextTooLong,
+        EngineClosed,
+        ImageTokenMismatch,
+        InputError,
+        MediaError,
+        OutOfBudget,
+        PipesError,
+        PipesWarning,
+        ProcessorError,
+        UnknownAdapter,
+        UnsupportedModel,
+        WeightsError,
+    )
     from mlx_vlm_pipes.loading import load
+    from mlx_vlm_pipes.options import GenerateOptions
     from mlx_vlm_pipes.pipeline import GenerationResult, Pipeline
 
 __version__ = "0.1.0"
 __all__ = [
-    "Chunk", "EngineConfig", "GenerationResult", "KVCacheConfig", "ModelConfig", "Pipeline",
-    "PipelineConfig", "PipesError", "SamplingParams", "Timings", "Usage", "load",
+    "CheckpointError", "CheckpointNotFound", "Chunk", "ConfigError", "ContextTooLong",
+    "EngineClosed", "EngineConfig", "GenerateOptions", "GenerationResult", "Handle",
+    "ImageTokenMismatch", "InputError", "KVCacheConfig", "MediaError", "ModelConfig",
+    "OutOfBudget", "Pipeline", "PipelineConfig", "PipesError", "PipesWarning", "Plan",
+    "ProcessorError", "SamplingParams", "Timings", "UnknownAdapter", "UnsupportedModel",
+    "Usage", "WeightsError", "load",
 ]  # fmt: skip
 
-_HOMES = {
+_ELSEWHERE = {
     "Chunk": "engine.requests",
     "EngineConfig": "engine.state",
+    "GenerateOptions": "options",
     "GenerationResult": "pipeline",
+    "Handle": "engine.requests",
     "KVCacheConfig": "config",
     "ModelConfig": "config",
     "Pipeline": "pipeline",
     "PipelineConfig": "config",
-    "PipesError": "errors",
+    "Plan": "engine.plan",
     "SamplingParams": "contexts",
     "Timings": "engine.requests",
     "Usage": "engine.requests",
     "load": "loading",
 }
+_HOMES = {name: _ELSEWHERE.get(name, "errors") for name in __all__}
 
 
 def __getattr__(name: str) -> Any:

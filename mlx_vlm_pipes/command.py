@@ -32,10 +32,16 @@ class _Terminated(BaseException):
     """SIGTERM, as an exception, so that what is unfinished is cleared away."""
 
 
-def new_parser(command: str, *, description: str, epilog: str) -> argparse.ArgumentParser:
-    """The parser of `python -m mlx_vlm_pipes.<command>`; the epilog's lines stay as they are."""
+def new_parser(
+    command: str | None, *, description: str, epilog: str, usage: str | None = None
+) -> argparse.ArgumentParser:
+    """The parser of `python -m mlx_vlm_pipes.<command>`, or of what holds all commands.
+
+    The epilog's lines stay as they are.
+    """
     parser = argparse.ArgumentParser(
-        prog=f"python -m mlx_vlm_pipes.{command}",
+        prog="python -m mlx_vlm_pipes" + (f".{command}" if command else ""),
+        usage=usage,
         description=description,
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -45,11 +51,11 @@ def new_parser(command: str, *, description: str, epilog: str) -> argparse.Argum
 
 
 def run_command(
-    parser: argparse.ArgumentParser,
+    build: Callable[[], argparse.ArgumentParser],
     run: Callable[[argparse.Namespace], int],
     argv: Sequence[str] | None,
 ) -> int:
-    """Parse argv (None: the process's own) and run.
+    """Build the parser, parse argv (None: the process's own) and run; all of it may be interrupted.
 
     Returns: the exit status: that of run; 2, with one line on standard error, for a mistake of the
     user's and for output that cannot be written; 130 after Ctrl-C, 141 where the reader of a pipe
@@ -60,7 +66,7 @@ def run_command(
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _say_warning
-            return run(_parsed(parser, argv))
+            return run(_parsed(build(), argv))
     except PipesError as error:
         say(f"error: {' '.join(str(error).split())}")
         return USER_MISTAKE

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_vlm_pipes.errors import ContextTooLong, InputError
+from mlx_vlm_pipes.errors import ContextTooLong, InputError, shown
 from mlx_vlm_pipes.options import default
 
 
@@ -226,8 +226,8 @@ class TextContext:
     def __post_init__(self) -> None:
         if self.min_tokens + self.tokens.prompt_length > self.max_length:
             raise ContextTooLong(
-                f"{self.tokens.prompt_length} prompt tokens and at least {self.min_tokens} new "
-                f"ones exceed max_length {self.max_length}; shorten the prompt"
+                f"{self.tokens.prompt_length} prompt tokens and at least {shown(self.min_tokens)} "
+                f"new ones exceed max_length {self.max_length}; shorten the prompt"
             )
 
     @property

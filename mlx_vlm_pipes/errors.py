@@ -82,7 +82,10 @@ class ImageTokenMismatch(PipesError, ValueError):
 
 def shown(value: object, limit: int = 60) -> str:
     """A value as Python writes it, on one line of at most `limit` characters."""
-    text = " ".join(repr(value).split())
+    try:
+        text = " ".join(repr(value).split())
+    except ValueError:  # an int of thousands of digits
+        text = f"{type(value).__name__} that cannot be written"
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 

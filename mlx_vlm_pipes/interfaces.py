@@ -24,7 +24,7 @@ from mlx_vlm_pipes.contexts import (
     TokenBuffer,
 )
 from mlx_vlm_pipes.dtypes import Device, DeviceRef, DType
-from mlx_vlm_pipes.errors import UnknownAdapter
+from mlx_vlm_pipes.errors import UnknownAdapter, shown
 from mlx_vlm_pipes.log_probabilities import LogProbabilities, LogProbabilitiesMixin
 from mlx_vlm_pipes.model_device import StepsOnDevice, require_device
 from mlx_vlm_pipes.session import InferenceSession, Model
@@ -63,7 +63,7 @@ class LayerWork:
     """What one layer of a tower or decoder holds at once, in elements: for plans, not for running.
 
     tokens (or patches) x width are its hidden states, tokens x heads the queries of all heads,
-    tokens x inner the MLP's; scores are the attention weights of all heads.
+    tokens x inner the MLP's; scores are the attention weights of all heads, each `head_dim` wide.
     """
 
     tokens: int
@@ -71,6 +71,7 @@ class LayerWork:
     heads: int
     inner: int
     scores: int
+    head_dim: int
 
 
 class ArchConfigWithKVCache(ABC):
@@ -302,7 +303,7 @@ class PipelineModelWithKVCache(PipelineModel[ContextT]):
             return 0
         if name not in self.adapters:
             loaded = ", ".join(self.adapters) or "none"
-            raise UnknownAdapter(f"no adapter {name!r}; loaded: {loaded}")
+            raise UnknownAdapter(f"no adapter {shown(name)}; loaded: {loaded}")
         return self.adapters.index(name) + 1
 
     @classmethod

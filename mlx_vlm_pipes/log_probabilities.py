@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,20 +21,59 @@ class LogProbabilities:
     top_log_probabilities: list[dict[int, float]]
 
 
-def log_probabilities(logits: mx.array, tokens: list[int], top_n: int) -> LogProbabilities:
-    """Score `tokens` under logits [len(tokens), V]; each place lists its top_n and its token."""
+@dataclass(frozen=True)
+class Scores:
+    """Log-probabilities that are being computed: of some rows of a step, each with its own number.
+
+    tops: by row, how many of its best tokens are told. index uint32 and values float32
+    [len(tops), most + 1]: the best tokens in no order, then the row's own.
+    """
+
+    tops: Mapping[int, int]
+    index: mx.array
+    values: mx.array
+
+    def arrays(self) -> list[mx.array]:
+        return [self.index, self.values]
+
+    def read(self) -> dict[int, LogProbabilities]:
+        """Wait for them; by row."""
+        found: dict[int, LogProbabilities] = {}
+        places, numbers = np.array(self.index).tolist(), np.array(self.values).tolist()
+        for (row, top), ids, scores in zip(self.tops.items(), places, numbers, strict=True):
+            ranked = sorted(zip(ids[:-1], scores[:-1], strict=True), key=lambda pair: -pair[1])
+            told = dict([*ranked[:top], (ids[-1], scores[-1])])
+            order = sorted(told.items(), key=lambda pair: -pair[1])
+            found[row] = LogProbabilities([scores[-1]], [dict(order)])
+        return found
+
+
+def launch_scores(logits: mx.array, tokens: mx.array, tops: Mapping[int, int]) -> Scores:
+    """Score tokens [B] under logits [B, V], for the rows in `tops` in one call; lazily."""
+    if len(tops) < logits.shape[0]:
+        rows = mx.array(list(tops))
+        logits, tokens = logits[rows], tokens[rows]
+    return Scores(tops, *_scored(logits, tokens, max(tops.values())))
+
+
+def _scored(logits: mx.array, tokens: mx.array, top_n: int) -> tuple[mx.array, mx.array]:
+    """The top_n best tokens of each row, in no order, then its own: uint32 [B, top_n + 1], and
+    their log-probabilities."""
     scores = logits.astype(mx.float32)
     scores = scores - mx.logsumexp(scores, axis=-1, keepdims=True)
     best = mx.argpartition(-scores, min(top_n, scores.shape[-1]) - 1, axis=-1)[:, :top_n]
-    index = mx.concatenate([best, mx.array(tokens)[:, None].astype(best.dtype)], axis=-1)
-    values = np.array(mx.take_along_axis(scores, index, axis=-1))
-    own: list[float] = []
-    tops: list[dict[int, float]] = []
-    for ids, row in zip(np.array(index).tolist(), values.tolist(), strict=True):
-        own.append(row[-1])
-        ranked = sorted(zip(ids, row, strict=True), key=lambda pair: -pair[1])
-        tops.append(dict(ranked))
-    return LogProbabilities(own, tops)
+    index = mx.concatenate([best, tokens[:, None].astype(best.dtype)], axis=-1)
+    return index, mx.take_along_axis(scores, index, axis=-1)
+
+
+def log_probabilities(logits: mx.array, tokens: list[int], top_n: int) -> LogProbabilities:
+    """Score `tokens` under logits [len(tokens), V]; each place lists its top_n and its token."""
+    scores = launch_scores(logits, mx.array(tokens), dict.fromkeys(range(len(tokens)), top_n))
+    parts = scores.read().values()
+    return LogProbabilities(
+        [value for part in parts for value in part.token_log_probabilities],
+        [top for part in parts for top in part.top_log_probabilities],
+    )
 
 
 class StepInputs(Protocol):

@@ -5,6 +5,7 @@ them; checks, error lines, defaults and the flags of the generate command come f
 which is made of them. The class in which an option stands says where it is used.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from functools import reduce
 from numbers import Integral, Real
 from operator import or_
 from types import NoneType
-from typing import Annotated, Any, TypedDict, get_args, get_type_hints
+from typing import Annotated, Any, TypedDict, TypeVar, get_args, get_type_hints
 
 from mlx_vlm_pipes.errors import InputError, shown
 
@@ -168,22 +169,87 @@ class GenerateOptions(PromptOptions, SamplingOptions, total=False):
     adapter: Annotated[str | None, Option('a loaded adapter\'s name, or "base"', has_flag=False)]
 
 
+# What others call the same: transformers, OpenAI, mlx-lm.
+ALIASES = {
+    "max_new_tokens": "max_tokens",
+    "max_completion_tokens": "max_tokens",
+    "temp": "temperature",
+    "system_prompt": "system",
+}
+# What others have and we have in another place, or not at all.
+ELSEWHERE = {
+    "adapter_path": "give load(adapter=...)",
+    "do_sample": "a temperature above 0 samples",
+    "eos_tokens": "here they are stop_token_ids",
+    "max_kv_size": "no cache forgets here; load(max_length=...) refuses what is longer",
+    "num_beams": "there is no beam search",
+    "resize_shape": "max_pixels limits a picture's size",
+    "return_full_text": "the prompt is never part of the answer",
+    "trust_remote_code": "code in a checkpoint is never run",
+    "verbose": "print the result; `stream` gives it as it is made",
+}
+
+
 def read_options(given: Mapping[str, object], table: Mapping[str, Option]) -> dict[str, Any]:
     """The options that are given, in plain Python types, without those that are None.
 
-    Raises: InputError for a name that is not in the table, and as `Option.read`.
+    Names that others use for the same are taken too (ALIASES).
+    Raises: InputError for a name that is not in the table, one given twice, and as `Option.read`.
     """
+    given = _own_names(given)
     unknown = sorted(given.keys() - table.keys())
     if unknown:
-        raise InputError(f"unknown option {unknown[0]!r}; options: {', '.join(sorted(table))}")
+        hint = ELSEWHERE.get(unknown[0], f"options: {', '.join(sorted(table))}")
+        raise InputError(f"unknown option {shown(unknown[0])}; {hint}")
     read = {name: table[name].read(value) for name, value in given.items()}
     return {name: value for name, value in read.items() if value is not None}
+
+
+def _own_names(given: Mapping[str, object]) -> dict[str, object]:
+    own: dict[str, object] = {}
+    for name, value in given.items():
+        target = ALIASES.get(name, name)
+        if target in own:
+            raise InputError(f"{name} and {target} are the same option; give one of them")
+        own[target] = value
+    return own
 
 
 def complete_options(given: Mapping[str, object], table: Mapping[str, Option]) -> dict[str, Any]:
     """Every option of the table: as `read_options` gives it, or its default."""
     defaults = {name: option.read(option.default) for name, option in table.items()}
     return defaults | read_options(given, table)
+
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def shows(table: Mapping[str, Option]) -> Callable[[Method], Method]:
+    """For a method that takes `**options` of a table: help and completion then name each of them.
+
+    Its signature lists them with their defaults, its docstring says what they mean.
+    """
+
+    def dress(method: Method) -> Method:
+        signature = inspect.signature(method)
+        *own, _ = signature.parameters.values()
+        more = [
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=option.default,
+                annotation=option.kind | None if option.takes_none else option.kind,
+            )
+            for name, option in table.items()
+            if name not in signature.parameters
+        ]
+        method.__signature__ = signature.replace(parameters=[*own, *more])  # pyright: ignore[reportFunctionMemberAccess]
+        lines = [f"    {p.name}: {table[p.name].help} (default {p.default!r})" for p in more]
+        text = inspect.cleandoc(method.__doc__ or "")
+        method.__doc__ = text + "\n\nOptions:\n" + "\n".join(lines)
+        return method
+
+    return dress
 
 
 def default(name: str) -> Any:

@@ -13,7 +13,8 @@ from mlx_vlm_pipes.contexts import SamplingParams, TextContext
 from mlx_vlm_pipes.engine.engine import Engine
 from mlx_vlm_pipes.engine.plan import Plan
 from mlx_vlm_pipes.engine.requests import Chunk, Handle, Timings, Usage
-from mlx_vlm_pipes.errors import ContextTooLong, InputError
+from mlx_vlm_pipes.errors import ContextTooLong, InputError, shown
+from mlx_vlm_pipes.hf_config import lookup
 from mlx_vlm_pipes.interfaces import LogProbabilities, PipelineModelWithKVCache
 from mlx_vlm_pipes.options import (
     OPTIONS,
@@ -24,6 +25,7 @@ from mlx_vlm_pipes.options import (
     PromptOptions,
     complete_options,
     read_options,
+    shows,
     unfit,
 )
 from mlx_vlm_pipes.processing.types import ProcessedPrompt, PromptRequest
@@ -65,6 +67,9 @@ class GenerationResult:
     logprobs: list[LogProbabilities] | None = None
     prompt_logprobs: LogProbabilities | None = None
 
+    def __str__(self) -> str:
+        return self.text
+
 
 class Pipeline:
     """A loaded checkpoint: `encode`, `logits`, `generate`, `stream`, `generate_batch`.
@@ -86,6 +91,14 @@ class Pipeline:
     def __exit__(self, *error: object) -> None:
         self.close()
 
+    def __repr__(self) -> str:
+        model = self.model
+        return (
+            f"Pipeline({lookup(model.huggingface_config, 'model_type')}: "
+            f"{model.weight_bytes / 1e6:.3g} MB of weights, {model.dtype.name}, {model.device}, "
+            f"{self.max_seq_len} tokens, adapters: {', '.join(model.adapters) or 'none'})"
+        )
+
     @property
     def config(self) -> Any:
         """The architecture's config, finalised."""
@@ -99,6 +112,7 @@ class Pipeline:
     def max_seq_len(self) -> int:
         return self.model.max_seq_len
 
+    @shows(PROMPT_OPTIONS)
     def encode(
         self,
         prompt: Prompt,
@@ -113,11 +127,13 @@ class Pipeline:
         frames, or one path or array alone.
         Raises: InputError for a prompt and media that do not fit each other.
         """
-        reading = read_options(options, PROMPT_OPTIONS)
+        images, videos, given = _media(images, videos, options)
+        reading = read_options(given, PROMPT_OPTIONS)
         return self.processor.process(
             PromptRequest(prompt, _listed(images), _listed(videos), **reading)
         )
 
+    @shows(PROMPT_OPTIONS)
     def logits(
         self,
         prompt: Prompt,
@@ -131,13 +147,15 @@ class Pipeline:
 
         adapter: as for `generate`.
         """
+        name = OPTIONS["adapter"].read(adapter)
         processed = self.encode(prompt, images, videos, **options)
         self._check_length(processed, 0)
         context = self.processor.new_context(
-            processed, max_length=self.max_seq_len, model_name=self._adapter(adapter)
+            processed, max_length=self.max_seq_len, model_name=self._adapter(name)
         )
         return self.engine.prompt_logits(context)
 
+    @shows(OPTIONS)
     def generate(
         self,
         prompt: Prompt,
@@ -148,6 +166,7 @@ class Pipeline:
         """Answer a prompt. Raises: InputError for anything wrong with the request."""
         return collect(self._submit(prompt, images, videos, options))
 
+    @shows(OPTIONS)
     def stream(
         self,
         prompt: Prompt,
@@ -158,6 +177,7 @@ class Pipeline:
         """The answer as it is made; close the iterator to cancel."""
         return iter(self._submit(prompt, images, videos, options))
 
+    @shows(OPTIONS)
     def submit(
         self,
         prompt: Prompt,
@@ -168,6 +188,7 @@ class Pipeline:
         """Queue a request and return at once; iterate the handle with `for` or `async for`."""
         return self._submit(prompt, images, videos, options)
 
+    @shows(OPTIONS)
     def generate_n(
         self,
         prompt: Prompt,
@@ -182,7 +203,8 @@ class Pipeline:
         temperature, all differ. Raises: InputError for anything wrong with the request.
         """
         count = Option("", name="n", kind=int, low=1).read(n)
-        given = read_options(options, OPTIONS)
+        images, videos, named = _media(images, videos, options)
+        given = read_options(named, OPTIONS)
         processed = self._read(prompt, images, videos, given)
         seeds = [given["seed"] + i if "seed" in given else None for i in range(count)]
         handles: list[Handle] = []
@@ -194,11 +216,13 @@ class Pipeline:
             for handle in handles:
                 handle.close()
 
+    @shows(OPTIONS)
     def generate_batch(
-        self, requests: Sequence[BatchRequest | str], **options: Unpack[GenerateOptions]
+        self, requests: Sequence[BatchRequest | Prompt], **options: Unpack[GenerateOptions]
     ) -> list[GenerationResult]:
         """Answer several requests together: the same answers as one at a time, in order.
 
+        A request is a prompt, a list of messages, or a dict with either and its own options.
         Where numbers are rounded (kv_bits, a dtype of 16 bits) the two differ by less than the
         rounding itself does, which may exchange tokens that are almost equally likely.
         options hold for all requests; a request's own come first. The first failure is raised,
@@ -215,6 +239,7 @@ class Pipeline:
             for handle in handles:
                 handle.close()
 
+    @shows(OPTIONS)
     def plan(
         self,
         prompt: Prompt,
@@ -223,7 +248,8 @@ class Pipeline:
         **options: Unpack[GenerateOptions],
     ) -> Plan:
         """What a request needs: exact token counts, cache bytes, predicted peak; runs nothing."""
-        given = read_options(options, OPTIONS)
+        images, videos, named = _media(images, videos, options)
+        given = read_options(named, OPTIONS)
         processed = self._read(prompt, images, videos, given)
         return self.engine.plan(self._context(processed, given))
 
@@ -235,10 +261,11 @@ class Pipeline:
         """Stop the engine and give its memory back once nothing else holds the pipeline."""
         self.engine.close()
 
-    def _submit_request(self, request: BatchRequest | str, shared: GenerateOptions) -> Handle:
-        if not isinstance(request, (str, Mapping)):
-            raise unfit("a request", request, "a prompt, or a dict with 'prompt' or 'messages'")
-        own: dict[str, Any] = {"prompt": request} if isinstance(request, str) else dict(request)
+    def _submit_request(self, request: BatchRequest | Prompt, shared: GenerateOptions) -> Handle:
+        if not isinstance(request, (str, Mapping, list, tuple)):
+            expected = "a prompt, messages, or a dict with 'prompt' or 'messages'"
+            raise unfit("a request", request, expected)
+        own: dict[str, Any] = dict(request) if isinstance(request, Mapping) else {"prompt": request}
         prompt, messages = own.pop("prompt", None), own.pop("messages", None)
         if (prompt is None) == (messages is None):
             raise InputError("a request needs either 'prompt' or 'messages'")
@@ -249,7 +276,8 @@ class Pipeline:
     def _submit(
         self, prompt: Prompt, images: Media, videos: Media, options: Mapping[str, object]
     ) -> Handle:
-        given = read_options(options, OPTIONS)
+        images, videos, named = _media(images, videos, options)
+        given = read_options(named, OPTIONS)
         return self._start(self._read(prompt, images, videos, given), given)
 
     def _read(
@@ -289,8 +317,9 @@ class Pipeline:
         total = len(processed.input_ids) + new_tokens
         if total > self.max_seq_len:
             raise ContextTooLong(
-                f"{len(processed.input_ids)} prompt tokens and {new_tokens} new ones make {total}; "
-                f"this model holds {self.max_seq_len}; shorten the prompt or ask for fewer tokens"
+                f"{len(processed.input_ids)} prompt tokens and {shown(new_tokens)} new ones make "
+                f"{shown(total)}; this model holds {self.max_seq_len}; shorten the prompt or ask "
+                "for fewer tokens"
             )
 
 
@@ -326,6 +355,24 @@ def collect(handle: Handle) -> GenerationResult:
         logprobs=scores or None,
         prompt_logprobs=last.prompt_logprobs,
     )
+
+
+def _media(
+    images: Media, videos: Media, options: Mapping[str, object]
+) -> tuple[Media, Media, dict[str, Any]]:
+    """The media and the other options; `image` and `video` are the same as `images` and `videos`.
+
+    Raises: InputError where both are given.
+    """
+    rest: dict[str, Any] = dict(options)
+    found = {"images": images, "videos": videos}
+    for name, own in found.items():
+        alias = name[:-1]
+        if alias in rest:
+            if _listed(own):
+                raise InputError(f"{alias} and {name} are the same option; give one of them")
+            found[name] = rest.pop(alias)
+    return found["images"], found["videos"], rest
 
 
 def _listed(media: Media) -> tuple[Any, ...]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_vlm_pipes.dtypes import Device
+
+PORTIONS = 50  # in which weights are evaluated; each costs a wait for the device
 
 
 class Model:
@@ -45,7 +47,23 @@ class InferenceSession:
         """Install weights (all of them, strictly), evaluate them, and wrap the module."""
         if weights_registry is not None:
             module.load_weights(list(weights_registry.items()), strict=True)
-        parameters = module.parameters()
-        mx.eval(parameters)
+        parameters = cast("dict[str, mx.array]", dict(tree_flatten(module.parameters())))
+        _evaluate(list(parameters.values()))
         module.eval()
-        return Model(module, dict(tree_flatten(parameters)))
+        return Model(module, parameters)
+
+
+def _evaluate(arrays: Sequence[mx.array]) -> None:
+    """Evaluate arrays, the largest first and some 2 % of the bytes at a time.
+
+    What they are made of (parts of a joined matrix, another dtype, another packing) is let go in
+    between, if nobody else holds it: all of it at once would be as much again.
+    """
+    share, portion, size = sum(a.nbytes for a in arrays) / PORTIONS, [], 0
+    for array in sorted(arrays, key=lambda a: a.nbytes, reverse=True):
+        portion.append(array)
+        size += array.nbytes
+        if size >= share:
+            mx.eval(portion)
+            portion, size = [], 0
+    mx.eval(portion)

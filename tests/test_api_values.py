@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from mlx_vlm_pipes import Pipeline, load
+from mlx_vlm_pipes.conversion import ConvertOptions
 from mlx_vlm_pipes.engine.state import EngineConfig
 from mlx_vlm_pipes.errors import EngineClosed, InputError, PipesError
 from tests.fixtures_helper import FIXTURES
@@ -59,12 +60,25 @@ def test_engine_config(name: str, wrong: Any) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("model", 5), ("model", None), ("out", b"x"), ("lora", True), ("bits", "4"), ("bits", 4.0),
+        ("group_size", True), ("mode", []), ("mixed", {}), ("dtype", 5), ("measure", 1),
+        ("quantize_vision", "x"), ("dequantize", None), ("revision", []), ("shard_bytes", 0),
+    ],
+)  # fmt: skip
+def test_convert(name: str, wrong: Any) -> None:
+    with pytest.raises(InputError, match=f"^{name} is .*, expected "):
+        ConvertOptions(**{"model": FOLDER, "out": "out", name: wrong})
+
+
+@pytest.mark.parametrize(
     ("ask", "line"),
     [
-        (lambda p: p.generate_batch([5]), "a request is 5, expected a prompt, or a dict"),
+        (lambda p: p.generate_batch([5]), "a request is 5, expected a prompt, messages, or a"),
         (lambda p: p.generate_batch([None]), "a request is None, expected"),
         (lambda p: p.generate_batch([b"x"]), "a request is b'x', expected"),
-        (lambda p: p.generate_batch([["a"]]), "a request is ['a'], expected"),
+        (lambda p: p.generate_batch([["a"]]), "message 0 is not an object with a text as"),
         (lambda p: p.generate_batch(None), "requests is None, expected a list"),
         (lambda p: p.generate_batch("Hello"), "requests is 'Hello', expected a list"),
         (lambda p: p.generate_batch({"prompt": "x"}), "requests is {'prompt': 'x'}, expected a l"),
@@ -76,6 +90,12 @@ def test_engine_config(name: str, wrong: Any) -> None:
         (lambda p: p.generate(None), "prompt is None, expected a text or a list of messages"),
         (lambda p: p.submit(5), "prompt is 5, expected a text or a list of messages"),
         (lambda p: p.logits(b"x"), "prompt is b'x', expected a text or a list of messages"),
+        (lambda p: p.logits("x", adapter=[]), "adapter is [], expected a text"),
+        (lambda p: p.generate("x", adapter="a" * 3000), f"no adapter '{'a' * 56}...; loaded: no"),
+        (
+            lambda p: p.generate("x", max_tokens=10**5000),
+            "21 prompt tokens and int that cannot be written new ones make",
+        ),
         (lambda p: p.generate("x", logprobs=400), "logprobs is 400, expected at most 324, the si"),
         (lambda p: p.generate("x", logprobs=10**9), "logprobs is 1000000000, expected at most 324"),
         (lambda p: p.generate("x", stop_token_ids=[3, 324]), "stop_token_ids is 324, expected to"),

@@ -145,6 +145,18 @@ def test_width_that_no_group_divides_stays(tmp_path):
     assert not any("down_proj" in name for name in report.packed)  # 48 wide
 
 
+def test_what_a_file_leaves_to_its_type_is_written_under_the_new_one(tmp_path):
+    """LLaVA's layer -2, which transformers leaves out; mlx-vlm's `pixtral` would read -1."""
+    source, out = copy_case("pixtral", tmp_path / "in"), tmp_path / "out"
+    values = config(source)
+    del values["vision_feature_layer"], values["text_config"]["model_type"]
+    (source / "config.json").write_text(json.dumps(values))
+    report = convert(ConvertOptions(model=source, out=out))
+    written = config(out)
+    assert (written["vision_feature_layer"], written["text_config"]["model_type"]) == (-2, "llama")
+    assert difference(report).mean_kl < 1e-9
+
+
 def test_dequantize_gives_the_packed_models_logits(tmp_path):
     run("qwen25vl", tmp_path / "q", bits=4, group_size=32, measure=False)
     report = convert(

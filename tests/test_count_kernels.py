@@ -67,14 +67,14 @@ def test_kernels_of_small_graphs(
 @pytest.mark.parametrize(
     ("rows", "bits", "kv_bits", "adapters", "most"),
     [
-        (1, None, None, 0, 13.2),
-        (8, None, None, 0, 16.2),
-        (1, 4, None, 0, 15.3),
-        (8, 4, None, 0, 18.3),
-        (1, None, 8, 0, 32.2),
-        (8, None, 8, 0, 31.2),
-        (1, None, None, 2, 53.3),
-        (8, None, None, 2, 56.3),
+        (1, None, None, 0, 10.5),
+        (8, None, None, 0, 11.5),
+        (1, 4, None, 0, 12.6),
+        (8, 4, None, 0, 13.6),
+        (1, None, 8, 0, 16.5),
+        (8, None, 8, 0, 16.5),
+        (1, None, None, 2, 50.5),
+        (8, None, None, 2, 51.5),
     ],
 )
 def test_decode_step(
@@ -88,10 +88,12 @@ def test_decode_step(
     ("options", "most"),
     [
         ({"temperature": 0.0}, 1),
-        ({"temperature": 0.7}, 136),
-        ({"temperature": 0.7, "min_p": 0.05}, 176),
-        ({"temperature": 0.7, "top_p": 0.9}, 344),
-        ({"temperature": 0.7, "top_k": 40, "top_p": 0.9}, 496),
+        ({"temperature": 0.7}, 5),
+        ({"temperature": 0.7, "min_p": 0.05}, 7),
+        ({"temperature": 0.7, "top_p": 0.9}, 29),
+        ({"temperature": 0.7, "top_k": 40}, 25),
+        ({"temperature": 0.7, "top_k": 40, "top_p": 0.9}, 31),
+        ({"temperature": 0.7, "repetition_penalty": 1.1, "presence_penalty": 1.0}, 10),
     ],
 )
 def test_sampling_of_eight_rows(options: dict[str, float], most: int) -> None:
@@ -100,7 +102,7 @@ def test_sampling_of_eight_rows(options: dict[str, float], most: int) -> None:
 
 @pytest.mark.parametrize(
     ("family", "most"),
-    [("idefics3", 14), ("internvl", 15), ("pixtral", 35), ("qwen2_5_vl", 39), ("qwen3_vl", 32)],
+    [("idefics3", 13), ("internvl", 14), ("pixtral", 16), ("qwen2_5_vl", 13), ("qwen3_vl", 12)],
 )
 def test_a_layer_of_each_tower(family: str, most: int) -> None:
     assert count_tower(FIXTURES / TOWERS[family], fused=True)[1] <= most

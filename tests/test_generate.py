@@ -2,13 +2,18 @@
 
 import io
 import json
+import re
+import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from mlx_vlm_pipes import __version__
-from mlx_vlm_pipes.generate import build_parser, given_options, main
+from mlx_vlm_pipes import Chunk, __version__, load
+from mlx_vlm_pipes.__main__ import COMMANDS
+from mlx_vlm_pipes.__main__ import main as all_commands
+from mlx_vlm_pipes.generate import Answer, build_parser, given_options, main
 
 ROOT = Path(__file__).parent.parent
 SHAPES = str(ROOT / "examples" / "images" / "shapes.png")
@@ -18,19 +23,42 @@ WANTED = "a large red circle above a small blue square"
 def test_answer_and_figures(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--image", SHAPES, "--prompt", "Describe the picture."]) == 0
     out, err = capsys.readouterr()
-    assert out.strip() == WANTED
-    assert "bundled model" in err.splitlines()[0]
-    figures = err.splitlines()[-1]
-    assert figures.startswith("prompt: ")
-    assert "image tokens" in figures
-    assert "peak memory" in figures
+    assert out == WANTED + "\n"  # the model's leading space is not shown
+    said, prompt, answer = err.splitlines()
+    assert "bundled model" in said
+    assert re.fullmatch(r"prompt: 30 tokens \(16 image\), [\d.]+ s, \d+ tokens/s", prompt)
+    assert re.fullmatch(r"answer: 10 tokens, \d+ tokens/s, ended by stop; peak \d+ MB", answer)
+
+
+def test_a_cut_answer_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--image", SHAPES, "--max-new-tokens", "2", "--temp", "0"]) == 0
+    out, err = capsys.readouterr()
+    assert WANTED.startswith(out.strip())
+    assert "2 tokens" in err
+    assert "cut at --max-tokens" in err
+
+
+def test_an_interrupted_answer_ends_its_line_and_has_figures(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def chunks() -> Iterator[Chunk]:
+        yield Chunk(" a", 1)
+        yield Chunk(" large", 2)
+        raise KeyboardInterrupt
+
+    with load() as pipe:
+        assert Answer(build_parser().parse_args([])).print(pipe, chunks()) == 130
+    out, err = capsys.readouterr()
+    assert out == "a large\n"
+    assert err.splitlines()[0] == "interrupted"
+    assert err.splitlines()[1].startswith("answer: 2 tokens so far")
 
 
 def test_json_result(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--image", SHAPES, "--json", "--quiet", "--max-tokens", "3"]) == 0
     out, err = capsys.readouterr()
     record = json.loads(out)
-    assert WANTED.startswith(record["text"].strip())
+    assert WANTED.startswith(record["text"])
     assert record["completion_tokens"] == len(record["tokens"]) == 3
     assert record["finish_reason"] == "length"
     assert err == ""
@@ -44,15 +72,25 @@ def test_image_from_standard_input(
     assert capsys.readouterr().out.strip() == WANTED
 
 
+def test_prompt_from_standard_input(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Describe the picture.")))
+    assert main(["--image", SHAPES, "--prompt", "-", "--quiet"]) == 0
+    assert capsys.readouterr().out.strip() == WANTED
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--model", "/no/such/folder"], "no model folder"),
+        (["--prompt", "Hi", "--model", "/no/such/folder"], "no model folder"),
         (["--image", "/no/such/picture.png"], "picture.png"),
         (["--temperature", "-1"], "temperature"),
         (["--max-tokens", "0"], "max_tokens"),
-        (["--max-tokens", "999999"], "999999"),
+        (["--prompt", "Hi", "--max-tokens", "999999"], "999999"),
         (["--raw", "--prompt", "<image>"], "image"),
+        ([], "nothing to answer; give --prompt, --image or --video"),
+        (["--prompt", "-", "--image", "-"], "standard input holds one of them"),
     ],
 )
 def test_a_mistake_is_one_line(
@@ -86,3 +124,29 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main(["--version"])
     assert __version__ in capsys.readouterr().out
+
+
+def test_flags_of_other_programs_say_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["--max-kv-size", "100"])
+    assert "--max-kv-size: no cache forgets here" in capsys.readouterr().err
+
+
+def test_all_commands_behind_one_name(capsys: pytest.CaptureFixture[str]) -> None:
+    assert all_commands([]) == 0
+    listed = capsys.readouterr().out
+    assert all(f"\n  {name} " in listed for name in COMMANDS)
+    assert all_commands(["check", "--families"]) == 0
+    assert "LlamaForCausalLM" in capsys.readouterr().out
+    assert all_commands(["--image", SHAPES, "--quiet"]) == 0  # the old form: generate's options
+    assert capsys.readouterr().out.strip() == WANTED
+    for name in COMMANDS:
+        with pytest.raises(SystemExit, match="0"):
+            all_commands([name, "--help"])
+        assert f"mlx_vlm_pipes.{name} " in capsys.readouterr().out
+
+
+def test_the_package_runs_as_a_module() -> None:
+    run = [sys.executable, "-m", "mlx_vlm_pipes", "generate", "--image", SHAPES, "--quiet"]
+    answer = subprocess.run(run, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert answer.stdout.strip() == WANTED

@@ -106,3 +106,13 @@ def test_values_become_plain_python() -> None:
     assert type(read["seed"]) is int
     assert type(read["temperature"]) is float
     assert complete_options({"max_tokens": None}, OPTIONS)["max_tokens"] == 256
+
+
+def test_names_that_others_use() -> None:
+    assert read_options({"max_new_tokens": 3, "temp": 0.5}, OPTIONS) == {
+        "max_tokens": 3, "temperature": 0.5,
+    }  # fmt: skip
+    with pytest.raises(InputError, match="temp and temperature are the same option"):
+        read_options({"temperature": 0.5, "temp": 0.5}, OPTIONS)
+    with pytest.raises(InputError, match=r"unknown option 'adapter_path'; give load\(adapter="):
+        read_options({"adapter_path": "x"}, OPTIONS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ from PIL import Image
 
 from mlx_vlm_pipes import Pipeline, load
 from mlx_vlm_pipes.errors import ContextTooLong, InputError
+from mlx_vlm_pipes.options import OPTIONS, PROMPT_OPTIONS
 from tests.fixtures_helper import FIXTURES
 
 PROMPT = "Tell me about it."
+SHAPES = Path(__file__).parent.parent / "examples" / "images" / "shapes.png"
 
 
 @pytest.fixture(scope="module")
@@ -253,3 +256,26 @@ def test_one_picture_or_clip_given_alone_counts_as_a_list_of_one(
 def test_none_means_no_pictures(qwen: Pipeline) -> None:
     assert qwen.encode(PROMPT, None, None).input_ids == qwen.encode(PROMPT).input_ids
     assert qwen.plan(PROMPT, None, None).prompt_tokens == qwen.plan(PROMPT).prompt_tokens
+
+
+def test_options_show_in_help_and_signature(pipe: Pipeline) -> None:
+    names = inspect.signature(pipe.generate).parameters
+    assert names["max_tokens"].default == 256
+    assert set(names) == {"prompt", "images", "videos", *OPTIONS}
+    said = inspect.getdoc(Pipeline.stream) or ""
+    assert all(f"{name}: {option.help}" in said for name, option in OPTIONS.items())
+    assert set(inspect.signature(pipe.logits).parameters) > PROMPT_OPTIONS.keys()
+
+
+def test_names_and_forms_that_others_use(pipe: Pipeline) -> None:
+    with load() as bundled:
+        plain = bundled.generate("Describe the picture.", SHAPES, max_tokens=3)
+        other: dict[str, Any] = {"image": SHAPES, "max_new_tokens": 3, "temp": 0.0}
+        assert bundled.generate("Describe the picture.", **other).tokens == plain.tokens
+        with pytest.raises(InputError, match="image and images are the same option"):
+            bundled.generate("Describe the picture.", SHAPES, **other)
+        assert repr(bundled).startswith("Pipeline(idefics3: 5.33 MB of weights, float32, cpu:0")
+    assert str(plain) == plain.text
+    messages = [{"role": "user", "content": PROMPT}]
+    batch = pipe.generate_batch([messages, PROMPT], max_tokens=3)
+    assert batch[0].tokens == batch[1].tokens

@@ -117,10 +117,12 @@ class CheckpointModel(LogProbabilitiesMixin, PipelineModelWithKVCache[ContextT])
         captured = captured_layers(
             self.return_hidden_states, self.eagle_layers, decoder_config.num_layers
         )
+        text, rest = checkpoint.text, checkpoint.tower(self.tower_prefix)
+        state.clear()  # the parts alone hold the tensors now, and let go what has been read
         parts = []
         if tower is not None:
-            parts.append(load_module(session, tower, checkpoint.tower(self.tower_prefix)))
-        decoder, loaded = load_decoder(session, decoder_config, checkpoint.text)
+            parts.append(load_module(session, tower, rest))
+        decoder, loaded = load_decoder(session, decoder_config, text)
         self.model_config = config
         self.language = LanguageModel(
             decoder,

@@ -65,9 +65,9 @@ def require_fit(model_class: Any, pipeline_config: PipelineConfig, state: StateD
 
 
 def load_module(
-    session: InferenceSession, module: nn.Module, state: Mapping[str, WeightData]
+    session: InferenceSession, module: nn.Module, state: dict[str, WeightData]
 ) -> Model:
-    """Install all tensors strictly and evaluate them.
+    """Install all tensors strictly and evaluate them; `state` is then empty.
 
     Raises: WeightsError naming missing, unexpected and mis-shaped tensors.
     """
@@ -75,13 +75,15 @@ def load_module(
     return session.load(module)
 
 
-def fill(module: nn.Module, state: Mapping[str, WeightData]) -> None:
+def fill(module: nn.Module, state: dict[str, WeightData]) -> None:
     """Pack the module as `state` is and install its tensors, but for GPTQ's dummy biases.
 
+    `state` is emptied: what a parameter is made of can go once that is evaluated.
     Raises: WeightsError naming missing, unexpected and mis-shaped tensors.
     """
     quantize_like(module, state)
     install_weights(module, drop_dummy_biases(state, parameter_shapes(module)))
+    state.clear()
 
 
 def quantize_like(module: nn.Module, state: Mapping[str, WeightData]) -> None:
@@ -96,8 +98,8 @@ def load_decoder(
 ) -> tuple[DenseDecoder, Model]:
     """The decoder with its weights in, adapters attached, projections fused, the head decided.
 
-    state: names relative to `language_model.`. Raises: WeightsError as load_module, and for
-    adapters that do not fit.
+    state: names relative to `language_model.`; it is emptied. Raises: WeightsError as load_module,
+    and for adapters that do not fit.
     """
     tied = settle_head(state, tied=config.tie_word_embeddings)
     decoder = DenseDecoder(replace(config, tie_word_embeddings=tied))

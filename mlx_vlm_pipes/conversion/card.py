@@ -67,7 +67,7 @@ def model_card(report: Report, options: ConvertOptions) -> str:
     name = Path(base).name
     front = ["---", "library_name: mlx", "pipeline_tag: image-text-to-text", "tags:", "- mlx"]
     front += [f"base_model: {base}"] if is_hub else []
-    adapter = f", with the adapter {options.lora.name} merged into it" if options.lora else ""
+    adapter = f", with the adapter {Path(options.lora).name} merged into it" if options.lora else ""
     rows = [f"- {line[0].upper()}{line[1:]}." for line in report.lines()]
     command = f'python -m mlx_vlm_pipes.generate --model {report.out.name} --prompt "..."'
     return "\n".join(

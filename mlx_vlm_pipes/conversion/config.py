@@ -10,6 +10,7 @@ from typing import Any
 from mlx_vlm_pipes.conversion.recipe import Packing
 from mlx_vlm_pipes.conversion.source import Source
 from mlx_vlm_pipes.conversion.writer import without_code_keys
+from mlx_vlm_pipes.hf_config import HuggingFaceConfig
 
 _TEXT_KEYS = ("text_config", "llm_config")
 
@@ -32,6 +33,7 @@ def written_config(
     if dtype is not None:
         values["torch_dtype"] = dtype
     _rename_types(values, source.form.model_types)
+    _spell_out(values, HuggingFaceConfig(source.values), HuggingFaceConfig(values))
     _spell_rope(sections[-1])
     if not source.tied or any("tie_word_embeddings" in section for section in sections):
         for section in sections:
@@ -52,6 +54,15 @@ def _rename_types(values: dict[str, Any], names: Mapping[str, str]) -> None:
         section["model_type"] = names.get(kind, section.get("model_type"))
         if section["model_type"] is None:
             del section["model_type"]
+
+
+def _spell_out(values: dict[str, Any], old: HuggingFaceConfig, new: HuggingFaceConfig) -> None:
+    """Write keys that the source leaves to its types where the renamed ones mean another value."""
+    for key, value in old.implied.items():
+        if new.implied.get(key) != value:
+            values[key] = value
+    for key, part in old.parts.items():
+        _spell_out(values[key], part, new.parts[key])
 
 
 def quantization_entry(packed: Mapping[str, Packing]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from mlx_vlm_pipes.conversion.writer import (
     whole_folder,
     write_json,
 )
-from mlx_vlm_pipes.engine.engine import machine_memory
+from mlx_vlm_pipes.engine.memory import machine_memory
 from mlx_vlm_pipes.errors import InputError
 from mlx_vlm_pipes.loading import resolve_folder
 from mlx_vlm_pipes.paths import user_path
@@ -37,7 +37,7 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> Report
     folder = resolve_folder(options.model, options.revision)
     source = open_source(folder)
     _refuse_twice(source, options)
-    adapter = source.read_adapter(options.lora) if options.lora else None
+    adapter = None if options.lora is None else source.read_adapter(options.lora)
     recipe = Recipe(base, options.mixed, source.num_layers, options.quantize_vision)
     transfer = Transfer(source, options, recipe, adapter)
     total, name = source.num_bytes, source.room.name

@@ -38,7 +38,7 @@ def probe_image() -> np.ndarray:
     return picture.clip(0, 255).astype(np.uint8)
 
 
-def text_logits(folder: Path, adapter: Path | None = None) -> tuple[np.ndarray, bool]:
+def text_logits(folder: Path, adapter: str | Path | None = None) -> tuple[np.ndarray, bool]:
     """Logits float32 [n, V] of a model at the probe's text positions, and whether it saw a picture.
 
     Loads the model and lets it go.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_vlm_pipes.checkpoint.state import LANGUAGE
 from mlx_vlm_pipes.errors import InputError
+from mlx_vlm_pipes.options import Option, unfit
 from mlx_vlm_pipes.weights.quantized import MLX_MODES
 
 Packing = tuple[int, int, str]  # group size, bits, mode
@@ -21,6 +23,13 @@ RECIPES = {
 }
 DTYPES = ("float32", "float16", "bfloat16")
 DEFAULT_SHARD_BYTES = 2 * 2**30
+_TYPES = [
+    *(Option("", name=name, kind=int, takes_none=True) for name in ("bits", "group_size")),
+    *(Option("", name=name, kind=str, takes_none=True) for name in ("mixed", "dtype", "revision")),
+    *(Option("", name=n, kind=bool) for n in ("quantize_vision", "dequantize", "measure")),
+    Option("", name="mode", kind=str),
+    Option("", name="shard_bytes", kind=int, low=1),
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +38,7 @@ class ConvertOptions:
 
     dtype: what floats become, scales included; None keeps the checkpoint's. lora: an adapter
     folder to merge. measure: whether to load both models at the end and compare them.
+    Raises: InputError for a value of a wrong type.
     """
 
     model: str | Path
@@ -40,10 +50,18 @@ class ConvertOptions:
     dtype: str | None = None
     quantize_vision: bool = False
     dequantize: bool = False
-    lora: Path | None = None
+    lora: str | Path | None = None
     revision: str | None = None
     measure: bool = True
     shard_bytes: int = DEFAULT_SHARD_BYTES
+
+    def __post_init__(self) -> None:
+        for name in ("model", "out", "lora"):
+            value = getattr(self, name)
+            if not isinstance(value, (str, os.PathLike)) and not (name == "lora" and value is None):
+                raise unfit(name, value, "a path")
+        for option in _TYPES:
+            option.read(getattr(self, option.name))
 
     @property
     def quantizes(self) -> bool:

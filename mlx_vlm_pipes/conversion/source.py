@@ -61,12 +61,11 @@ class Source:
 
     @property
     def num_bytes(self) -> int:
-        parts = [part.data for module in self.modules.values() for part in module.values()]
-        return sum(part.nbytes for part in parts)
+        return sum(part.nbytes for parts in self.modules.values() for part in parts.values())
 
-    def read_adapter(self, folder: Path) -> LoRAAdapter:
+    def read_adapter(self, folder: str | Path) -> LoRAAdapter:
         """Raises: WeightsError for an adapter of another model."""
-        adapter = read_adapter(folder, folder.name, self.layouts)
+        adapter = read_adapter(folder, Path(folder).name, self.layouts)
         check_against_base(adapter, self.linear_shapes())
         return adapter
 

@@ -49,7 +49,7 @@ class Transfer:
             settings = packing_of(self.source, path)
             parts = modules.pop(path)
             arrays, packed = self.convert(path, parts, settings)
-            self.tally.read += sum(part.data.nbytes for part in parts.values())
+            self.tally.read += sum(part.nbytes for part in parts.values())
             del parts  # the last hold on what was read
             self._read(path, arrays)
             for target in self._targets(path):

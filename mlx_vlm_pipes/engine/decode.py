@@ -1,4 +1,4 @@
-"""Rows that decode together, one token a step, with one step always in flight."""
+"""Rows that decode together, one token a step; while text goes out, the next step is in flight."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from mlx_vlm_pipes.engine.handover import overlaps
+from mlx_vlm_pipes.engine.memory import trim_pool
 from mlx_vlm_pipes.engine.requests import Job
-from mlx_vlm_pipes.engine.results import Results
+from mlx_vlm_pipes.engine.results import Results, Sampled
 from mlx_vlm_pipes.engine.state import EngineState
 from mlx_vlm_pipes.interfaces import ModelInputs
 from mlx_vlm_pipes.kv_cache import KVCacheInputs, cache_inputs, increment_cache_lengths
@@ -20,8 +22,8 @@ class Flight:
     jobs: list[Job]
     inputs: ModelInputs
     kv: KVCacheInputs
-    tokens: mx.array  # uint32 [B]
-    logits: mx.array  # float32 [B, V]
+    sampled: Sampled
+    is_resized: bool  # the cache's arrays are new: the old ones are free once the step is done
 
 
 class Decode:
@@ -31,6 +33,7 @@ class Decode:
         self._state, self._results = state, results
         self.jobs: list[Job] = []
         self._flight: Flight | None = None
+        self._cache_bytes = 0  # of the batch in the last step
 
     @property
     def is_busy(self) -> bool:
@@ -45,6 +48,8 @@ class Decode:
         if flight is not None:
             self._flight = self._follow(flight)
             self._read(flight)
+            if flight.is_resized:
+                trim_pool(self._state.cache.nbytes)
         if self._flight is not None:
             return []
         crossing = self._take_crossing()
@@ -55,7 +60,7 @@ class Decode:
     def settle(self) -> None:
         """Wait for the step in flight, so that what comes next is not measured with it."""
         if self._flight is not None:
-            mx.eval(self._flight.tokens)
+            mx.eval(self._flight.sampled.tokens)
 
     def drop(self) -> None:
         """Forget all jobs and the step in flight."""
@@ -67,7 +72,7 @@ class Decode:
             return None
         if any(self._ends_by_length(job) or self._crosses(job) for job in flight.jobs):
             return None
-        inputs = self._state.model.prepare_next_token_inputs(flight.tokens, flight.inputs)
+        inputs = self._state.model.prepare_next_token_inputs(flight.sampled.tokens, flight.inputs)
         return self._launch(inputs, flight.kv, flight.jobs)
 
     def _ends_by_length(self, job: Job) -> bool:
@@ -102,17 +107,18 @@ class Decode:
         outputs = self._state.model.execute(inputs)
         increment_cache_lengths(kv, [1] * len(jobs))
         self._state.note_bucket()
-        logits = outputs.last_logits()
-        tokens = self._results.sample(logits, jobs)
-        states = [a for job in jobs for a in job.sampler.state()]
-        mx.async_eval(tokens, *states)
-        return Flight(jobs, inputs, kv, tokens, logits)
+        sampled = self._results.sample(outputs.last_logits(), jobs)
+        if self._flight is not None and not overlaps(self._state):
+            self._state.model.device.synchronize()  # reading its tokens would not free the cache
+        mx.async_eval(sampled.arrays())
+        is_resized = self._cache_bytes != self._state.cache.nbytes
+        self._cache_bytes = self._state.cache.nbytes
+        return Flight(jobs, inputs, kv, sampled, is_resized)
 
     def _read(self, flight: Flight) -> None:
         """Wait for a step's tokens and hand them out; jobs that end leave."""
-        values: list[int] = flight.tokens.tolist()  # pyright: ignore[reportAssignmentType]  # 1-D
-        for i, (job, token) in enumerate(zip(flight.jobs, values, strict=True)):
-            if job in self.jobs and not self._results.deliver(job, token, flight.logits, i):
+        for job, (token, score) in zip(flight.jobs, flight.sampled.read(), strict=True):
+            if job in self.jobs and not self._results.deliver(job, token, score):
                 self.jobs.remove(job)
 
 

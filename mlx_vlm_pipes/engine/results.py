@@ -1,4 +1,4 @@
-"""From a step's logits to the requester: sampling row by row, chunks out, the end of a request.
+"""From a step's logits to the requester: tokens and scores, chunks out, the end of a request.
 
 A failure here (a sampler or a detokeniser that raises) belongs to one request and ends only that.
 """
@@ -6,13 +6,35 @@ A failure here (a sampler or a detokeniser that raises) belongs to one request a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import mlx.core as mx
 
 from mlx_vlm_pipes.contexts import GenerationStatus
 from mlx_vlm_pipes.engine.requests import Chunk, Job
+from mlx_vlm_pipes.engine.sampler import Sampler
 from mlx_vlm_pipes.engine.state import EngineState
-from mlx_vlm_pipes.log_probabilities import log_probabilities
+from mlx_vlm_pipes.log_probabilities import LogProbabilities, Scores, launch_scores
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A step's tokens, uint32 [B], and what is told of them; launched, or about to be."""
+
+    tokens: mx.array
+    scores: Scores | None
+    state: list[mx.array]
+
+    def arrays(self) -> list[mx.array]:
+        """All that is to be computed with the step."""
+        scored = [] if self.scores is None else self.scores.arrays()
+        return [self.tokens, *scored, *self.state]
+
+    def read(self) -> list[tuple[int, LogProbabilities | None]]:
+        """Wait for them: each row's token, and its score where one is wanted."""
+        tokens: list[int] = self.tokens.tolist()  # pyright: ignore[reportAssignmentType]  # 1-D
+        scores = {} if self.scores is None else self.scores.read()
+        return [(token, scores.get(i)) for i, token in enumerate(tokens)]
 
 
 class Results:
@@ -23,29 +45,24 @@ class Results:
 
     def __init__(self, state: EngineState) -> None:
         self._state = state
+        self._sampler = Sampler(is_gpu=state.model.kv_params.devices[0].is_gpu())
         self.live: set[Job] = set()
 
-    def sample(self, logits: mx.array, jobs: Sequence[Job]) -> mx.array:
-        """logits float32 [B, V] -> tokens uint32 [B], lazily; one argmax where all are greedy."""
-        if all(job.sampler.is_plain for job in jobs):
-            for job in jobs:
-                job.sampler.steps += 1
-            return mx.argmax(logits, axis=-1)
-        return mx.stack([self._sample_one(logits[i], job) for i, job in enumerate(jobs)])
+    def sample(self, logits: mx.array, jobs: Sequence[Job]) -> Sampled:
+        """logits float32 [B, V] -> tokens uint32 [B] and what is told of them, lazily."""
+        tokens, failures = self._sampler(logits, [job.sampler for job in jobs])
+        for place, error in failures.items():
+            jobs[place].failure = error
+        wanting = {i: job.top_logprobs for i, job in enumerate(jobs) if job.top_logprobs}
+        scores = launch_scores(logits, tokens, wanting) if wanting else None
+        return Sampled(tokens, scores, self._sampler.state())
 
-    def _sample_one(self, logits: mx.array, job: Job) -> mx.array:
-        try:
-            return job.sampler.next_token(logits).astype(mx.uint32)
-        except Exception as error:  # this request's failure is nobody else's
-            job.failure = error
-            return mx.argmax(logits)
-
-    def deliver(self, job: Job, token: int, logits: mx.array, row: int = 0) -> bool:
-        """Give a token, chosen from logits [B, V] at `row`, to its request; False if it ended."""
+    def deliver(self, job: Job, token: int, score: LogProbabilities | None) -> bool:
+        """Give a token, and its score where one is wanted, to its request; False if it ended."""
         try:
             if job.failure is not None:
                 raise job.failure
-            chunk = self._chunk(job, token, logits, row)
+            chunk = self._chunk(job, token, score)
         except Exception as error:
             self.fail(job, error)
             return False
@@ -55,11 +72,9 @@ class Results:
         self._end(job, chunk, None, is_kept=True)
         return False
 
-    def _chunk(self, job: Job, token: int, logits: mx.array, row: int) -> Chunk:
+    def _chunk(self, job: Job, token: int, score: LogProbabilities | None) -> Chunk:
         """What the token adds to the answer. The last chunk carries what is told at the end."""
-        context, score = job.context, None
-        if job.top_logprobs:
-            score = log_probabilities(logits[row : row + 1], [token], job.top_logprobs)
+        context = job.context
         context.update(token)
         ended = context.status is GenerationStatus.END_OF_SEQUENCE
         # An end token is no text; it is still reported as a token.

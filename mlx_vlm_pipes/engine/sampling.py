@@ -1,16 +1,15 @@
-"""Choosing the next token: penalties, filters, and random numbers that belong to one request.
+"""What one request asks of sampling, and its own random numbers, counts and penalties.
 
-Every row carries its own key, so a seed gives the same tokens in any batch. Nothing here waits
-for the device. The order is that of transformers: bias and penalties on the logits, then
-temperature, top-k, top-p, min-p.
-Source: transformers generation/logits_process.py; presence and frequency as OpenAI defines them.
+Every row carries its own key, so a seed gives the same tokens in any batch. Rows are sampled
+together (see sampling_group); what a row has here is where it starts.
 """
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -20,7 +19,6 @@ from mlx_vlm_pipes.errors import InputError
 from mlx_vlm_pipes.options import SAMPLING_OPTIONS, unfit
 
 COLDEST = 1e-30  # below this temperature logits overflow: as good as greedy
-SMALLEST = float(np.finfo(np.float32).tiny)
 NEGATIVE = -1e30  # stands for minus infinity: survives a later subtraction
 
 
@@ -34,32 +32,18 @@ def read_sampling(params: SamplingParams) -> SamplingParams:
     return replace(params, **read)
 
 
-def top_k_filter(logits: mx.array, k: int) -> mx.array:
-    """Keep the k largest of logits [V]; ties with the last of them are kept too."""
-    if k >= logits.shape[-1]:
-        return logits
-    threshold = mx.min(mx.topk(logits, k))
-    return mx.where(logits < threshold, NEGATIVE, logits)
+class Home(Protocol):
+    """What holds the state of several rows, stacked (sampling_group.Group)."""
 
-
-def top_p_filter(logits: mx.array, p: float) -> mx.array:
-    """Keep the smallest set of logits [V] whose probabilities reach p; at least the best one."""
-    order = mx.argsort(-logits)
-    probabilities = mx.softmax(logits[order], precise=True)
-    before = mx.cumsum(probabilities) - probabilities
-    kept = mx.where(before < max(p, SMALLEST), logits[order], NEGATIVE)
-    return mx.put_along_axis(mx.zeros_like(logits), order, kept, axis=-1)
-
-
-def min_p_filter(logits: mx.array, p: float) -> mx.array:
-    """Drop logits [V] whose probability is below p times the best one's."""
-    return mx.where(logits < mx.max(logits) + float(np.log(p)), NEGATIVE, logits)
+    def row(self, name: str, index: int) -> mx.array: ...
 
 
 class RowSampler:
-    """One request's sampling state; its token counts and key live on the device.
+    """One request's settings and sampling state, which lives on the device.
 
     Args: prompt int64 [n]; end_ids, tokens that may not come before `min_new_tokens`.
+    steps: tokens chosen so far. own_way: changes this row's logits, float32 [V], before anything
+    else; a row that has one is sampled by itself, and what it raises ends its request only.
     Raises: InputError for a value out of its bounds, or a token beyond the vocabulary.
     """
 
@@ -70,83 +54,58 @@ class RowSampler:
         for token in params.stop_token_ids:
             if token >= vocab_size:
                 raise unfit("stop_token_ids", token, f"tokens below {vocab_size}, the vocabulary")
-        self.steps = 0
-        self._end_ids = [t for t in end_ids if t < vocab_size]
+        self.steps, self.vocab_size = 0, vocab_size
+        self.own_way: Callable[[mx.array], mx.array] | None = None
+        self.end_ids = [t for t in end_ids if t < vocab_size]
         seed = secrets.randbits(63) if params.seed is None else params.seed
-        self._key = mx.random.key(seed % 2**64)
-        self._bias = _dense_bias(params.logit_bias, vocab_size)
-        self._counts: mx.array | None = None
-        self._seen: mx.array | None = None
+        self.bias = _dense_bias(params.logit_bias, vocab_size)
+        self._initial = {"keys": mx.random.key(seed % 2**64)}
         if params.presence_penalty or params.frequency_penalty:
-            self._counts = mx.zeros((vocab_size,))
+            self._initial["counts"] = mx.zeros((vocab_size,))
         if params.repetition_penalty != 1.0:
             counts = np.bincount(prompt[prompt < vocab_size], minlength=vocab_size)
-            self._seen = mx.array(counts) > 0
+            self._initial["seen"] = mx.array(counts.astype(np.float32))
+        self._home: tuple[Home, int] | None = None
 
     @property
     def is_greedy(self) -> bool:
         return self.params.temperature < COLDEST
 
     @property
-    def is_plain(self) -> bool:
-        """Whether the next token is simply the largest logit."""
-        return self.is_greedy and not self._adjusts
+    def top_k(self) -> int:
+        """How many of the largest logits are kept; 0 where all are, or the largest is taken."""
+        limit = self.params.top_k
+        return 0 if self.is_greedy or not 0 < limit < self.vocab_size else limit
 
     @property
-    def _adjusts(self) -> bool:
-        has_state = self._counts is not None or self._seen is not None
-        return has_state or self._bias is not None or self.steps < self.params.min_new_tokens
+    def is_plain(self) -> bool:
+        """Whether the next token is simply the largest logit."""
+        adjusts = len(self._initial) > 1 or self.bias is not None or self.withholds_end
+        return self.is_greedy and not adjusts and self.own_way is None
 
-    def next_token(self, logits: mx.array) -> mx.array:
-        """logits float32 [V] -> the token, uint32 scalar, lazily; the state counts it."""
-        logits = self.adjust(logits)
-        if self.is_greedy:
-            token = mx.argmax(logits)
-        else:
-            self._key, key = mx.random.split(self._key)
-            token = mx.random.categorical(self.filter(logits), key=key)
-        self.steps += 1
-        if self._counts is not None:
-            self._counts = self._counts.at[token].add(1.0)
-        if self._seen is not None:
-            self._seen = self._seen | (mx.arange(self._seen.shape[0]) == token)
-        return token.astype(mx.uint32)
+    @property
+    def withholds_end(self) -> bool:
+        """Whether the next token may not be an end token."""
+        return self.steps < self.params.min_new_tokens and bool(self.end_ids)
 
-    def adjust(self, logits: mx.array) -> mx.array:
-        """Bias, penalties, and no end token before `min_new_tokens`."""
-        params = self.params
-        if self._bias is not None:
-            logits = logits + self._bias
-        if self._seen is not None:
-            factor = params.repetition_penalty
-            punished = mx.where(logits < 0, logits * factor, logits / factor)
-            logits = mx.where(self._seen, punished, logits)
-        if self._counts is not None:
-            logits = logits - params.frequency_penalty * self._counts
-            logits = logits - params.presence_penalty * (self._counts > 0)
-        if self.steps < params.min_new_tokens and self._end_ids:
-            logits = mx.array(logits)
-            logits[mx.array(self._end_ids)] = NEGATIVE
-        return logits
+    def has(self, name: str) -> bool:
+        """Whether the row has that state: "keys" uint32 [2]; float32 [V], how often each token was
+        in the answer, "counts", or in it and the prompt, "seen"."""
+        return name in self._initial
 
-    def filter(self, logits: mx.array) -> mx.array:
-        """Temperature, then the filters that are switched on."""
-        params = self.params
-        logits = logits / params.temperature
-        if params.top_k > 0:
-            logits = top_k_filter(logits, params.top_k)
-        if params.top_p < 1:
-            logits = top_p_filter(logits, params.top_p)
-        if params.min_p > 0:
-            logits = min_p_filter(logits, params.min_p)
-        return logits
+    def state(self, name: str) -> mx.array:
+        if self._home is None:
+            return self._initial[name]
+        home, index = self._home
+        return home.row(name, index)
 
-    def state(self) -> list[mx.array]:
-        """Device state, to be evaluated with every step so that no lazy chain builds up."""
-        return [a for a in (self._key, self._counts, self._seen) if a is not None]
+    def move(self, home: Home, index: int) -> None:
+        """From now on the state is a row of what `home` holds."""
+        self._home = home, index
 
 
-def _dense_bias(bias: dict[int, float], vocab_size: int) -> mx.array | None:
+def _dense_bias(bias: dict[int, float], vocab_size: int) -> np.ndarray | None:
+    """float32 [V], or None where there is none."""
     if not bias:
         return None
     dense = np.zeros(vocab_size, np.float32)
@@ -154,4 +113,4 @@ def _dense_bias(bias: dict[int, float], vocab_size: int) -> mx.array | None:
         if not 0 <= token < vocab_size:
             raise InputError(f"logit_bias for token {token}; the vocabulary has {vocab_size}")
         dense[token] = np.clip(value, NEGATIVE, -NEGATIVE)
-    return mx.array(dense)
+    return dense

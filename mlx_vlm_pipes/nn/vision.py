@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -63,23 +64,40 @@ def _equal_segments(q: mx.array, k: mx.array, v: mx.array, count: int, scale: fl
     return out.transpose(0, 2, 1, 3).reshape(-1, out.shape[1], out.shape[3])
 
 
-def rotate_half_split(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
-    """Rotate pairs (i, i + D/2) in float32: x [P, H, D], cos and sin float32 [P, D/2]."""
-    cos, sin = cos[:, None], sin[:, None]  # [P, 1, D/2]
-    a, b = mx.split(x.astype(mx.float32), 2, axis=-1)
-    return mx.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+Turn = tuple[mx.array, mx.array]
+
+
+def turn_of(angles: mx.array) -> Turn:
+    """What `rotate_half_split` multiplies a pair's first and second number by, for angles float32
+    [P, D/2]: float32 [P, 2, D/2] each, for both places of the result."""
+    cos, sin = mx.cos(angles), mx.sin(angles)
+    return mx.stack([cos, sin], axis=1), mx.stack([-sin, cos], axis=1)
+
+
+def rotate_half_split(x: mx.array, turn: Turn) -> mx.array:
+    """Rotate pairs (i, i + D/2) in float32: x [P, ..., D], same shape and dtype out.
+
+    The halves are broadcast over the result's halves, so that one kernel writes both.
+    """
+    halves = x.reshape(*x.shape[:-1], 2, -1)  # [P, ..., 2, D/2]
+    first, second = (a.reshape(len(a), *([1] * (x.ndim - 2)), 2, -1) for a in turn)
+    return _turned(halves[..., :1, :], halves[..., 1:, :], first, second).reshape(x.shape)
+
+
+@partial(mx.compile, shapeless=True)
+def _turned(a: mx.array, b: mx.array, first: mx.array, second: mx.array) -> mx.array:
+    return (a.astype(mx.float32) * first + b.astype(mx.float32) * second).astype(a.dtype)
 
 
 @dataclass(frozen=True)
 class Segments:
     """Which patches see each other, for patches in one particular order.
 
-    lengths: of consecutive segments, in patches; cos, sin: float32 [P, D/2] in the same order.
+    lengths: of consecutive segments, in patches; turn: of the same patches.
     """
 
     lengths: list[int]
-    cos: mx.array
-    sin: mx.array
+    turn: Turn
 
 
 class SegmentAttention(nn.Module):
@@ -94,8 +112,8 @@ class SegmentAttention(nn.Module):
 
     def __call__(self, x: mx.array, segments: Segments) -> mx.array:
         qkv = self.qkv(x).reshape(x.shape[0], 3, self.num_heads, self.head_dim)
-        q, k = (rotate_half_split(qkv[:, i], segments.cos, segments.sin) for i in (0, 1))
-        out = segment_attention(q, k, qkv[:, 2], segments.lengths, self.scale)  # [P, H, D]
+        qk = rotate_half_split(qkv[:, :2], segments.turn)  # [P, 2, H, D]
+        out = segment_attention(qk[:, 0], qk[:, 1], qkv[:, 2], segments.lengths, self.scale)
         return self.proj(out.reshape(x.shape))
 
 

@@ -10,10 +10,10 @@ import pytest
 
 from mlx_vlm_pipes.contexts import TokenBuffer
 from mlx_vlm_pipes.engine.requests import Handle
-from mlx_vlm_pipes.engine.sampling import RowSampler
 from mlx_vlm_pipes.engine.state import EngineConfig
 from mlx_vlm_pipes.errors import InputError, OutOfBudget
-from mlx_vlm_pipes.kv_cache import row_bucket
+from mlx_vlm_pipes.kv_cache import Layer, row_bucket
+from mlx_vlm_pipes.kv_cache.groups import Move
 from tests.engine.driving import IDEFICS3, LLAMA, Driven, fixture_requests
 from tests.fixtures_helper import FIXTURES
 
@@ -141,7 +141,7 @@ def test_one_trace_for_each_bucket(llama: Driven) -> None:
         driven.finish()
         assert all(len(driven.tokens(h)) == 40 for h in handles)
     stats = driven.scheduler.stats
-    assert 4 <= stats.traces <= stats.buckets <= 4 * 3  # rows 1, 2, 4, 8; capacities 64, 128, 192
+    assert 4 <= stats.traces <= stats.buckets <= 4 * 3  # rows 1, 2, 3, 4; capacities 64, 128, 192
     before = stats.traces
     driven.generate(PROMPTS[0], max_tokens=40)
     assert driven.scheduler.stats.traces == before
@@ -169,24 +169,16 @@ def test_running_requests_wait_for_a_bounded_slice(idefics3: Driven) -> None:
     idefics3.finish()
 
 
-class Broken(RowSampler):
-    """Raises at its third token."""
-
-    def next_token(self, logits: mx.array) -> mx.array:
-        if self.steps == 2:
-            raise ValueError("this sampler is broken")
-        return super().next_token(logits)
-
-    @property
-    def is_plain(self) -> bool:
-        return False
-
-
-def broken_job(driven: Driven, handle: Handle) -> None:
+def break_sampler(driven: Driven, handle: Handle) -> None:
+    """The request's sampler raises at its third token."""
     job = next(job for job in driven.scheduler.waiting if job.handle is handle)
-    job.sampler = Broken(
-        job.context.sampling_params, job.context.tokens.prompt, driven.scheduler.vocab_size, []
-    )
+
+    def own_way(logits: mx.array) -> mx.array:
+        if job.sampler.steps == 2:
+            raise ValueError("this sampler is broken")
+        return logits
+
+    job.sampler.own_way = own_way
 
 
 def test_a_sampler_that_raises_fails_its_request_only(fresh: Driven) -> None:
@@ -194,7 +186,7 @@ def test_a_sampler_that_raises_fails_its_request_only(fresh: Driven) -> None:
     alone = [fresh.generate(p, seed=i, **options) for i, p in enumerate(PROMPTS)]
     handles = [fresh.submit(p, seed=i, **options) for i, p in enumerate(PROMPTS)]
     bad = fresh.submit("Hello", **options)
-    broken_job(fresh, bad)
+    break_sampler(fresh, bad)
     after = fresh.submit("Hello", seed=0, **options)
     fresh.finish()
     with pytest.raises(ValueError, match="this sampler is broken"):
@@ -288,20 +280,30 @@ def test_bad_values_are_refused_at_once(fresh: Driven) -> None:
         EngineConfig(image_batch=0)
 
 
-def test_rows_keep_their_slots_when_others_leave(fresh: Driven) -> None:
+def test_rows_keep_their_slots_when_others_leave(
+    fresh: Driven, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lengths = (30, 5, 30, 30)
     handles = [fresh.submit(PROMPTS[0], max_tokens=n, ignore_eos=True) for n in lengths]
     fresh.step(4)
-    rebuilt: list[int] = []
+    moved: list[int] = []
     cache = fresh.scheduler.state.cache
-    rebuild = type(cache)._rebuild
-    cache._rebuild = lambda rows, tokens: (rebuilt.append(len(rows)), rebuild(cache, rows, tokens))  # pyright: ignore[reportAttributeAccessIssue]  # a spy
-    fresh.finish()
-    assert not rebuilt  # the last row moved into the gap; nothing else was copied
+    layer = Move.layer
+
+    def spy(self: Move, *given: Any) -> Layer:
+        moved.append(len(self.rows))
+        return layer(self, *given)
+
+    monkeypatch.setattr(Move, "layer", spy)
+    sizes = set()
+    while fresh.step():
+        sizes |= set(cache.shapes)
+    assert not moved  # the last row moved into the gap; nothing else was copied
+    assert sizes == {(4, 64)}
     assert [len(fresh.tokens(h)) for h in handles] == list(lengths)
 
 
-@pytest.mark.parametrize(("rows", "bucket"), [(1, 1), (3, 4), (9, 16), (65, 128)])
+@pytest.mark.parametrize(("rows", "bucket"), [(1, 1), (3, 3), (9, 10), (17, 20), (65, 80)])
 def test_row_buckets(rows: int, bucket: int) -> None:
     assert row_bucket(rows) == bucket
 

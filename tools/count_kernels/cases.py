@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,7 +18,7 @@ from mlx.utils import tree_map
 from mlx_vlm_pipes.config import KVCacheParams
 from mlx_vlm_pipes.contexts import SamplingParams
 from mlx_vlm_pipes.dtypes import DeviceRef, DType
-from mlx_vlm_pipes.engine.results import Results
+from mlx_vlm_pipes.engine.sampler import Sampler
 from mlx_vlm_pipes.engine.sampling import RowSampler
 from mlx_vlm_pipes.hf_config import read_config
 from mlx_vlm_pipes.interfaces import ReturnLogits
@@ -95,7 +94,7 @@ def count_decode(model: DenseDecoder, rows: int, *, kv_bits: int | None = None) 
     config = model.config
     params = KVCacheParams(
         DType.bfloat16, config.num_kv_heads, config.head_dim, config.num_layers,
-        [DeviceRef.CPU()], bits=kv_bits,
+        [DeviceRef.GPU()], bits=kv_bits,
     )  # fmt: skip
     language = LanguageModel(model, params, ReturnLogits.LAST_TOKEN)
     format = cache_format(params)
@@ -111,15 +110,17 @@ def count_sampling(rows: Sequence[SamplingParams], vocab_size: int = VOCABULARY)
     """From a step's logits to its tokens, one row for each of the settings."""
     prompt = np.arange(8, dtype=np.int64)
 
-    def sample(logits: mx.array) -> list[mx.array]:
-        samplers = [RowSampler(params, prompt, vocab_size, [2]) for params in rows]
-        mx.eval([sampler.state() for sampler in samplers])
-        jobs: list[Any] = [SimpleNamespace(sampler=s, failure=None) for s in samplers]
-        tokens = Results(cast("Any", None)).sample(logits, jobs)
-        return [tokens, *(a for sampler in samplers for a in sampler.state())]
-
     logits = mx.zeros((len(rows), vocab_size))
     mx.eval(logits)
+
+    def sample(x: mx.array) -> list[mx.array]:
+        sampler = Sampler(is_gpu=True)
+        samplers = [RowSampler(params, prompt, vocab_size, [2]) for params in rows]
+        sampler(logits, samplers)  # makes the groups, which stay
+        mx.eval(sampler.state())
+        tokens, _ = sampler(x, samplers)
+        return [tokens, *sampler.state()]
+
     return count(sample, logits)
 
 
@@ -130,11 +131,15 @@ def load_checkpoint(folder: Path) -> Any:
 
 
 def count_tower(folder: Path, *, fused: bool = False) -> tuple[Count, int]:
-    """One picture's encoding by a checkpoint's tower, and what its last layer alone adds."""
+    """One picture's encoding by a checkpoint's tower, and what its last layer alone adds.
+
+    The picture's windows, where the tower has any, are of one size: every other size that a
+    picture's edges bring is attended to by itself, in two kernels more a layer.
+    """
     config = read_config(folder)
     room, model = find_room(config), load_checkpoint(folder)
     processor: Any = room.processor_class()(folder, config.to_dict())
-    noise = np.random.default_rng(0).integers(0, 256, (96, 128, 3), np.uint8)
+    noise = np.random.default_rng(0).integers(0, 256, (64, 128, 3), np.uint8)
     content = [{"type": "image"}, {"type": "text", "text": "Describe the picture."}]
     processed = processor.process(PromptRequest([{"role": "user", "content": content}], (noise,)))
     context = processor.new_context(processed, max_length=2048)

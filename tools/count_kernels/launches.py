@@ -13,7 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from tools.count_kernels.graph import Graph, Node, Shape, read_graph
+from tools.count_kernels.graph import DECODE_QUERIES, Graph, Node, Shape, read_graph
 from tools.count_kernels.layout import Layout
 
 SORT_BLOCK = 512 * 4  # elements of four bytes that one threadgroup sorts
@@ -100,6 +100,9 @@ class _Walk:
         self.found[node.name] += LAUNCHES.get(node.name, _one)(node, inputs)
         if node.name in KEEPING and inputs[0].is_contiguous and inputs[0].shape == shapes[0]:
             return [inputs[0]]
+        if node.name == "ScaledDotProductAttention" and shapes[0][2] > DECODE_QUERIES:
+            batch, heads, queries, dim = shapes[0]  # written as its users reshape it
+            return [Layout.rows((batch, queries, heads, dim)).transposed([0, 2, 1, 3])]
         return [Layout.rows(shape) for shape in shapes]
 
     def _root(self, name: str) -> str:
@@ -293,7 +296,7 @@ def _rope_copies(node: Node, inputs: list[Layout]) -> int:
 def _attention_copies(node: Node, inputs: list[Layout]) -> int:
     del node
     q, k, v, *mask = inputs
-    if q.shape[2] > 8:
+    if q.shape[2] > DECODE_QUERIES:
         return sum(x.strides[-1] != 1 for x in inputs)
     return (
         (not _queries_fit(q))

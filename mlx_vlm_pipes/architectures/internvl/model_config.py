@@ -19,7 +19,7 @@ from mlx_vlm_pipes.architectures.vision_language_config import TwoPartConfig
 from mlx_vlm_pipes.checkpoint.state import expanded_scales
 from mlx_vlm_pipes.config import PipelineConfig
 from mlx_vlm_pipes.dtypes import DeviceRef, DType
-from mlx_vlm_pipes.errors import ConfigError, UnsupportedModel
+from mlx_vlm_pipes.errors import ConfigError, UnsupportedModel, shown
 from mlx_vlm_pipes.hf_config import (
     AutoConfig,
     activation_name,
@@ -77,6 +77,7 @@ class VisionConfig:
     qk_norm_eps: float = field(default=QK_NORM_EPS, kw_only=True)
     final_norm: bool = field(default=False, kw_only=True)
     hidden_act: str = field(default="gelu", kw_only=True)
+    has_positions: bool = field(default=True, kw_only=True)
 
     @classmethod
     def initialize_from_config(
@@ -116,6 +117,7 @@ class VisionConfig:
             qk_norm_eps=eps if original else QK_NORM_EPS,
             final_norm=not original and lookup(cfg, "use_mean_pooling", default=True) is False,
             hidden_act=activation_name(cfg, "hidden_act", default="gelu"),
+            has_positions=bool(lookup(cfg, "use_absolute_position_embeddings", default=True)),
         )
 
     def finalize(self, dtype: DType, state_dict: dict[str, WeightData]) -> None:
@@ -200,7 +202,8 @@ def llm_config_class(text: AutoConfig) -> type[Llama3Config]:
     kind = _text_type(text)
     if kind not in _TEXT_CLASSES:
         raise UnsupportedModel(
-            f"InternVL with a text model of type {kind!r}; supported: {', '.join(_TEXT_CLASSES)}"
+            f"InternVL with a text model of type {shown(kind)}; "
+            f"supported: {', '.join(_TEXT_CLASSES)}"
         )
     return _TEXT_CLASSES[kind]
 
@@ -215,7 +218,7 @@ def _text_type(text: AutoConfig) -> str:
 def _norm_type(vision: AutoConfig, default: NormType) -> NormType:
     value = lookup(vision, "norm_type", default=default)
     if value not in ("rms_norm", "layer_norm"):
-        raise UnsupportedModel(f"vision norm_type {value!r}; supported: rms_norm, layer_norm")
+        raise UnsupportedModel(f"vision norm_type {shown(value)}; supported: rms_norm, layer_norm")
     return value
 
 
@@ -223,21 +226,16 @@ def _refuse_unknown_tower(vision: AutoConfig) -> None:
     channels = lookup(vision, "num_channels", default=CHANNELS)
     if channels != CHANNELS:
         raise UnsupportedModel(f"vision num_channels {channels}; only RGB (3) is supported")
-    if lookup(vision, "use_absolute_position_embeddings", default=True) is False:
-        raise UnsupportedModel(
-            "vision use_absolute_position_embeddings false; only towers with a position table"
-            " are supported"
-        )
 
 
 def _refuse_unknown_projection(config: AutoConfig) -> None:
     version = lookup(config, "ps_version", default="v2")
     if version != "v2":
-        raise UnsupportedModel(f"ps_version {version!r}; only pixel shuffle 'v2' is supported")
+        raise UnsupportedModel(f"ps_version {shown(version)}; only pixel shuffle 'v2' is supported")
     strategy = lookup(config, "vision_feature_select_strategy", default="default")
     if strategy != "default":
         raise UnsupportedModel(
-            f"vision_feature_select_strategy {strategy!r}; only 'default' (without the class"
+            f"vision_feature_select_strategy {shown(strategy)}; only 'default' (without the class"
             " token) is supported"
         )
 
@@ -246,7 +244,7 @@ def _feature_layer(config: AutoConfig, layers: int) -> int:
     """Raises: UnsupportedModel for several layers, ConfigError for one that is not there."""
     layer = lookup(config, "vision_feature_layer", "select_layer", default=-1)
     if isinstance(layer, bool) or not isinstance(layer, int):
-        raise UnsupportedModel(f"vision_feature_layer {layer!r}; expected one layer number")
+        raise UnsupportedModel(f"vision_feature_layer {shown(layer)}; expected one layer number")
     if not -layers - 1 <= layer <= layers:
         raise ConfigError(f"vision_feature_layer {layer} of a tower of {layers} layers")
     return layer

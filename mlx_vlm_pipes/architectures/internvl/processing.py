@@ -133,7 +133,9 @@ class InternVLProcessor(VisionProcessor):
                 return require_side(frame, side)
             return resize(frame, side, side, pixels)
 
-        clip = load_clip(source, ClipPlan(request.fps, choose, prepare, request.access))
+        convert = pixels.convert_rgb
+        plan = ClipPlan(request.fps, choose, prepare, request.access, convert_rgb=convert)
+        clip = load_clip(source, plan)
         array = np.stack([to_array(frame, pixels) for frame in clip.frames])
         patches = cut_tiles(array, self.tiles.patch_px)
         tokens = self.tiles.tokens

@@ -85,22 +85,29 @@ def add_scaled(residual: mx.array, x: mx.array, scale: mx.array) -> mx.array:
 
 
 class Embeddings(nn.Module):
-    """Patches behind a class token, with positions: [N, R, C, 3, p, p] -> [N * (R*C + 1), E]."""
+    """Patches behind a class token, with positions if the tower has a table of them.
+
+    [N, R, C, 3, p, p] -> [N * (R*C + 1), E].
+    """
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         size, grid = config.hidden_size, config.image_size // config.patch_size
         self.patch_embedding = nn.Linear(CHANNELS * config.patch_size**2, size)
         self.class_embedding = mx.zeros((size,))
-        self.position_embedding = mx.zeros((grid * grid + 1, size))
+        if config.has_positions:
+            self.position_embedding = mx.zeros((grid * grid + 1, size))
 
     def __call__(self, pixels: mx.array) -> mx.array:
         n, rows, columns = pixels.shape[:3]
         pixels = pixels.astype(self.class_embedding.dtype)
         x = self.patch_embedding(pixels.reshape(n, rows * columns, -1))  # [N, P, E]
-        positions = resize_positions(self.position_embedding, rows, columns)
-        first = mx.broadcast_to(self.class_embedding + positions[0], (n, 1, x.shape[-1]))
-        x = mx.concatenate([first, x + positions[1:]], axis=1)  # [N, P + 1, E]
+        first = self.class_embedding
+        if "position_embedding" in self:
+            positions = resize_positions(self.position_embedding, rows, columns)
+            first, x = first + positions[0], x + positions[1:]
+        first = mx.broadcast_to(first, (n, 1, x.shape[-1]))
+        x = mx.concatenate([first, x], axis=1)  # [N, P + 1, E]
         return x.reshape(-1, x.shape[-1])
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from mlx_vlm_pipes.architectures.pixtral.model_config import PixtralConfig
 from mlx_vlm_pipes.nn.activations import activation
 from mlx_vlm_pipes.nn.rope import inverse_frequencies
-from mlx_vlm_pipes.nn.vision import rotate_half_split, segment_attention
+from mlx_vlm_pipes.nn.vision import Turn, rotate_half_split, segment_attention, turn_of
 
 NORM_EPS = 1e-5  # of the whole tower; no configuration names it
 
@@ -58,8 +58,8 @@ class PatchRotary:
         base = inverse_frequencies(head_dim, theta)
         self._rows, self._columns = base[0::2], base[1::2]
 
-    def __call__(self, rows: np.ndarray, columns: np.ndarray) -> tuple[mx.array, mx.array]:
-        """cos and sin, float32 [P, D / 2], for patches at rows [P] and columns [P]."""
+    def __call__(self, rows: np.ndarray, columns: np.ndarray) -> Turn:
+        """How patches at rows [P] and columns [P] turn."""
         angles = np.concatenate(
             [
                 rows[:, None].astype(np.float32) * self._rows,
@@ -67,8 +67,7 @@ class PatchRotary:
             ],
             axis=-1,
         )
-        on_device = mx.array(angles)
-        return mx.cos(on_device), mx.sin(on_device)
+        return turn_of(mx.array(angles))
 
 
 class PixtralAttention(nn.Module):
@@ -84,14 +83,12 @@ class PixtralAttention(nn.Module):
         self.v_proj = nn.Linear(hidden, inner, bias=False)
         self.o_proj = nn.Linear(inner, hidden, bias=False)
 
-    def __call__(
-        self, x: mx.array, rotary: tuple[mx.array, mx.array], lengths: Sequence[int]
-    ) -> mx.array:
+    def __call__(self, x: mx.array, turn: Turn, lengths: Sequence[int]) -> mx.array:
         q, k, v = (
             projection(x).reshape(x.shape[0], self.num_heads, -1)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )  # [P, H, D]
-        q, k = rotate_half_split(q, *rotary), rotate_half_split(k, *rotary)
+        q, k = rotate_half_split(q, turn), rotate_half_split(k, turn)
         out = segment_attention(q, k, v, lengths, self.scale)  # [P, H, D]
         return self.o_proj(out.reshape(x.shape[0], -1))
 
@@ -121,10 +118,8 @@ class PixtralLayer(nn.Module):
         self.ffn_norm = nn.RMSNorm(config.vision_hidden_size, NORM_EPS)
         self.feed_forward = PixtralMLP(config)
 
-    def __call__(
-        self, h: mx.array, rotary: tuple[mx.array, mx.array], lengths: Sequence[int]
-    ) -> mx.array:
-        h = h + self.attention(self.attention_norm(h), rotary, lengths)
+    def __call__(self, h: mx.array, turn: Turn, lengths: Sequence[int]) -> mx.array:
+        h = h + self.attention(self.attention_norm(h), turn, lengths)
         return h + self.feed_forward(self.ffn_norm(h))
 
 
@@ -135,12 +130,10 @@ class PixtralTransformer(nn.Module):
         super().__init__()
         self.layers = [PixtralLayer(config) for _ in range(config.vision_num_hidden_layers)]
 
-    def __call__(
-        self, h: mx.array, rotary: tuple[mx.array, mx.array], lengths: Sequence[int]
-    ) -> list[mx.array]:
+    def __call__(self, h: mx.array, turn: Turn, lengths: Sequence[int]) -> list[mx.array]:
         states = [h]
         for layer in self.layers:
-            states.append(layer(states[-1], rotary, lengths))
+            states.append(layer(states[-1], turn, lengths))
         return states
 
 

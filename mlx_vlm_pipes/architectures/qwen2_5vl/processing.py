@@ -66,7 +66,9 @@ class Qwen2_5VLProcessor(GridProcessor):
         def prepare(frame: Image, first: tuple[int, int], count: int) -> Image:
             return fit(frame, first, self._capped(settings, count))
 
-        clip = load_clip(source, ClipPlan(request.fps, choose, prepare, request.access))
+        convert = settings.pixels.convert_rgb
+        plan = ClipPlan(request.fps, choose, prepare, request.access, convert_rgb=convert)
+        clip = load_clip(source, plan)
         seconds = float(np.float32(settings.step / clip.fps))
         made = self._image(*self.cut_clip(clip, settings), is_video=True, seconds=seconds)
         return self.encoded_clip(clip, [made], made.grid_thw, self.video_token * made.end_idx)

@@ -15,7 +15,7 @@ from mlx_vlm_pipes.architectures.qwen2_5vl.model_config import VisionConfig
 from mlx_vlm_pipes.errors import InputError
 from mlx_vlm_pipes.nn.activations import activation
 from mlx_vlm_pipes.nn.rope import inverse_frequencies
-from mlx_vlm_pipes.nn.vision import PatchEmbed, SegmentAttention, SegmentBlock, Segments
+from mlx_vlm_pipes.nn.vision import PatchEmbed, SegmentAttention, SegmentBlock, Segments, turn_of
 
 
 def window_order(
@@ -114,12 +114,9 @@ class VisionModel(nn.Module):
         to_windows = mx.array(order.astype(np.int32))
         to_frames = mx.array(np.argsort(order).astype(np.int32))
         in_windows = self._permute(angles, to_windows)
-        windowed = Segments(windows.tolist(), mx.cos(in_windows), mx.sin(in_windows))
+        windowed = Segments(windows.tolist(), turn_of(in_windows))
         lone = len(frames) == 1  # one frame sees itself in any order: no need to go back to its own
-        if lone:
-            full = Segments(frames, windowed.cos, windowed.sin)
-        else:
-            full = Segments(frames, mx.cos(angles), mx.sin(angles))
+        full = Segments(frames, windowed.turn if lone else turn_of(angles))
         h = self._permute(self.patch_embed(pixel_values.astype(self.dtype)), to_windows)
         for i, block in enumerate(self.blocks):
             if i not in self.full_blocks:

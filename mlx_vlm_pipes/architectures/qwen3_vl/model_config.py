@@ -44,6 +44,7 @@ class VisionConfig(GridTowerConfig):
     """What the vision tower reads. patch_size in pixels.
 
     deepstack_visual_indexes: blocks behind which rows for the decoder's first layers are made.
+    num_surplus_rows: of those, the last ones, which no layer of the decoder takes; left out.
     """
 
     dtype: DType
@@ -61,6 +62,13 @@ class VisionConfig(GridTowerConfig):
     deepstack_visual_indexes: list[int]
     hidden_act: str = "gelu_pytorch_tanh"
     rope_theta: float = 10000.0
+    num_surplus_rows: int = 0
+
+    @property
+    def tapped_blocks(self) -> list[int]:
+        """The blocks whose rows the decoder takes, in the order of its layers."""
+        blocks = sorted(self.deepstack_visual_indexes)
+        return blocks[: len(blocks) - self.num_surplus_rows]
 
     @classmethod
     def initialize_from_config(cls, hf_vision_config: AutoConfig) -> Self:
@@ -106,11 +114,8 @@ class Qwen3VLConfig(TwoPartConfig):
             pipeline_config, text_cfg, rope_keys=("mrope_section", "mrope_interleaved")
         )
         vision.check_width(llm.hidden_size)
-        taps = len(vision.deepstack_visual_indexes)
-        if taps > llm.num_hidden_layers:
-            raise ConfigError(
-                f"{taps} deepstack_visual_indexes for {llm.num_hidden_layers} decoder layers"
-            )
+        surplus = max(0, len(vision.tapped_blocks) - llm.num_hidden_layers)
+        vision = replace(vision, num_surplus_rows=surplus)
         return cls(
             devices=pipeline_config.model.devices,
             image_token_id=lookup(cfg, "image_token_id", default=IMAGE_TOKEN_ID),
@@ -136,8 +141,7 @@ class Qwen3VLConfig(TwoPartConfig):
         """The same in the terms of the shared decoder."""
         config = self.llm_config.decoder_config()
         rope = replace(config.rope, mrope_section=self.mrope_section, mrope_interleaved=True)
-        taps = len(self.vision_config.deepstack_visual_indexes)
-        return replace(config, rope=rope, feature_layers=taps)
+        return replace(config, rope=rope, feature_layers=len(self.vision_config.tapped_blocks))
 
 
 def _tapped_blocks(vision_cfg: AutoConfig) -> list[int]:

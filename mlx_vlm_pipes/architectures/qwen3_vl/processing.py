@@ -78,7 +78,9 @@ class Qwen3VLProcessor(GridProcessor):
             limits = capped(settings, self.clip_settings, count)
             return fit(frame, at_least(first, settings.factor), limits, count)
 
-        clip = load_clip(source, ClipPlan(request.fps, choose, prepare, request.access))
+        convert = settings.pixels.convert_rgb
+        plan = ClipPlan(request.fps, choose, prepare, request.access, convert_rgb=convert)
+        clip = load_clip(source, plan)
         if len(clip.frames) < settings.step:
             raise InputError(
                 f"a clip of {len(clip.frames)} frames; Qwen3-VL takes {settings.step} or more, or "

@@ -15,7 +15,7 @@ import numpy as np
 from mlx_vlm_pipes.architectures.qwen3_vl.model_config import VisionConfig
 from mlx_vlm_pipes.nn.activations import activation
 from mlx_vlm_pipes.nn.rope import inverse_frequencies
-from mlx_vlm_pipes.nn.vision import PatchEmbed, SegmentAttention, SegmentBlock, Segments
+from mlx_vlm_pipes.nn.vision import PatchEmbed, SegmentAttention, SegmentBlock, Segments, turn_of
 
 NORM_EPS = 1e-6  # written into the reference's code, in no config.json
 
@@ -65,7 +65,7 @@ class VisionModel(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.dtype, self.out_dtype = config.dtype.to_mx(), config.llm_dtype.to_mx()
-        self.taps = config.deepstack_visual_indexes
+        self.taps, self.used = config.deepstack_visual_indexes, config.tapped_blocks
         # each axis takes half of the rotary pairs
         self._inv_freq = mx.array(inverse_frequencies(config.head_dim // 2, config.rope_theta))
         self.patch_embed = PatchEmbed(config.patch_elements, config.hidden_size, bias=True)
@@ -93,13 +93,13 @@ class VisionModel(nn.Module):
         angles = vision_position_ids.astype(mx.float32)[:, :, None] * self._inv_freq
         angles = angles.reshape(angles.shape[0], -1)  # [P, D/2]: row angles, then column angles
         frames = np.diff(np.array(cu_seqlens).astype(np.int64)).tolist()
-        segments = Segments(frames, mx.cos(angles), mx.sin(angles))
+        segments = Segments(frames, turn_of(angles))
         h = self.patch_embed(pixel_values.astype(self.dtype))
         h = h + self._places(interpolation_indices, interpolation_weights).astype(h.dtype)
         rows: list[mx.array] = []
         for i, block in enumerate(self.blocks):
             h = block(h, segments)
-            if i in self.taps:
+            if i in self.used:
                 rows.append(self.deepstack_merger_list[self.taps.index(i)](h))
         return mx.concatenate([self.merger(h), *rows], axis=1).astype(self.out_dtype)
 
