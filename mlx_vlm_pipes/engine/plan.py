@@ -26,6 +26,7 @@ HIDDEN_STATES = 9
 HEAD_WIDTHS = 4
 MLP_WIDTHS = 5
 SCORES = 1.25  # a mask or a second, smaller copy beside them
+SCORE_BYTES = 4  # on a CPU they are float32 whatever the dtype (rounding.attend)
 MARGIN = 1.2
 FIXED_BYTES = 1 << 15  # small arrays, whatever the size of the request
 
@@ -167,7 +168,8 @@ def _transient(work: LayerWork, itemsize: int, *, fused: bool) -> float:
     """fused: attention without its scores in memory (engine.memory.fuses_attention)."""
     widths = HIDDEN_STATES * work.width + HEAD_WIDTHS * work.heads + MLP_WIDTHS * work.inner
     scores = 0 if fused else SCORES * work.scores
-    return FIXED_BYTES + MARGIN * itemsize * (work.tokens * widths + scores)
+    scored = max(itemsize, SCORE_BYTES)
+    return FIXED_BYTES + MARGIN * (itemsize * work.tokens * widths + scored * scores)
 
 
 def picture_bytes(model: PipelineModelWithKVCache, image: ImageMetadata) -> int:
