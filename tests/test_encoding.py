@@ -279,7 +279,7 @@ def test_the_explicit_model_config_reaches_every_dtype(case: str) -> None:
 def test_gguf_encodings_name_what_is_stored(tmp_path: Path) -> None:
     pytest.importorskip("gguf", reason="the gguf package writes the file")
     file = write_case(tmp_path / "m.gguf", "llama-tied", "Q4_0")
-    files = {"model_path": str(file), "weight_path": [file], "device_specs": [DeviceSpec.cpu()]}
+    files = {"model_path": str(file), "weight_path": [file], "device_specs": [device_spec()]}
     assert weights_format([file]) == "gguf"
     config = ModelConfig(quantization_encoding="q4_0", **files).resolve()
     assert config.graph_quantization_encoding is QuantizationEncoding.Q4_0
