@@ -170,7 +170,7 @@ def test_references_are_still_what_transformers_computes(tmp_path: Path) -> None
         assert (old.messages, old.ids, old.tokens) == (new.messages, new.ids, new.tokens)
         assert (old.picture == new.picture).all()
         if old.logits is not None:
-            np.testing.assert_allclose(old.logits, new.logits, atol=1e-4)
+            assert np.abs(old.logits - new.logits).max() < 1e-4
 
 
 # ---- faults
@@ -217,7 +217,7 @@ def test_a_wrong_batched_step_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def leaking(q: mx.array, *args: Any) -> mx.array:
         out = right(q, *args)
-        return out + 0.01 * mx.roll(out, 1, axis=0) if len(q) > 1 else out
+        return out + 0.01 * out[::-1] if len(q) > 1 else out
 
     monkeypatch.setattr(decode_step, "decode_attention", leaking)
     monkeypatch.setattr(agreement, "HALVES", ())
@@ -289,6 +289,7 @@ def test_frequencies_that_are_off_are_seen(monkeypatch: pytest.MonkeyPatch) -> N
 # ---- figures, and all of it
 
 
+@pytest.mark.slow
 @on_cpu_only("copies are made at other sizes elsewhere")
 def test_figures_are_there() -> None:
     shape = Shape(layers=1, tower_layers=1, vocab_size=512, side=64)

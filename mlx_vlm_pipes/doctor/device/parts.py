@@ -75,7 +75,7 @@ def machine_facts() -> dict[str, Any]:
         "mlx": mx.__version__,  # pyright: ignore[reportAttributeAccessIssue]  # not in the stubs
         "mlx_vlm_pipes": __version__,
         "memory, GB": round(machine_memory(device) / GB, 2),
-        "recommended, GB": round(recommended / GB, 2) if recommended else "MLX names none",
+        "recommended, GB": round(int(recommended) / GB, 2) if recommended else "MLX names none",
         "cores": os.cpu_count(),
         "settings": " ".join(f"{k}={v}" for k, v in sorted(settings.items())) or "none",
     }
