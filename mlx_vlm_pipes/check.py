@@ -38,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 usable, 1 not usable, 2 with one line on standard error otherwise."""
-    return run_command(build_parser(), _run, argv)
+    return run_command(build_parser, _run, argv)
 
 
 def _run(args: argparse.Namespace) -> int:

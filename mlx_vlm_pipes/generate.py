@@ -127,7 +127,7 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0, or 2 with one line on standard error for a user's mistake."""
-    return run_command(build_parser(), _run, argv)
+    return run_command(build_parser, _run, argv)
 
 
 def _run(args: argparse.Namespace) -> int:

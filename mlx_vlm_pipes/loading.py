@@ -14,7 +14,7 @@ from mlx_vlm_pipes.encoding import COMPUTE_TYPES, dominant_type
 from mlx_vlm_pipes.engine.engine import Engine
 from mlx_vlm_pipes.engine.state import EngineConfig
 from mlx_vlm_pipes.engine.worker import OwnerThread
-from mlx_vlm_pipes.errors import CheckpointNotFound, ConfigError, clip
+from mlx_vlm_pipes.errors import CheckpointNotFound, ConfigError, clip, shown
 from mlx_vlm_pipes.gguf.header import is_gguf, only_gguf
 from mlx_vlm_pipes.hf_config import HuggingFaceConfig, read_config
 from mlx_vlm_pipes.interfaces import InferenceSession, PipelineModelWithKVCache, ReturnLogits
@@ -144,7 +144,7 @@ def model_config_for(
     Raises: ConfigError for a dtype that is not a float type we compute with.
     """
     if options.dtype not in ("auto", *COMPUTE_TYPES):
-        raise ConfigError(f"dtype {options.dtype!r}; use auto, {', '.join(COMPUTE_TYPES)}")
+        raise ConfigError(f"dtype {shown(options.dtype)}; use auto, {', '.join(COMPUTE_TYPES)}")
     wanted, device = options.dtype, options.device
     if wanted == "auto":
         stored = (handle.data() for _, handle in weights.items())
@@ -170,7 +170,7 @@ def select_device(name: str | None) -> Device:
     if name is None:
         return default_device()
     if name not in ("cpu", "gpu"):
-        raise ConfigError(f"device {name!r}; use 'cpu' or 'gpu'")
+        raise ConfigError(f"device {shown(name)}; use 'cpu' or 'gpu'")
     device = DeviceRef(name).to_device()
     if not device.is_available:
         raise ConfigError(f"MLX has no {name} here; install mlx for it or leave device out")

@@ -12,6 +12,7 @@ import mlx.core as mx
 from mlx_vlm_pipes.config import KVCacheConfig, PipelineConfig
 from mlx_vlm_pipes.contexts import TextContext
 from mlx_vlm_pipes.engine.caches import ImageCache, PrefixCache, prefix_keys
+from mlx_vlm_pipes.engine.memory import machine_memory
 from mlx_vlm_pipes.engine.requests import Job
 from mlx_vlm_pipes.errors import OutOfBudget
 from mlx_vlm_pipes.interfaces import PipelineModelWithKVCache
@@ -54,15 +55,18 @@ class EngineConfig:
         memory_bytes: int,
         weight_bytes: int = 0,
         kv_cache: KVCacheConfig | None = None,
+        step_bytes: int = 0,
     ) -> EngineConfig:
         """The limits that a pipeline's settings ask for (docs/api.md#settings-of-the-engine).
 
         kv_cache: the one that the model was given, else the pipeline's. Its share of the memory,
-        less the weights, is the budget: 3/4 of it for keys and values, 1/8 for prefixes, 1/32 for
-        pictures, the rest for what a step computes.
+        less the weights and step_bytes (what the largest slice of prefill computes with), is the
+        budget: 3/4 of it for keys and values, 1/8 for prefixes, 1/32 for pictures, the rest for
+        what is not foreseen.
         """
         runtime, cache = pipeline.runtime, kv_cache or pipeline.model.kv_cache
-        budget = max(0, int(cache.device_memory_utilization * memory_bytes) - weight_bytes)
+        share = int(cache.device_memory_utilization * memory_bytes)
+        budget = max(0, share - weight_bytes - step_bytes)
         longest, chunked = runtime.max_batch_input_tokens, runtime.enable_chunked_prefill
         return cls(
             max_batch_size=runtime.max_batch_size or cls.max_batch_size,
@@ -120,6 +124,7 @@ class EngineState:
         self.prefixes = PrefixCache(config.prefix_bytes if config.enable_prefix_caching else 0)
         self.images = ImageCache(config.image_bytes)
         self.stats = EngineStats()
+        self.memory_bytes = machine_memory(model.device)
         self.clock: Callable[[], float] = time.perf_counter  # seconds
         self._buckets: set[tuple[tuple[int, int], ...]] = set()
 

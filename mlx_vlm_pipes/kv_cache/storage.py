@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from mlx_vlm_pipes.config import KVCacheParams, kv_group_size
+from mlx_vlm_pipes.rounding import packed_product
 
 Layer = tuple[mx.array, ...]
 ROWS, TOKENS = 1, 3  # axes of a layer's arrays
@@ -76,17 +77,16 @@ class QuantizedFormat:
 
     def scores(self, q: mx.array, layer: Layer) -> mx.array:
         """q [B, K, R, D] times the packed keys of a layer -> [B, K, R, S]."""
-        return mx.quantized_matmul(
+        return packed_product(
             q.astype(self.dtype),
             *(sides(a)[0] for a in layer),
-            transpose=True,
             group_size=self.group_size,
             bits=self.bits,
         )
 
     def mix(self, weights: mx.array, layer: Layer) -> mx.array:
         """weights [B, K, R, S] times the packed values of a layer -> [B, K, R, D]."""
-        return mx.quantized_matmul(
+        return packed_product(
             weights.astype(self.dtype),
             *(sides(a)[1] for a in layer),
             transpose=False,

@@ -1,9 +1,9 @@
 """Attention against a KV cache: exact rows while prefilling, whole capacity while decoding.
 
-Plain caches go through `mx.fast.scaled_dot_product_attention`. Quantised ones are read in tiles
-with an online softmax, so that neither the scores nor the dequantised cache ever exist whole. On a
-GPU prefill dequantises one layer instead: tiles would be thousands of kernels, and the fused
-attention holds no scores.
+Plain caches go through MLX's fused attention. Quantised ones are read in tiles with an online
+softmax, so that neither the scores nor the dequantised cache ever exist whole. On a GPU prefill
+dequantises one layer instead: tiles would be thousands of kernels, and the fused attention holds no
+scores.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from mlx_vlm_pipes.kv_cache import (
     Span,
     sides,
 )
+from mlx_vlm_pipes.rounding import attend
 
 TILE = 256  # tokens of a quantised cache that prefill dequantises at a time
 DECODE_TILE = 2048  # tokens whose scores a decode step holds at a time; nothing is dequantised
@@ -102,9 +103,7 @@ def prefill_attention(
     is_fresh = start == 0 and isinstance(format, PlainFormat)
     keys, values = fresh if is_fresh else format.decode(cached, 0, stop)
     mask = causal_mask(start, stop, window, spans)
-    return mx.fast.scaled_dot_product_attention(
-        q, keys.astype(q.dtype), values.astype(q.dtype), scale=scale, mask=mask
-    )
+    return attend(q, keys.astype(q.dtype), values.astype(q.dtype), scale=scale, mask=mask)
 
 
 def decode_attention(
@@ -116,9 +115,7 @@ def decode_attention(
     """
     if isinstance(format, PlainFormat):
         keys, values = sides(cached[0])
-        return mx.fast.scaled_dot_product_attention(
-            q, keys.astype(q.dtype), values.astype(q.dtype), scale=scale, mask=mask
-        )
+        return attend(q, keys.astype(q.dtype), values.astype(q.dtype), scale=scale, mask=mask)
     grouped = _grouped(q, cached[0].shape[2])  # [B, K, H / K, D]
     capacity = mask.shape[-1]
     if capacity <= DECODE_TILE:

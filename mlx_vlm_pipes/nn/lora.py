@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_vlm_pipes.rounding import unpack
 from mlx_vlm_pipes.weights.lora import LoRAAdapter, LoRAPair, dora_factor
 
 
@@ -82,7 +83,7 @@ def attach_loras(
 def base_weight(module: nn.Module) -> mx.array:
     """A linear's weight [out, in] as floats, dequantised where it is packed."""
     if isinstance(module, nn.QuantizedLinear):
-        return mx.dequantize(
+        return unpack(
             module["weight"],
             module["scales"],
             module.get("biases"),

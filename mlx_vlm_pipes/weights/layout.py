@@ -319,7 +319,7 @@ class ConvToMatrix:
             return weight
         last = ConvToChannelsLast(self.name, self.channels, self.kernel)
         data = mx.moveaxis(last.apply(weight, file_format).data, -1, 1)  # [out, C, *kernel]
-        return _with_data(weight, data.reshape(weight.shape[0], -1))
+        return _with_data(weight, data.reshape(weight.shape[0], math.prod(data.shape[1:])))
 
 
 @dataclass(frozen=True)
