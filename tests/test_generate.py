@@ -83,7 +83,7 @@ def test_prompt_from_standard_input(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--prompt", "Hi", "--model", "/no/such/folder"], "no model folder"),
+        (["--prompt", "Hi", "--model", "/no/such/folder"], "no model at"),
         (["--image", "/no/such/picture.png"], "picture.png"),
         (["--temperature", "-1"], "temperature"),
         (["--max-tokens", "0"], "max_tokens"),
