@@ -31,8 +31,7 @@ def main(argv: list[str] | None = None) -> int:
         return import_module(f"mlx_vlm_pipes.{given[0]}").main(given[1:])
     if given and given[0] not in ("-h", "--help", "--version"):
         return import_module("mlx_vlm_pipes.generate").main(given)
-    parser = _build_parser()
-    return run_command(parser, lambda args: _put_help(parser), given)
+    return run_command(_build_parser, _put_help, given)
 
 
 def _build_parser() -> argparse.ArgumentParser:
@@ -46,8 +45,8 @@ def _build_parser() -> argparse.ArgumentParser:
     )
 
 
-def _put_help(parser: argparse.ArgumentParser) -> int:
-    put(parser.format_help())
+def _put_help(_: argparse.Namespace) -> int:
+    put(_build_parser().format_help())
     return 0
 
 

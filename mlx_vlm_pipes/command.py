@@ -51,11 +51,11 @@ def new_parser(
 
 
 def run_command(
-    parser: argparse.ArgumentParser,
+    build: Callable[[], argparse.ArgumentParser],
     run: Callable[[argparse.Namespace], int],
     argv: Sequence[str] | None,
 ) -> int:
-    """Parse argv (None: the process's own) and run.
+    """Build the parser, parse argv (None: the process's own) and run; all of it may be interrupted.
 
     Returns: the exit status: that of run; 2, with one line on standard error, for a mistake of the
     user's and for output that cannot be written; 130 after Ctrl-C, 141 where the reader of a pipe
@@ -66,7 +66,7 @@ def run_command(
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _say_warning
-            return run(_parsed(parser, argv))
+            return run(_parsed(build(), argv))
     except PipesError as error:
         say(f"error: {' '.join(str(error).split())}")
         return USER_MISTAKE

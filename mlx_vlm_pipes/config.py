@@ -16,6 +16,7 @@ from mlx_vlm_pipes.dtypes import DeviceRef, DeviceSpec, DType, scan_available_de
 from mlx_vlm_pipes.encoding import (
     COMPUTE_TYPES,
     ENCODINGS,
+    GGUF_ENCODINGS,
     fitting_encoding,
     split_encoding,
     stored_encoding,
@@ -196,8 +197,8 @@ class ModelConfig:
     """One checkpoint and how to read it.
 
     device_specs: the one device that the model is built and run on. max_length in tokens, None for
-    the model's own limit. rope_type is for GGUF files, which are not read: any but None is
-    refused. use_subgraphs=False: the decode step is not compiled.
+    the model's own limit. rope_type: the rotary pairs of a GGUF file are turned back as it is
+    read, so any but None is refused. use_subgraphs=False: the decode step is not compiled.
     """
 
     model_path: str = ""
@@ -298,6 +299,8 @@ class ModelConfig:
         kind, compute = self._encoding()
         if kind in COMPUTE_TYPES:
             return DType[kind]
+        if kind in GGUF_ENCODINGS:
+            return ENCODINGS[kind][1]
         return DType.bfloat16 if kind.startswith(("float8", "float4")) else compute
 
     def _encoding(self) -> tuple[str, DType | None]:
@@ -372,7 +375,7 @@ def weights_format(weight_path: list[Path]) -> Literal["gguf", "safetensors"]:
     if suffixes == {".gguf"}:
         return "gguf"
     raise ConfigError(
-        f"weight files of kind {sorted(suffixes) or 'none'}; expected only .safetensors"
+        f"weight files of kind {sorted(suffixes) or 'none'}; expected only .safetensors, or .gguf"
     )
 
 

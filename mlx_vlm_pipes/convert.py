@@ -17,6 +17,9 @@ examples:
 mixed recipes give most of the decoder the first number of bits, and the second to what hurts most:
 the embedding, the output head, and the value and down projections of the first and last eighth of
 the layers and of every third one between (as mlx-lm and mlx-vlm do).
+
+the folder appears when it is whole. A conversion that is killed (SIGKILL) leaves a hidden
+.NAME.incomplete-PID beside it, which the next one to the same name removes.
 """
 
 
@@ -27,7 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
         "cast, dequantised, or with an adapter merged.",
         epilog=_EPILOG,
     )
-    parser.add_argument("--model", required=True, help="folder or hub id")
+    parser.add_argument("--model", required=True, help="folder, GGUF file or hub id")
     parser.add_argument("--out", required=True, type=Path, help="folder to make; must not exist")
     parser.add_argument("--revision", help="branch, tag or commit of a hub id")
     packing = parser.add_argument_group("quantisation")
@@ -57,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0, or 2 with one line on standard error for a user's mistake."""
-    return run_command(build_parser(), _run, argv)
+    return run_command(build_parser, _run, argv)
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -8,7 +8,7 @@ Names, dtypes and shapes only: no tensor is read.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from mlx_vlm_pipes.dtypes import DType
@@ -29,6 +29,7 @@ ENCODINGS: dict[str, tuple[DType, DType]] = {
     "float4_e2m1fnx2": (DType.uint8, DType.bfloat16),
 }
 COMPUTE_TYPES = ("float32", "float16", "bfloat16")
+GGUF_ENCODINGS = ("q4_0", "q4_k", "q6_k")  # say what is stored; computed in their cache's dtype
 _WITH_COMPUTE = ("mlx", "gptq")  # a type to compute in may follow: "mlx:float32"
 
 _PACKED = {
@@ -45,7 +46,8 @@ _FLOATS = tuple(DType[name] for name in COMPUTE_TYPES)
 class Stored:
     """What the files hold. kind: a key of _PACKED, or "float"; own: the encoding without a label.
 
-    has_float8: float8 weights, not just the float8 scales of another format.
+    has_float8: float8 weights, not just the float8 scales of another format. blocks: encodings of
+    a GGUF file's tensors.
     scales_dtype: what packed MLX weights compute in; packing: the declared record, where it is so.
     """
 
@@ -54,6 +56,7 @@ class Stored:
     has_float8: bool
     scales_dtype: DType
     packing: QuantizationConfig | None
+    blocks: frozenset[str] = frozenset()
 
 
 def split_encoding(encoding: str) -> tuple[str, DType | None]:
@@ -94,7 +97,15 @@ def stored_encoding(
         has_float8=kind == "float" and any(w.dtype is narrow for w in tensors.values()),
         scales_dtype=dominant_type(scales, _FLOATS, default=plain),
         packing=declared if isinstance(declared, QuantizationConfig) and kind != "float" else None,
+        blocks=frozenset(_block_names(tensors.values())),
     )
+
+
+def _block_names(tensors: Iterable[WeightData]) -> Iterator[str]:
+    for weight in tensors:
+        encoding = weight.quantization_encoding
+        if encoding is not None and encoding.is_gguf:
+            yield encoding.name.lower()
 
 
 def dominant_type(
@@ -115,7 +126,7 @@ def fitting_encoding(label: str | None, found: Stored) -> str:
     kind, _ = split_encoding(label)
     if kind in COMPUTE_TYPES:
         return f"{found.kind}:{label}" if found.kind in ("mlx", "gptq") else label
-    fits = found.has_float8 if kind == "float8_e4m3fn" else kind == found.kind
+    fits = found.has_float8 if kind == "float8_e4m3fn" else kind in {found.kind, *found.blocks}
     if not fits:
         stored = found.own if found.kind == "float" else found.kind
         raise ConfigError(

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mlx_vlm_pipes.config_limits import Limit
-from mlx_vlm_pipes.errors import ConfigError
+from mlx_vlm_pipes.errors import ConfigError, shown
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class RoomFacts:
             limit = self.overrides[key]
             if not limit.holds(value):
                 raise ConfigError(
-                    f"vision_config_overrides: {key!r} is {value!r}, expected {limit.expected}"
+                    f"vision_config_overrides: {key!r} is {shown(value)}, expected {limit.expected}"
                 )
 
 

@@ -109,7 +109,9 @@ def _keywords(option: Option) -> dict[str, Any]:
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model")
-    model.add_argument("--model", help="folder or hub id; default: the small bundled model")
+    model.add_argument(
+        "--model", help="folder, GGUF file or hub id; default: the small bundled model"
+    )
     model.add_argument("--revision", help="branch, tag or commit of a hub id")
     model.add_argument(
         "--dtype",
@@ -125,7 +127,7 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0, or 2 with one line on standard error for a user's mistake."""
-    return run_command(build_parser(), _run, argv)
+    return run_command(build_parser, _run, argv)
 
 
 def _run(args: argparse.Namespace) -> int:

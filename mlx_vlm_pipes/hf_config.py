@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_vlm_pipes.config_limits import check_limits
-from mlx_vlm_pipes.errors import ConfigError
+from mlx_vlm_pipes.errors import ConfigError, shown
 from mlx_vlm_pipes.facts import NO_FACTS, Composite, RoomFacts
 from mlx_vlm_pipes.json_files import require_json
 from mlx_vlm_pipes.registry import find_facts
@@ -22,6 +22,7 @@ ACTIVATIONS = (
     "gelu_pytorch_tanh", "hardswish", "laplace", "leaky_relu", "linear", "mish", "quick_gelu",
     "relu", "relu2", "relu6", "sigmoid", "silu", "sqrtsoftplus", "swish", "tanh",
 )  # fmt: skip
+LEARNED_ACTIVATIONS = ("prelu", "xielu")  # the others of transformers' ACT2FN
 
 _EVERY_ROPE_KEYS = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
 _LONGROPE_KEYS = (
@@ -155,7 +156,9 @@ def require_int(config: Any, *names: str, minimum: int = 1) -> int:
     if isinstance(value, (list, tuple)) and value:
         value = value[0]
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ConfigError(f"config.json: {names[0]!r} is {value!r}, expected an int >= {minimum}")
+        raise ConfigError(
+            f"config.json: {names[0]!r} is {shown(value)}, expected an int >= {minimum}"
+        )
     return value
 
 
@@ -183,8 +186,13 @@ def require_vision_config(config: Any) -> Any:
 def activation_name(config: Any, *names: str, default: str) -> str:
     """The name of an activation. Raises: ConfigError for one that we do not have."""
     name = lookup(config, *names, default=default)
+    if name in LEARNED_ACTIVATIONS:
+        raise ConfigError(
+            f"{names[0]} {name!r} has weights of its own in every layer, which no released "
+            "checkpoint of these architectures holds; expected one without"
+        )
     if name not in ACTIVATIONS:
-        raise ConfigError(f"{names[0]} {name!r}; supported: {', '.join(ACTIVATIONS)}")
+        raise ConfigError(f"{names[0]} {shown(name)}; supported: {', '.join(ACTIVATIONS)}")
     return name
 
 
@@ -234,7 +242,8 @@ def check_rope_keys(config: Any, also: Collection[str] = ()) -> None:
     if unread:
         names = ", ".join(map(repr, sorted(unread)))
         raise ConfigError(
-            f"rope_scaling of type {kind!r} says {names}, which this architecture does not have"
+            f"rope_scaling of type {shown(kind)} says {names}, which this architecture does not"
+            " have"
         )
 
 
@@ -249,7 +258,7 @@ def axial_theta(vision_config: Any) -> float:
     check_rope_keys(vision_config)
     kind = rope_dictionary(vision_config).get("rope_type", "axial")
     if kind not in ("axial", "default"):
-        raise ConfigError(f"vision rope_type {kind!r} is not supported; supported: axial")
+        raise ConfigError(f"vision rope_type {shown(kind)} is not supported; supported: axial")
     return rope_theta(vision_config)
 
 

@@ -63,7 +63,7 @@ class LayerWork:
     """What one layer of a tower or decoder holds at once, in elements: for plans, not for running.
 
     tokens (or patches) x width are its hidden states, tokens x heads the queries of all heads,
-    tokens x inner the MLP's; scores are the attention weights of all heads.
+    tokens x inner the MLP's; scores are the attention weights of all heads, each `head_dim` wide.
     """
 
     tokens: int
@@ -71,6 +71,7 @@ class LayerWork:
     heads: int
     inner: int
     scores: int
+    head_dim: int
 
 
 class ArchConfigWithKVCache(ABC):

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from mlx_vlm_pipes.errors import CheckpointError, ConfigError, clip
+from mlx_vlm_pipes.gguf.documents import gguf_document
+from mlx_vlm_pipes.gguf.header import is_gguf
 
 MAX_JSON_BYTES = 64 * 2**20
 
@@ -20,8 +22,12 @@ def read_json(
 ) -> dict[str, Any] | None:
     """The object in a JSON file, or None if there is no such file.
 
-    Raises: `error` naming the file if it is unreadable, too large, or as parse_json says.
+    The files "in" a GGUF file are those that its header stands for. Raises: `error` naming the
+    file if it is unreadable, too large, or as parse_json says; CheckpointError for a GGUF file
+    that is not read.
     """
+    if is_gguf(path.parent):
+        return gguf_document(path)
     try:
         if not path.is_file():
             return None

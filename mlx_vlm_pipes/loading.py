@@ -14,7 +14,8 @@ from mlx_vlm_pipes.encoding import COMPUTE_TYPES, dominant_type
 from mlx_vlm_pipes.engine.engine import Engine
 from mlx_vlm_pipes.engine.state import EngineConfig
 from mlx_vlm_pipes.engine.worker import OwnerThread
-from mlx_vlm_pipes.errors import CheckpointNotFound, ConfigError, clip
+from mlx_vlm_pipes.errors import CheckpointNotFound, ConfigError, clip, shown
+from mlx_vlm_pipes.gguf.header import is_gguf, only_gguf
 from mlx_vlm_pipes.hf_config import HuggingFaceConfig, read_config
 from mlx_vlm_pipes.interfaces import InferenceSession, PipelineModelWithKVCache, ReturnLogits
 from mlx_vlm_pipes.options import Option, unfit
@@ -143,7 +144,7 @@ def model_config_for(
     Raises: ConfigError for a dtype that is not a float type we compute with.
     """
     if options.dtype not in ("auto", *COMPUTE_TYPES):
-        raise ConfigError(f"dtype {options.dtype!r}; use auto, {', '.join(COMPUTE_TYPES)}")
+        raise ConfigError(f"dtype {shown(options.dtype)}; use auto, {', '.join(COMPUTE_TYPES)}")
     wanted, device = options.dtype, options.device
     if wanted == "auto":
         stored = (handle.data() for _, handle in weights.items())
@@ -169,7 +170,7 @@ def select_device(name: str | None) -> Device:
     if name is None:
         return default_device()
     if name not in ("cpu", "gpu"):
-        raise ConfigError(f"device {name!r}; use 'cpu' or 'gpu'")
+        raise ConfigError(f"device {shown(name)}; use 'cpu' or 'gpu'")
     device = DeviceRef(name).to_device()
     if not device.is_available:
         raise ConfigError(f"MLX has no {name} here; install mlx for it or leave device out")
@@ -177,22 +178,21 @@ def select_device(name: str | None) -> Device:
 
 
 def resolve_folder(path: str | Path | None, revision: str | None = None) -> Path:
-    """The checkpoint's folder, downloaded from the hub where `path` is not a folder.
+    """The checkpoint's folder, or its GGUF file; downloaded where `path` is the id of one.
 
-    Raises: CheckpointNotFound if there is neither.
+    A folder whose only weights are one GGUF file stands for that file.
+    Raises: CheckpointNotFound if there is none; WeightsError for several GGUF files.
     """
     if path is None:
         return BUNDLED
     folder, name = user_path(path), str(path)
     if is_there(folder, CheckpointNotFound) and os.path.isdir(folder):
+        return only_gguf(folder) or folder
+    if is_gguf(folder):
         return folder
-    if folder.suffix == ".gguf":
-        raise CheckpointNotFound(
-            f"{folder} is a GGUF file, which is not read; use the safetensors version of the model"
-        )
     if os.path.exists(folder) or name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise CheckpointNotFound(
-            f"no model folder at {clip(name, 200)}; expected a folder or a hub id"
+            f"no model at {clip(name, 200)}; expected a folder, a GGUF file or a hub id"
         )
     return _download(name, revision)
 

@@ -200,7 +200,7 @@ def read_options(given: Mapping[str, object], table: Mapping[str, Option]) -> di
     unknown = sorted(given.keys() - table.keys())
     if unknown:
         hint = ELSEWHERE.get(unknown[0], f"options: {', '.join(sorted(table))}")
-        raise InputError(f"unknown option {unknown[0]!r}; {hint}")
+        raise InputError(f"unknown option {shown(unknown[0])}; {hint}")
     read = {name: table[name].read(value) for name, value in given.items()}
     return {name: value for name, value in read.items() if value is not None}
 

@@ -17,9 +17,16 @@ def user_path(name: str | os.PathLike[str]) -> Path:
 
 
 def is_there(path: Path, error: type[PipesError]) -> bool:
-    """Whether a path names something. Raises: `error`, one line, where the system will not say."""
+    """Whether a path of a model names something.
+
+    Raises: `error`, one line, where the system will not say, and for names that are not UTF-8: the
+    libraries that read models take no others.
+    """
     try:
+        str(path).encode()
         os.stat(path)
+    except UnicodeEncodeError:
+        raise error(f"{clip(path, 200)}: not a name in UTF-8; rename it") from None
     except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError as reason:

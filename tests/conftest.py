@@ -1,8 +1,14 @@
-"""Settings of the whole suite: real float32, no network, no colours."""
+"""Settings of the whole suite: real float32, no network, no colours, one device (device.py)."""
 
 import os
 
-# Newer chips would otherwise round float32 products to TF32.
-os.environ["MLX_ENABLE_TF32"] = "0"
+# Newer chips would otherwise round float32 products to TF32. MLX reads it when it is first used.
+os.environ.setdefault("MLX_ENABLE_TF32", "0")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def pytest_configure() -> None:
+    from tests.device import use_device
+
+    use_device()

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 from mlx_vlm_pipes import Pipeline, load
+from tests.device import TOLERANCES, bar, same_best
 from tests.fixtures_helper import FIXTURES, SAME_PILLOW, arguments, cases, reference
 
-LOGITS_BAR = 2e-5  # of the largest logit; the promise is 2e-3
+LOGITS_BAR = bar(2e-5)  # of the largest logit; the promise is 2e-3
 PIXELS_BAR = 1e-5  # the promise is 1e-2
 
 
@@ -55,10 +56,10 @@ def test_every_prompt_equals_transformers(checkpoint: tuple[Path, Pipeline]) -> 
         logits, want = pipe.logits(**request), wanted(arrays, name, "logits")
         assert logits.shape == want.shape
         assert np.abs(logits - want).max() < LOGITS_BAR * np.abs(want).max(), name
-        assert (logits.argmax(-1) == want.argmax(-1)).all(), name
+        assert same_best(logits, want), name
         greedy = wanted(arrays, name, "greedy").tolist()
         answer = pipe.generate(**request, max_tokens=facts["max_new"])
-        assert answer.tokens == greedy, name
+        assert answer.tokens == greedy or not TOLERANCES.same_tokens, name
 
 
 def test_a_batch_gives_the_same_answers(checkpoint: tuple[Path, Pipeline]) -> None:
@@ -73,7 +74,8 @@ def test_a_batch_gives_the_same_answers(checkpoint: tuple[Path, Pipeline]) -> No
         requests.append(request)
     answers = pipe.generate_batch(requests, max_tokens=facts["max_new"])
     for fact, answer in zip(comparable(facts), answers, strict=True):
-        assert answer.tokens == wanted(arrays, fact["name"], "greedy").tolist(), fact["name"]
+        greedy = wanted(arrays, fact["name"], "greedy").tolist()
+        assert answer.tokens == greedy or not TOLERANCES.same_tokens, fact["name"]
 
 
 @pytest.mark.reference
@@ -117,4 +119,4 @@ def test_a_clip_equals_transformers(name: str) -> None:
     with torch.no_grad():
         want = model.eval()(input_ids=torch.tensor([encoded.input_ids]), **media).logits[0].numpy()
     assert np.abs(logits - want).max() < LOGITS_BAR * np.abs(want).max()
-    assert (logits.argmax(-1) == want.argmax(-1)).all()
+    assert same_best(logits, want)

@@ -11,6 +11,10 @@ from mlx_vlm_pipes.command import new_parser, run_command
 from mlx_vlm_pipes.errors import InputError
 
 
+def parser() -> argparse.ArgumentParser:
+    return new_parser("x", description="", epilog="")
+
+
 @pytest.mark.parametrize(
     ("raised", "status", "line"),
     [
@@ -21,16 +25,18 @@ from mlx_vlm_pipes.errors import InputError
 def test_a_failure_is_one_line_and_an_exit_status(
     raised: BaseException, status: int, line: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def run(args: argparse.Namespace) -> int:
+    def fail(*_: object) -> int:
         raise raised
 
-    assert run_command(new_parser("x", description="", epilog=""), run, []) == status
+    assert run_command(parser, fail, []) == status
+    assert capsys.readouterr() == ("", line)
+    assert run_command(fail, lambda args: 0, []) == status  # it takes a while to build
     assert capsys.readouterr() == ("", line)
 
 
 def test_what_is_no_mistake_of_the_user_is_not_hidden() -> None:
     with pytest.raises(ZeroDivisionError):
-        run_command(new_parser("x", description="", epilog=""), lambda args: 1 // 0, [])
+        run_command(parser, lambda args: 1 // 0, [])
 
 
 SCRIPT = """
@@ -43,7 +49,7 @@ def run(args):
     return 0
 parser = new_parser("x", description="long", epilog="")
 parser.add_argument("--json", action="store_true")
-sys.exit(run_command(parser, run, None))
+sys.exit(run_command(lambda: parser, run, None))
 """
 
 

@@ -11,17 +11,19 @@ import pytest
 
 from mlx_vlm_pipes import load as load_pipeline
 from mlx_vlm_pipes.architectures.idefics3.model_config import Idefics3Config
-from mlx_vlm_pipes.config import KVCacheConfig, ModelConfig, PipelineConfig
+from mlx_vlm_pipes.config import KVCacheConfig, ModelConfig, PipelineConfig, weights_format
 from mlx_vlm_pipes.contexts import TextContext, TokenBuffer
 from mlx_vlm_pipes.conversion import ConvertOptions, convert
-from mlx_vlm_pipes.dtypes import DeviceRef, DeviceSpec, DType
+from mlx_vlm_pipes.dtypes import DType
 from mlx_vlm_pipes.errors import ConfigError
 from mlx_vlm_pipes.interfaces import InferenceSession
 from mlx_vlm_pipes.kv_cache import KVCache, cache_inputs
 from mlx_vlm_pipes.quantization import LoRAConfig, QuantizationEncoding
 from mlx_vlm_pipes.registry import find_room
 from mlx_vlm_pipes.weights import find_weight_files, load_weights
+from tests.device import device, device_spec
 from tests.fixtures_helper import FIXTURES
+from tests.gguf_file import write_case
 from tests.test_check import copy_case, edit_json, edit_tensors
 
 LLAMA = FIXTURES / "llama-tied"
@@ -36,14 +38,14 @@ def by_hand(
         model_path=str(folder),
         weight_path=find_weight_files(folder),
         quantization_encoding=encoding,
-        device_specs=[DeviceSpec.cpu()],
+        device_specs=[device_spec()],
         **options,
     )
-    device = DeviceRef.CPU().to_device()
+    chosen = device()
     return find_room(config.huggingface_config).model_class()(
         PipelineConfig(model=config, lora=lora),
-        InferenceSession([device]),
-        [device],
+        InferenceSession([chosen]),
+        [chosen],
         config.kv_cache,
         load_weights(config.weight_path),
     )
@@ -272,3 +274,19 @@ def test_the_explicit_model_config_reaches_every_dtype(case: str) -> None:
     assert config.get_kv_params().dtype is DType.bfloat16
     if isinstance(config, Idefics3Config):
         assert config.vision_config.dtype is config.text_config.dtype is DType.bfloat16
+
+
+def test_gguf_encodings_name_what_is_stored(tmp_path: Path) -> None:
+    pytest.importorskip("gguf", reason="the gguf package writes the file")
+    file = write_case(tmp_path / "m.gguf", "llama-tied", "Q4_0")
+    files = {"model_path": str(file), "weight_path": [file], "device_specs": [device_spec()]}
+    assert weights_format([file]) == "gguf"
+    config = ModelConfig(quantization_encoding="q4_0", **files).resolve()
+    assert config.graph_quantization_encoding is QuantizationEncoding.Q4_0
+    assert (config.dtype, config.cache_dtype) == (DType.uint8, DType.float32)
+    assert ModelConfig(**files).resolve().quantization_encoding == "mlx"
+    np.testing.assert_array_equal(
+        last_logits(by_hand(file, "q4_0")), loaded_logits(file, "float32")
+    )
+    with pytest.raises(ConfigError, match="q6_k"):
+        ModelConfig(quantization_encoding="q6_k", **files).resolve()

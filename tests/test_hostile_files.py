@@ -24,6 +24,7 @@ from mlx_vlm_pipes import check, convert, generate
 from mlx_vlm_pipes.errors import ConfigError
 from mlx_vlm_pipes.hf_config import HuggingFaceConfig
 from tests.fixtures_helper import FIXTURES, copy_case
+from tests.torture.mutations import file_of, header_of, spoiled
 
 FAMILIES = ["llama-stop", "phi3-longrope", "idefics3", "pixtral-v5", "internvl-chat",
             "internvl-qwen3", "qwen25vl", "qwen3vl"]  # fmt: skip
@@ -31,11 +32,6 @@ WEIGHTS = "model.safetensors"
 MAX_SECONDS = 5.0
 MAX_BYTES = 1_000_000_000
 EFFORT = float(os.environ.get("HOSTILE_CASES", "1"))
-BAD: list[Any] = [
-    -1, 0, 10**9, 10**30, 2**31, -1.5, 1e308, float("nan"), float("inf"), "x", "", "\ud800",
-    "A" * 10_000, None, True, [], {}, [1], ["a"], {"a": 1}, [[[]]], [0] * 10_000,
-]  # fmt: skip
-Path_ = tuple[Any, ...]
 
 
 def snapshot(root: Path) -> dict[Path, bytes]:
@@ -81,31 +77,6 @@ def memory_stays_small() -> Iterator[None]:
     assert mx.get_peak_memory() < MAX_BYTES
 
 
-def places(value: Any, path: Path_ = ()) -> Iterator[Path_]:
-    """Every key and the first members of every list below a JSON value; vocabularies in part."""
-    if isinstance(value, dict):
-        for key, item in list(value.items())[:60]:
-            yield (*path, key)
-            yield from places(item, (*path, key))
-    elif isinstance(value, list):
-        for i, item in enumerate(value[:2]):
-            yield (*path, i)
-            yield from places(item, (*path, i))
-
-
-def spoiled(text: str, rng: random.Random, count: int) -> Iterator[str]:
-    """JSON texts that differ from a good one in one value each."""
-    spots = list(places(json.loads(text)))
-    for _ in range(count):
-        value = json.loads(text)
-        *outer, last = rng.choice(spots)
-        target = value
-        for key in outer:
-            target = target[key]
-        target[last] = rng.choice(BAD)
-        yield json.dumps(value)
-
-
 @pytest.mark.parametrize("case", FAMILIES)
 def test_config_values(case, tmp_path):
     folder = copy_case(case, tmp_path / "model")
@@ -131,16 +102,6 @@ def test_processor_values(name, tmp_path):
         for i, bad in enumerate(spoiled(text, rng, int(6 * EFFORT))):
             (folder / name).write_text(bad)
             survives(folder, load=i % 4 == 0)
-
-
-def header_of(data: bytes) -> tuple[dict[str, Any], bytes]:
-    (length,) = struct.unpack("<Q", data[:8])
-    return json.loads(data[8 : 8 + length]), data[8 + length :]
-
-
-def file_of(header: str | bytes, body: bytes) -> bytes:
-    raw = header.encode("utf-8", "surrogatepass") if isinstance(header, str) else header
-    return struct.pack("<Q", len(raw)) + raw + body
 
 
 def test_safetensors_headers(tmp_path):

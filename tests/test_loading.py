@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +13,8 @@ import pytest
 from PIL import Image
 
 from mlx_vlm_pipes import errors, load
-from tests.fixtures_helper import FIXTURES
+from mlx_vlm_pipes.conversion import ConvertOptions, convert
+from tests.fixtures_helper import FIXTURES, copy_case
 
 LLAMA, VLM = FIXTURES / "llama-tied", FIXTURES / "idefics3"
 
@@ -99,9 +102,9 @@ def test_a_fault_is_named(name: str, tmp_path: Path) -> None:
 
 
 def test_nothing_there(tmp_path: Path) -> None:
-    with pytest.raises(errors.CheckpointNotFound, match="no model folder"):
+    with pytest.raises(errors.CheckpointNotFound, match="no model at"):
         load(tmp_path / "gone")
-    with pytest.raises(errors.CheckpointNotFound, match="GGUF"):
+    with pytest.raises(errors.CheckpointNotFound, match="a GGUF file or a hub id"):
         load(tmp_path / "model.gguf")
     with pytest.raises(errors.CheckpointNotFound, match="hub"):
         load("nobody/no-such-model")
@@ -148,12 +151,14 @@ def test_values_that_change_nothing(case: str, values: dict[str, object], tmp_pa
     assert answers[0] == answers[1]
 
 
-@pytest.mark.parametrize("edge", [None, {"longest_edge": 999}, {"longest_edge": 13}])
-def test_frames_that_the_tower_does_not_read(edge: object, tmp_path: Path) -> None:
+@pytest.mark.parametrize("edge", [{"longest_edge": 7}, {"longest_edge": 13}])
+def test_frames_that_make_no_tokens(edge: object, tmp_path: Path) -> None:
     folder = changed(
         "idefics3", tmp_path / "model", "preprocessor_config.json", max_image_size=edge
     )
-    with pytest.raises(errors.ProcessorError, match=r"max_image_size is .*expected 4x4"):
+    with pytest.raises(
+        errors.ProcessorError, match=r"max_image_size is .*expected a multiple of scale_factor 2"
+    ):
         load(folder)
 
 
@@ -226,3 +231,16 @@ def test_overrides_reach_tiles_and_model() -> None:
     assert tiles == [1, 5]
     with pytest.raises(errors.ConfigError, match="knows none"):
         load(FIXTURES / "llama-tied", vision_config_overrides={"max_dynamic_patch": 1})
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="its file systems take UTF-8 alone")
+def test_a_folder_whose_name_is_not_utf8(tmp_path: Path) -> None:
+    folder = copy_case("llama-tied", tmp_path / "plain").rename(tmp_path / os.fsdecode(b"m\xff"))
+    line = r"m\\udcff.*: not a name in UTF-8; rename it$"
+    with pytest.raises(errors.CheckpointNotFound, match=line):
+        load(folder)
+    with pytest.raises(errors.CheckpointNotFound, match=line):
+        load(LLAMA, adapter=str(folder))
+    with pytest.raises(errors.InputError, match=line):
+        convert(ConvertOptions(model=LLAMA, out=folder / "out"))
+    assert not (folder / "out").exists()

@@ -15,6 +15,7 @@ from mlx_vlm_pipes.engine.worker import OwnerThread
 from mlx_vlm_pipes.errors import InputError
 from mlx_vlm_pipes.interfaces import ReturnLogits
 from tests.architectures.driving import load, new_cache
+from tests.device import bar
 from tests.engine.driving import FAMILIES, Driven, fixture_requests
 from tests.fixtures_helper import FIXTURES, reference
 
@@ -77,7 +78,7 @@ def test_a_pipeline_over_a_model_with_enable_echo(name: str) -> None:
     for one, answer in zip(names, answers, strict=True):
         assert answer.tokens == arrays[f"{one}/greedy"].tolist()
     wanted = arrays[f"{names[0]}/logits"]
-    assert np.abs(logits - wanted).max() < 2e-5 * np.abs(wanted).max()
+    assert np.abs(logits - wanted).max() < bar(2e-5) * np.abs(wanted).max()
     ids = arrays[f"{names[1]}/input_ids"]
     scores = log_softmax(arrays[f"{names[1]}/logits"])[np.arange(len(ids) - 1), ids[1:]]
     assert answers[1].prompt_logprobs.token_log_probabilities == pytest.approx(scores, abs=5e-4)

@@ -15,9 +15,10 @@ import pytest
 from PIL import Image
 
 from mlx_vlm_pipes import Pipeline, load
+from tests.device import bar
 from tests.fixtures_helper import FIXTURES
 
-BAR = 2e-5  # of the largest logit
+BAR = bar(2e-5)  # of the largest logit
 SHORT, NEW = "What is it?", 24  # grows past every edge below
 LONG = "What is it? And what is that? " * 3
 LONGER = LONG + "And why?"  # begins like a prompt that is cached by then

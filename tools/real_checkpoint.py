@@ -65,7 +65,7 @@ def fetch(path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--out", type=Path, help="folder that receives the file")
     path = checkpoint_path(parser.parse_args().out)
     if not is_whole(path):

@@ -80,8 +80,9 @@ class MRopeModel(AlwaysSignalBuffersMixin, VisionLanguageModel[MRopeT]):
     def vision_work(self, image: ImageMetadata) -> LayerWork:
         times, rows, columns = require_kind(image, GridImage).grid_thw
         frame, width = rows * columns, self.tower.hidden_size
-        scores = times * self.tower.num_attention_heads * frame**2
-        return LayerWork(times * frame, width, width, self.tower.intermediate_size, scores)
+        heads, inner = self.tower.num_attention_heads, self.tower.intermediate_size
+        scores = times * heads * frame**2
+        return LayerWork(times * frame, width, width, inner, scores, width // heads)
 
     @staticmethod
     def prepare_decoder_position_ids(

@@ -7,7 +7,7 @@ found: loading raises it at once, `check` collects it (weights.layout.Report).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -138,7 +138,7 @@ def read_loras(lora: LoRAConfig | None, layouts: Sequence[Layout]) -> list[LoRAA
 
 def _outline(weight: WeightData) -> WeightData:
     """The same name, shape and dtype without a hold on the data."""
-    return replace(weight, data=mx.zeros((0,)))
+    return WeightData(mx.zeros((0,)), weight.name, weight.dtype, weight.shape)
 
 
 def _renamed(scaled: ScaledTensors | None, layout: Layout) -> ScaledTensors | None:

@@ -17,7 +17,7 @@ from mlx_vlm_pipes.conversion.writer import (
     whole_folder,
     write_json,
 )
-from mlx_vlm_pipes.engine.engine import machine_memory
+from mlx_vlm_pipes.engine.memory import machine_memory
 from mlx_vlm_pipes.errors import InputError
 from mlx_vlm_pipes.loading import resolve_folder
 from mlx_vlm_pipes.paths import user_path

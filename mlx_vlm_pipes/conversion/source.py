@@ -61,8 +61,7 @@ class Source:
 
     @property
     def num_bytes(self) -> int:
-        parts = [part.data for module in self.modules.values() for part in module.values()]
-        return sum(part.nbytes for part in parts)
+        return sum(part.nbytes for parts in self.modules.values() for part in parts.values())
 
     def read_adapter(self, folder: str | Path) -> LoRAAdapter:
         """Raises: WeightsError for an adapter of another model."""

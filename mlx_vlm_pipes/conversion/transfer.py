@@ -11,6 +11,7 @@ from mlx_vlm_pipes.conversion.recipe import ConvertOptions, Packing, Recipe
 from mlx_vlm_pipes.conversion.source import EMBEDDING_PATH, HEAD_PATH, Source, packing_of
 from mlx_vlm_pipes.dtypes import DType
 from mlx_vlm_pipes.errors import WeightsError, clip
+from mlx_vlm_pipes.rounding import unpack
 from mlx_vlm_pipes.weights import WeightData
 from mlx_vlm_pipes.weights.lora import LoRAAdapter, merge_into
 
@@ -48,7 +49,7 @@ class Transfer:
             settings = packing_of(self.source, path)
             parts = modules.pop(path)
             arrays, packed = self.convert(path, parts, settings)
-            self.tally.read += sum(part.data.nbytes for part in parts.values())
+            self.tally.read += sum(part.nbytes for part in parts.values())
             del parts  # the last hold on what was read
             self._read(path, arrays)
             for target in self._targets(path):
@@ -105,30 +106,33 @@ class Transfer:
         if source is not None and target == source and pair is None:
             return self._cast(arrays), source
         if source is not None:
-            arrays = unpack(arrays, source)
+            arrays = unpacked(arrays, source, self._dtype)
         if pair is not None:
             arrays["weight"] = merge_into(arrays["weight"], pair)
         arrays = self._cast(arrays)
         return (pack(arrays, target) if target else arrays), target
 
+    @property
+    def _dtype(self) -> mx.Dtype | None:
+        """What floats become; None: as they are."""
+        return None if self.options.dtype is None else DType[self.options.dtype].to_mx()
+
     def _cast(self, arrays: Parts) -> Parts:
-        if self.options.dtype is None:
+        dtype = self._dtype
+        if dtype is None:
             return arrays
-        dtype = DType[self.options.dtype].to_mx()
         return {
             part: array.astype(dtype) if mx.issubdtype(array.dtype, mx.floating) else array
             for part, array in arrays.items()
         }
 
 
-def unpack(arrays: Parts, settings: Packing) -> Parts:
-    """A packed module as floats: those of its scales, bfloat16 where these are no floats."""
+def unpacked(arrays: Parts, settings: Packing, dtype: mx.Dtype | None) -> Parts:
+    """A packed module as floats; dtype None: as `rounding.unpack`."""
     group_size, bits, mode = settings
-    scales = arrays["scales"]
-    is_float = mx.issubdtype(scales.dtype, mx.floating)
-    weight = mx.dequantize(
-        arrays["weight"], scales, arrays.get("biases"), group_size, bits, mode,
-        dtype=scales.dtype if is_float else mx.bfloat16,
+    weight = unpack(
+        arrays["weight"], arrays["scales"], arrays.get("biases"),
+        group_size=group_size, bits=bits, mode=mode, dtype=dtype,
     )  # fmt: skip
     kept = {part: array for part, array in arrays.items() if part not in ("scales", "biases")}
     return {**kept, "weight": weight}

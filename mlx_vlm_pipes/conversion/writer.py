@@ -13,6 +13,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_vlm_pipes.errors import ConfigError, InputError
+from mlx_vlm_pipes.gguf.header import is_gguf
 from mlx_vlm_pipes.json_files import read_json
 from mlx_vlm_pipes.paths import is_there, user_path
 from mlx_vlm_pipes.weights.safetensors import INDEX_NAME, write_file
@@ -122,7 +123,16 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def copy_processor(source: Path, target: Path) -> None:
-    """Copy tokenizer, template and processor files; keys that name code are dropped."""
+    """Copy tokenizer, template and processor files; keys that name code are dropped.
+
+    A GGUF file has none to copy: what its header says is written as such files.
+    """
+    if is_gguf(source):
+        for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+            values = read_json(source / name, ConfigError)
+            if values:
+                write_json(target / name, values)
+        return
     for name in COPIED:
         path = source / name
         if not path.is_file():

@@ -12,6 +12,7 @@ from mlx_vlm_pipes.doctor.processor import examine_processor
 from mlx_vlm_pipes.doctor.report import Checkup
 from mlx_vlm_pipes.doctor.tensors import Tensors, examine_tensors, read_headers
 from mlx_vlm_pipes.errors import CheckpointNotFound, ConfigError
+from mlx_vlm_pipes.gguf.header import is_gguf
 from mlx_vlm_pipes.hf_config import HuggingFaceConfig
 from mlx_vlm_pipes.json_files import read_json, require_json
 from mlx_vlm_pipes.registry import find_room
@@ -24,19 +25,20 @@ CODE_KEYS = ("auto_map", "model_file", "custom_pipelines")
 
 
 def examine(folder: str | Path) -> Checkup:
-    """Read headers and JSON files of a model folder; a few megabytes at any size.
+    """Read headers and JSON files of a model folder, or a GGUF file; a few megabytes at any size.
 
-    Raises: CheckpointNotFound if there is no such folder, or it is closed to us; everything else is
+    Raises: CheckpointNotFound if there is no such thing, or it is closed to us; everything else is
     a finding.
     """
     folder = Path(folder)
-    if not folder.is_dir():
+    if not folder.is_dir() and not is_gguf(folder):
         raise CheckpointNotFound(f"no model folder at {folder}")
-    if not os.access(folder, os.R_OK | os.X_OK):
-        raise CheckpointNotFound(f"{folder}: no permission to read this folder")
+    if not os.access(folder, os.R_OK | (os.X_OK if folder.is_dir() else 0)):
+        raise CheckpointNotFound(f"{folder}: no permission to read it")
     checkup = Checkup(str(folder))
-    checkup.ignored = ignored_code(folder)
-    _look_for_pointers(folder, checkup)
+    if folder.is_dir():
+        checkup.ignored = ignored_code(folder)
+        _look_for_pointers(folder, checkup)
     headers = read_headers(folder, checkup)
     values: dict[str, Any] = {}
     with checkup.collecting("config"):

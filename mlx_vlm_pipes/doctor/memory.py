@@ -5,7 +5,7 @@ from __future__ import annotations
 from mlx_vlm_pipes.checkpoint.blueprint import Checkpoint, blueprint
 from mlx_vlm_pipes.doctor.report import GB, Checkup
 from mlx_vlm_pipes.doctor.tensors import Tensors
-from mlx_vlm_pipes.engine.engine import machine_memory
+from mlx_vlm_pipes.engine.memory import fuses_attention, machine_memory
 from mlx_vlm_pipes.engine.plan import cache_bytes, peak_bytes, prefill_bytes
 from mlx_vlm_pipes.engine.state import EngineConfig
 from mlx_vlm_pipes.registry import Room
@@ -21,13 +21,14 @@ def estimate_memory(room: Room, tensors: Tensors, checkup: Checkup) -> None:
     model = tensors.pipeline.model
     config = model.require_huggingface_config()
     room_class = room.model_class()
-    load = sum(weight.data.nbytes for weight in tensors.state.values())
+    load = sum(weight.nbytes for weight in tensors.state.values())
     params = room_class.get_kv_params(
         config, tensors.pipeline, model.devices, model.kv_cache, model.cache_dtype
     )
     limits = EngineConfig.from_pipeline(tensors.pipeline, machine_memory(), load)
     _, decoder = blueprint(room_class, Checkpoint(tensors.pipeline, tensors.state))
-    fused = model.devices[0].is_gpu()
+    device, dtype = model.devices[0].to_device(), params.dtype.to_mx()
+    fused = fuses_attention(device, decoder.head_dim, dtype)
     step = prefill_bytes(decoder, params.dtype.size_in_bytes, TOKENS, limits, fused=fused)
     checkup.load_bytes = load
     checkup.run_bytes = needed = peak_bytes(load, cache_bytes(params, TOKENS), step, limits)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from mlx_vlm_pipes.engine.handover import overlaps
+from mlx_vlm_pipes.engine.memory import trim_pool
 from mlx_vlm_pipes.engine.requests import Job
 from mlx_vlm_pipes.engine.results import Results, Sampled
 from mlx_vlm_pipes.engine.state import EngineState
@@ -22,6 +23,7 @@ class Flight:
     inputs: ModelInputs
     kv: KVCacheInputs
     sampled: Sampled
+    is_resized: bool  # the cache's arrays are new: the old ones are free once the step is done
 
 
 class Decode:
@@ -31,6 +33,7 @@ class Decode:
         self._state, self._results = state, results
         self.jobs: list[Job] = []
         self._flight: Flight | None = None
+        self._cache_bytes = 0  # of the batch in the last step
 
     @property
     def is_busy(self) -> bool:
@@ -45,6 +48,8 @@ class Decode:
         if flight is not None:
             self._flight = self._follow(flight)
             self._read(flight)
+            if flight.is_resized:
+                trim_pool(self._state.cache.nbytes)
         if self._flight is not None:
             return []
         crossing = self._take_crossing()
@@ -106,7 +111,9 @@ class Decode:
         if self._flight is not None and not overlaps(self._state):
             self._state.model.device.synchronize()  # reading its tokens would not free the cache
         mx.async_eval(sampled.arrays())
-        return Flight(jobs, inputs, kv, sampled)
+        is_resized = self._cache_bytes != self._state.cache.nbytes
+        self._cache_bytes = self._state.cache.nbytes
+        return Flight(jobs, inputs, kv, sampled, is_resized)
 
     def _read(self, flight: Flight) -> None:
         """Wait for a step's tokens and hand them out; jobs that end leave."""

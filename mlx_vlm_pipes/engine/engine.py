@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import weakref
 from dataclasses import replace
 
@@ -10,8 +9,8 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_vlm_pipes.contexts import TextContext
-from mlx_vlm_pipes.dtypes import Device, default_device
-from mlx_vlm_pipes.engine.plan import Plan, make_plan
+from mlx_vlm_pipes.engine.memory import set_limits
+from mlx_vlm_pipes.engine.plan import Plan, default_limits, make_plan
 from mlx_vlm_pipes.engine.requests import Handle
 from mlx_vlm_pipes.engine.scheduler import Scheduler
 from mlx_vlm_pipes.engine.state import EngineConfig, EngineStats
@@ -33,11 +32,8 @@ class Engine:
         model: PipelineModelWithKVCache,
         config: EngineConfig | None,
     ) -> None:
-        if config is None:
-            memory = machine_memory(model.device)
-            config = EngineConfig.from_pipeline(
-                model.pipeline_config, memory, model.weight_bytes, model.kv_cache_config
-            )
+        config = default_limits(model) if config is None else config
+        worker.call(lambda: set_limits(model.device))
         self.worker, self.model, self.config = worker, model, config
         self.scheduler = Scheduler(model, config)
         scheduler = self.scheduler
@@ -75,8 +71,8 @@ class Engine:
     def plan(self, context: TextContext) -> Plan:
         """What a request would need on this engine; nothing is computed."""
         resident = self.worker.call(mx.get_active_memory)
-        memory = machine_memory(self.model.device)
-        return make_plan(self.scheduler.state, context, resident, memory)
+        state = self.scheduler.state
+        return make_plan(state, context, resident, state.memory_bytes)
 
     def peak_memory_bytes(self) -> int:
         """The most memory that MLX held at once in this process."""
@@ -95,14 +91,3 @@ class Engine:
     def close(self) -> None:
         """Stop the owning thread; running requests fail with EngineClosed."""
         self._finalizer()
-
-
-def machine_memory(device: Device | None = None) -> int:
-    """Bytes: the device's memory where it has its own figure, else the machine's.
-
-    device: MLX's default where none is given.
-    """
-    size = mx.device_info((device or default_device()).mx_device).get("memory_size")
-    if isinstance(size, int) and size > 0:
-        return size
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -3,19 +3,22 @@
 The peak is what is resident (weights, caches) + keys and values + the larger of encoding and
 prefill. Their transients follow how MLX runs a layer: the outputs of some ten consecutive
 operations are alive at once, which comes to about 9 hidden states, 4 widths of all heads, 5 MLP
-widths and, without fused attention, the scores of one layer. The factors were fitted to measured
-peaks, with a margin so that the plan is not below them (tests/engine/test_plan.py).
+widths and, where attention is not fused, the scores of one layer. The factors were fitted to
+measured peaks, with a margin so that the plan is not below them (tests/engine/test_plan.py).
 """
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from mlx_vlm_pipes.config import KVCacheParams
 from mlx_vlm_pipes.contexts import ImageMetadata, TextContext
+from mlx_vlm_pipes.engine.memory import fuses_attention, machine_memory
 from mlx_vlm_pipes.engine.state import EngineConfig, EngineState
+from mlx_vlm_pipes.errors import OutOfBudget
 from mlx_vlm_pipes.interfaces import LayerWork, PipelineModelWithKVCache
 from mlx_vlm_pipes.kv_cache import capacity_bucket
 
@@ -29,7 +32,8 @@ FIXED_BYTES = 1 << 15  # small arrays, whatever the size of the request
 
 @dataclass(frozen=True)
 class Plan:
-    """Counts in tokens, sizes in bytes. fits: peak, cache and slices are within their limits."""
+    """Counts in tokens, sizes in bytes. memory_bytes: what the device has for all of it
+    (engine.memory.machine_memory). fits: peak, cache and slices are within their limits."""
 
     prompt_tokens: int
     image_tokens: int
@@ -62,10 +66,8 @@ def make_plan(
     tokens, limit = context.tokens, context.sampling_params.max_new_tokens
     new = min(limit or context.max_length, context.max_length - len(tokens))
     kv = cache_bytes(state.model.kv_params, len(tokens) + new)
-    vision = _vision_bytes(state.model, context.images, state.config)
-    decoder, itemsize = state.model.language.decoder.config, state.model.kv_params.dtype
-    fused = not state.model.device.is_host
-    prefill = prefill_bytes(decoder, itemsize.size_in_bytes, len(tokens), state.config, fused=fused)
+    vision = _vision_bytes(state, context.images)
+    prefill = _prompt_bytes(state.model, len(tokens), state.config)
     peak = peak_bytes(resident_bytes, kv, max(vision, prefill), state.config)
     in_bytes = peak <= memory_bytes and kv <= state.config.kv_bytes
     fits = in_bytes and state.config.takes(len(tokens))
@@ -91,9 +93,55 @@ def cache_bytes(params: KVCacheParams, tokens: int) -> int:
 def peak_bytes(resident: int, kv: int, transient: int, config: EngineConfig) -> int:
     """Weights and what is resident with them, one row's cache, and the widest moment beside them.
 
-    A finished row is copied into the prefix cache while its own arrays are still there.
+    A finished row is copied into the prefix cache, where it fits, while its own arrays are there.
     """
-    return resident + kv + max(transient, kv if config.enable_prefix_caching else 0)
+    copied = min(kv, config.prefix_bytes) if config.enable_prefix_caching else 0
+    return resident + kv + max(transient, copied)
+
+
+def default_limits(model: PipelineModelWithKVCache) -> EngineConfig:
+    """The engine's limits by the model's own settings and the memory of its device."""
+
+    def limits(step_bytes: int) -> EngineConfig:
+        return EngineConfig.from_pipeline(
+            model.pipeline_config,
+            machine_memory(model.device),
+            model.weight_bytes,
+            model.kv_cache_config,
+            step_bytes,
+        )
+
+    first = limits(0)
+    return limits(_prompt_bytes(model, min(first.prefill_chunk, model.max_seq_len), first))
+
+
+def require_room(state: EngineState, context: TextContext, new_tokens: int | None) -> None:
+    """Raises: OutOfBudget for a request that the device cannot hold even alone, with what it can.
+
+    new_tokens: None for as many as max_length leaves.
+    """
+    prompt, model, memory = len(context.tokens), state.model, state.memory_bytes
+    asked = context.max_length if new_tokens is None else prompt + new_tokens
+    pictures = max((picture_bytes(model, image) for image in context.images), default=0)
+
+    def needed(tokens: int) -> int:
+        widest = max(pictures, _prompt_bytes(model, min(prompt, tokens), state.config))
+        kv = cache_bytes(model.kv_params, tokens)
+        return peak_bytes(model.weight_bytes, kv, widest, state.config)
+
+    total = min(asked, context.max_length)
+    need = needed(total)
+    if need <= memory:
+        return
+    fitting = bisect.bisect_right(range(1, total + 1), memory, key=needed)
+    said = f"the request needs {need / 1e6:.4g} MB with the weights, the device has"
+    if fitting:
+        remedy = f"at most {fitting} tokens fit, prompt and answer together"
+    elif pictures and peak_bytes(model.weight_bytes, 0, pictures, state.config) > memory:
+        remedy = f"one of its pictures alone takes {pictures / 1e6:.4g} MB; give smaller ones"
+    else:
+        remedy = "no token fits; use a smaller or a quantised model"
+    raise OutOfBudget(f"{said} {memory / 1e6:.4g} MB; {remedy}")
 
 
 class DecoderSizes(Protocol):
@@ -112,24 +160,39 @@ class DecoderSizes(Protocol):
 
 
 def _transient(work: LayerWork, itemsize: int, *, fused: bool) -> float:
-    """fused: attention without its scores in memory, as on a GPU."""
+    """fused: attention without its scores in memory (engine.memory.fuses_attention)."""
     widths = HIDDEN_STATES * work.width + HEAD_WIDTHS * work.heads + MLP_WIDTHS * work.inner
     scores = 0 if fused else SCORES * work.scores
     return FIXED_BYTES + MARGIN * itemsize * (work.tokens * widths + scores)
 
 
-def _vision_bytes(
-    model: PipelineModelWithKVCache, images: Sequence[ImageMetadata], config: EngineConfig
-) -> int:
-    """The largest micro-batch of images, and the rows that all of them leave behind."""
-    itemsize = model.kv_params.dtype.size_in_bytes
-    fused = not model.device.is_host
-    sizes = [_transient(model.vision_work(image), itemsize, fused=fused) for image in images]
-    sizes = [size + image.pixel_values.nbytes for size, image in zip(sizes, images, strict=True)]
-    batches = [
-        sum(sizes[i : i + config.image_batch]) for i in range(0, len(sizes), config.image_batch)
-    ]
-    return int(max(batches, default=0))
+def picture_bytes(model: PipelineModelWithKVCache, image: ImageMetadata) -> int:
+    """What encoding one picture holds at its widest, pixels included."""
+    work, dtype = model.vision_work(image), model.kv_params.dtype
+    fused = fuses_attention(model.device, work.head_dim, dtype.to_mx())
+    return int(_transient(work, dtype.size_in_bytes, fused=fused)) + image.pixel_values.nbytes
+
+
+def picture_room(state: EngineState) -> int:
+    """Bytes that several pictures encoded together may take, beside weights and full caches."""
+    config = state.config
+    caches = config.kv_bytes + config.prefix_bytes + config.image_bytes
+    return max(0, state.memory_bytes - state.model.weight_bytes - caches)
+
+
+def _vision_bytes(state: EngineState, images: Sequence[ImageMetadata]) -> int:
+    """The largest micro-batch of images."""
+    sizes, count = [picture_bytes(state.model, i) for i in images], state.config.image_batch
+    batches = [sum(sizes[i : i + count]) for i in range(0, len(sizes), count)]
+    largest = max(sizes, default=0)
+    return min(max(batches, default=0), max(largest, picture_room(state)))
+
+
+def _prompt_bytes(model: PipelineModelWithKVCache, tokens: int, config: EngineConfig) -> int:
+    """`prefill_bytes` of a loaded model."""
+    decoder, dtype = model.language.decoder.config, model.kv_params.dtype
+    fused = fuses_attention(model.device, decoder.head_dim, dtype.to_mx())
+    return prefill_bytes(decoder, dtype.size_in_bytes, tokens, config, fused=fused)
 
 
 def prefill_bytes(
@@ -137,7 +200,7 @@ def prefill_bytes(
 ) -> int:
     """What prefilling `tokens` tokens holds beside weights and cache, at its widest slice.
 
-    itemsize: bytes of an element while computing; fused: on a GPU, attention without its scores.
+    itemsize: bytes of an element while computing; fused: attention without its scores.
     """
     chunk = min(tokens, config.prefill_chunk)
     work = LayerWork(
@@ -146,5 +209,6 @@ def prefill_bytes(
         heads=decoder.num_heads * decoder.head_dim,
         inner=decoder.intermediate_size,
         scores=decoder.num_heads * chunk * tokens,
+        head_dim=decoder.head_dim,
     )
     return int(_transient(work, itemsize, fused=fused)) + 4 * 3 * decoder.vocab_size

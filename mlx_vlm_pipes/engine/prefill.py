@@ -10,7 +10,9 @@ import mlx.core as mx
 
 from mlx_vlm_pipes.contexts import ImageMetadata, TextContext
 from mlx_vlm_pipes.engine.caches import common_prefix
+from mlx_vlm_pipes.engine.memory import trim_pool
 from mlx_vlm_pipes.engine.pace import Pace
+from mlx_vlm_pipes.engine.plan import picture_bytes, picture_room
 from mlx_vlm_pipes.engine.requests import Job
 from mlx_vlm_pipes.engine.results import Results
 from mlx_vlm_pipes.engine.slices import SliceRow, encode, image_key, run_slice
@@ -83,11 +85,13 @@ class Prefill:
         """Encode one micro-batch of pictures, taken in this order; how many it was."""
         batch: dict[int, ImageMetadata] = {}
         patches, room = 0, math.inf if wait_s is None else self._patches.fitting(wait_s)
+        bytes_left = picture_room(self._state)
         for key, image in (item for images in missing for item in images.items()):
             more = self._state.model.vision_work(image).tokens
+            size = picture_bytes(self._state.model, image)
             fits = len(batch) < self._state.config.image_batch and patches + more <= room
-            if key not in batch and (fits or not batch):
-                batch[key], patches = image, patches + more
+            if key not in batch and ((fits and size <= bytes_left) or not batch):
+                batch[key], patches, bytes_left = image, patches + more, bytes_left - size
         begun = self._state.clock()
         self._share(self._encode(batch), batch)
         self._patches.note(patches, self._state.clock() - begun)
@@ -184,6 +188,7 @@ class Prefill:
                 self._results.finish_prompt(job)
         if not ended:
             return []
+        trim_pool(self._state.cache.nbytes)
         rows = [job.first_logits for job in ended if job.first_logits is not None]
         sampled = self._results.sample(mx.concatenate(rows), ended)
         mx.eval(sampled.arrays())

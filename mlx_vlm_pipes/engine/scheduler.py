@@ -14,6 +14,7 @@ import numpy as np
 from mlx_vlm_pipes.contexts import TextContext, require_known_tokens
 from mlx_vlm_pipes.engine.caches import common_prefix, prefix_keys
 from mlx_vlm_pipes.engine.decode import Decode
+from mlx_vlm_pipes.engine.plan import require_room
 from mlx_vlm_pipes.engine.prefill import SHARED_MIN, Prefill
 from mlx_vlm_pipes.engine.requests import Handle, Job, PromptLogits, new_job
 from mlx_vlm_pipes.engine.results import Results
@@ -60,7 +61,9 @@ class Scheduler:
         require_known_tokens(context.tokens.all, self.vocab_size)
         self.state.require_slice(context)
         keys = prefix_keys(context, self.state.salt(context, self.state.planned_length(context)))
-        capacity = self.state.capacity_needed(context, context.sampling_params.max_new_tokens)
+        new_tokens = context.sampling_params.max_new_tokens
+        capacity = self.state.capacity_needed(context, new_tokens)
+        require_room(self.state, context, new_tokens)
         return self._queue(new_job(context, decoder, self.vocab_size, keys, capacity))
 
     def submit_logits(self, context: TextContext) -> tuple[Handle, PromptLogits]:
@@ -72,6 +75,7 @@ class Scheduler:
         self.state.require_slice(context)
         self.state.model.adapter_slot(context.model_name)  # raises for an unknown one
         capacity = self.state.capacity_needed(context, 1)
+        require_room(self.state, context, 1)
         job = new_job(context, NoText(), self.vocab_size, np.zeros(0, np.int64), capacity)
         job.prompt_logits = PromptLogits()
         return self._queue(job), job.prompt_logits

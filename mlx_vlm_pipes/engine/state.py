@@ -12,10 +12,11 @@ import mlx.core as mx
 from mlx_vlm_pipes.config import KVCacheConfig, PipelineConfig
 from mlx_vlm_pipes.contexts import TextContext
 from mlx_vlm_pipes.engine.caches import ImageCache, PrefixCache, prefix_keys
+from mlx_vlm_pipes.engine.memory import machine_memory
 from mlx_vlm_pipes.engine.requests import Job
 from mlx_vlm_pipes.errors import OutOfBudget
 from mlx_vlm_pipes.interfaces import PipelineModelWithKVCache
-from mlx_vlm_pipes.kv_cache import CacheRow, KVCache, capacity_bucket, row_bucket
+from mlx_vlm_pipes.kv_cache import CacheRow, KVCache, capacity_bucket, most_held
 from mlx_vlm_pipes.options import Option
 
 MIN_SLICE = 16  # tokens; a slice of fewer takes hardly less time: the weights are read anyway
@@ -54,15 +55,18 @@ class EngineConfig:
         memory_bytes: int,
         weight_bytes: int = 0,
         kv_cache: KVCacheConfig | None = None,
+        step_bytes: int = 0,
     ) -> EngineConfig:
         """The limits that a pipeline's settings ask for (docs/api.md#settings-of-the-engine).
 
         kv_cache: the one that the model was given, else the pipeline's. Its share of the memory,
-        less the weights, is the budget: 3/4 of it for keys and values, 1/8 for prefixes, 1/32 for
-        pictures, the rest for what a step computes.
+        less the weights and step_bytes (what the largest slice of prefill computes with), is the
+        budget: 3/4 of it for keys and values, 1/8 for prefixes, 1/32 for pictures, the rest for
+        what is not foreseen.
         """
         runtime, cache = pipeline.runtime, kv_cache or pipeline.model.kv_cache
-        budget = max(0, int(cache.device_memory_utilization * memory_bytes) - weight_bytes)
+        share = int(cache.device_memory_utilization * memory_bytes)
+        budget = max(0, share - weight_bytes - step_bytes)
         longest, chunked = runtime.max_batch_input_tokens, runtime.enable_chunked_prefill
         return cls(
             max_batch_size=runtime.max_batch_size or cls.max_batch_size,
@@ -96,7 +100,7 @@ class EngineStats:
 
     largest_slice_tokens, largest_slice_images, longest_slice_s: the most that running requests
     waited for between two decode steps. traces: how often the decode step was traced; buckets:
-    how many (rows, capacity) sizes it has run at.
+    how many sizes of the batch's groups it has run at.
     """
 
     steps: int = 0
@@ -120,8 +124,9 @@ class EngineState:
         self.prefixes = PrefixCache(config.prefix_bytes if config.enable_prefix_caching else 0)
         self.images = ImageCache(config.image_bytes)
         self.stats = EngineStats()
+        self.memory_bytes = machine_memory(model.device)
         self.clock: Callable[[], float] = time.perf_counter  # seconds
-        self._buckets: set[tuple[int, int]] = set()
+        self._buckets: set[tuple[tuple[int, int], ...]] = set()
 
     # ---- what a request needs
 
@@ -144,28 +149,24 @@ class EngineState:
         return context.uncut(begin, begin + size) - begin if size > 0 else 0
 
     def capacity_needed(self, context: TextContext, new_tokens: int | None) -> int:
-        """Cache capacity of a request at its longest, in tokens; None: no limit but max_length.
+        """Cache tokens of a request at its longest; None: no limit but max_length.
 
         Raises: OutOfBudget if a row of that size can never fit.
         """
         asked = context.max_length if new_tokens is None else len(context.tokens) + new_tokens
         longest = min(asked, context.max_length)
-        capacity = capacity_bucket(longest)
-        need = capacity * self.model.kv_params.bytes_per_token
+        need = capacity_bucket(longest) * self.model.kv_params.bytes_per_token
         if need > self.config.kv_bytes:
             raise OutOfBudget(
                 f"the request needs {need / 1e6:.3g} MB of KV cache for {longest} tokens, the "
                 f"engine may use {self.config.kv_bytes / 1e6:.3g} MB; ask for fewer tokens or "
                 "raise the budget"
             )
-        return capacity
+        return longest
 
     def bytes_needed(self, jobs: Sequence[Job]) -> int:
-        """KV bytes when these jobs run to their ends together: rows and capacity in buckets."""
-        if not jobs:
-            return 0
-        longest = max(job.capacity for job in jobs)
-        return row_bucket(len(jobs)) * longest * self.model.kv_params.bytes_per_token
+        """The most KV bytes that these jobs may hold when they run to their ends together."""
+        return most_held([job.capacity for job in jobs]) * self.model.kv_params.bytes_per_token
 
     def planned_length(self, context: TextContext) -> int:
         """Tokens whose keys are made as those of one prompt.
@@ -252,7 +253,7 @@ class EngineState:
 
     def note_bucket(self) -> None:
         """Count the sizes that the decode step has just run at."""
-        self._buckets.add((self.cache.slots, self.cache.capacity))
+        self._buckets.add(self.cache.shapes)
         self.stats.decode_steps += 1
         self.stats.buckets = len(self._buckets)
         self.stats.traces = self.model.language.traces

@@ -1,8 +1,9 @@
 """The KV cache: rows that prefill alone and decode together.
 
 A `CacheRow` holds one sequence. While it is prefilled it is *staged*: it owns its arrays. To
-decode, rows are *placed* side by side in the batch arrays of the `KVCache`, whose sizes grow in
-buckets so that the compiled step sees few shapes. A single row is placed without a copy.
+decode, rows are *placed* side by side in the batch arrays of the `KVCache`: a few groups of rows of
+like lengths, whose sizes grow in buckets so that the compiled step sees few shapes. A single row is
+placed without a copy.
 """
 
 from __future__ import annotations
@@ -13,140 +14,47 @@ import mlx.core as mx
 
 from mlx_vlm_pipes.config import KVCacheParams
 from mlx_vlm_pipes.errors import InputError
-from mlx_vlm_pipes.kv_cache.storage import (
-    CacheFormat,
-    Layer,
-    cache_format,
-    resize,
-    write_prefill,
-)
-
-_ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
-
-
-def capacity_bucket(tokens: int) -> int:
-    """Smallest capacity that holds `tokens`: steps of 64 to 256, 128 to 1024, then 256."""
-    step = 64 if tokens <= 256 else 128 if tokens <= 1024 else 256
-    return max(64, -(-tokens // step) * step)
-
-
-def row_bucket(rows: int) -> int:
-    """Smallest batch size that the compiled step is traced for: powers of two, then 64s."""
-    return next((b for b in _ROW_BUCKETS if b >= rows), -(-rows // 64) * 64)
-
-
-Span = tuple[int, int]  # begin and end of positions in a sequence
-
-
-class CacheRow:
-    """One sequence's keys and values. `length` counts the cached tokens."""
-
-    def __init__(self, format: CacheFormat, params: KVCacheParams) -> None:
-        self.length = 0
-        self.uncounted = 0  # tokens that a step has written behind `length`, not counted yet
-        self.planned_length = 0  # tokens that prefill will reach in all, where it is chunked
-        self.position_delta = 0  # a planned row's last position less its last index (M-RoPE)
-        # positions whose tokens see each other both ways: all of a span in one step
-        self.whole_spans: Sequence[Span] = ()
-        self.slot: int | None = None  # index in the batch arrays; None while staged
-        self.format = format
-        self._params = params
-        self._layers: list[Layer] = []
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the staged arrays; a placed row owns none."""
-        return sum(a.nbytes for layer in self._layers for a in layer)
-
-    @property
-    def planned_reach(self) -> int | None:
-        """1 + the largest position of the planned tokens; None where nothing is planned."""
-        return self.planned_length + self.position_delta if self.planned_length else None
-
-    @property
-    def filled(self) -> int:
-        """Tokens that lie in the arrays, counted or not."""
-        return self.length + self.uncounted
-
-    def reserve(self, tokens: int) -> None:
-        """Make room for `tokens` in all. The row must be staged."""
-        if not self._layers:
-            capacity = capacity_bucket(tokens)
-            self._layers = [
-                self.format.empty(self._params, 1, capacity) for _ in range(self._params.num_layers)
-            ]
-        elif self._layers[0][0].shape[2] < tokens:
-            capacity = capacity_bucket(tokens)
-            self._layers = [resize(layer, capacity) for layer in self._layers]
-
-    def append(self, layer: int, keys: mx.array, values: mx.array, start: int) -> Layer:
-        """Write keys and values [1, K, T, D] from `start` on; returns the layer's arrays."""
-        new = self.format.encode(keys, values)
-        self._layers[layer] = write_prefill(self._layers[layer], new, start)
-        return self._layers[layer]
-
-    def write(self, tokens: mx.array, start: int) -> None:
-        """Write tokens [2, layers, K, T, D] from `start` on. The row must be staged."""
-        self.reserve(start + tokens.shape[3] + 1)
-        for i in range(self._params.num_layers):
-            self.append(i, tokens[0, i : i + 1], tokens[1, i : i + 1], start)
-
-    def take(self) -> list[Layer]:
-        """Hand the staged arrays over; the row keeps no reference."""
-        layers, self._layers = self._layers, []
-        return layers
-
-    def stage(self, layers: list[Layer]) -> None:
-        self._layers, self.slot = layers, None
-
-    def copy(self, length: int, capacity: int) -> CacheRow:
-        """A staged copy of the first `length` tokens, with room for `capacity`."""
-        twin = CacheRow(self.format, self._params)
-        twin.length = length
-        twin._layers = [
-            resize(tuple(a[:, :, :length] for a in layer), max(capacity, length))
-            for layer in self._layers
-        ]
-        return twin
-
-    @property
-    def layers(self) -> Sequence[Layer]:
-        """The staged arrays by layer; none before the first token and in a placed row."""
-        return self._layers
-
-    def arrays(self) -> list[mx.array]:
-        """The staged arrays, to be evaluated together with a step."""
-        return [a for layer in self._layers for a in layer]
+from mlx_vlm_pipes.kv_cache.buckets import capacity_bucket, most_kept, partition
+from mlx_vlm_pipes.kv_cache.groups import Move, RowGroup
+from mlx_vlm_pipes.kv_cache.rows import CacheRow
+from mlx_vlm_pipes.kv_cache.storage import Layer, cache_format
 
 
 class KVCache:
     """The batch arrays that placed rows decode in, and the rows' book-keeping.
 
-    Rows are placed at slots 0..n-1; the arrays have `row_bucket(n)` rows. Slots behind the last
-    row are idle: the step writes their position 0, which nobody reads.
+    What is held follows the sum of the rows' lengths (`most_kept`). A row's slot is its index in
+    `placed`: the groups' rows one after the other.
     """
 
     def __init__(self, params: KVCacheParams) -> None:
         self.params = params
         self.format = cache_format(params)
         self.placed: list[CacheRow] = []
-        self._layers: list[Layer] = []
+        self._groups: list[RowGroup] = []
+        self._is_settled = True  # no row has left since rows were last placed
 
     def new_row(self) -> CacheRow:
         return CacheRow(self.format, self.params)
 
     @property
+    def shapes(self) -> tuple[tuple[int, int], ...]:
+        """Slots and capacity of each group: what a step is compiled for."""
+        return tuple((group.slots, group.capacity) for group in self._groups)
+
+    @property
     def capacity(self) -> int:
-        """Tokens that each slot can hold; 0 before the first row is placed."""
-        return self._layers[0][0].shape[2] if self._layers else 0
+        """Tokens that the slots of the largest group can hold; 0 before a row is placed."""
+        return max((group.capacity for group in self._groups), default=0)
 
     @property
     def slots(self) -> int:
-        return self._layers[0][0].shape[0] if self._layers else 0
+        """Places for rows in all groups, idle ones included."""
+        return sum(group.slots for group in self._groups)
 
     @property
     def nbytes(self) -> int:
-        return sum(a.nbytes for layer in self._layers for a in layer)
+        return sum(a.nbytes for group in self._groups for layer in group.layers for a in layer)
 
     def can_place(self, rows: Sequence[CacheRow]) -> bool:
         """Whether placing exactly these rows would push out none that is placed now."""
@@ -164,59 +72,49 @@ class KVCache:
                 )
 
     def place(self, rows: Sequence[CacheRow], extra: int = 1) -> None:
-        """Put these rows, in this order, into slots 0..n-1, with room for `extra` more tokens.
+        """Put these rows into slots, with room for `extra` more tokens each.
 
-        Other rows that are placed now are staged again.
+        Other rows that are placed now are staged again. `slot_rows` says where the rows lie; one
+        group alone has them in the given order, where it is made anew.
         """
         wanted = {id(row) for row in rows}
         for row in [row for row in self.placed if id(row) not in wanted]:
             self.release(row, keep=True)
-        need = max(row.length for row in rows) + extra
-        in_order = all(row.slot in (None, i) for i, row in enumerate(rows))
         new = [row for row in rows if row.slot is None]
+        if not new and self._is_settled and all(self._has_room(g, extra) for g in self._groups):
+            return
         for row in new:
             row.reserve(row.length + 1)  # a row without tokens has no arrays yet
-        if in_order and row_bucket(len(rows)) == self.slots and len(rows) >= len(self.placed):
-            self._grow(need)
-            for i, row in enumerate(rows):
-                if row.slot is None:
-                    self._insert(i, row)
-        elif len(rows) == 1 and new:
-            self._adopt(new[0], need)
-        else:
-            self._rebuild(rows, need)
-        for i, row in enumerate(rows):
-            row.slot = i
-        self.placed = list(rows)
+        needs = [row.length + extra for row in rows]
+        moves, shares = self._as_they_lie(new, extra), partition(needs)
+        held = sum(move.slots * move.capacity for move in moves)
+        if len(moves) > len(shares) or held > most_kept(needs):
+            moves = [Move([rows[i] for i in s.rows], s.slots, s.capacity) for s in shares]
+        self._apply(moves)
 
     def release(self, row: CacheRow, *, keep: bool = False) -> None:
         """Take a row out of the batch; with keep it is staged again, holding its tokens.
 
-        The row in the last slot moves into the gap. Raises nothing for a staged row.
+        The row in the last slot of its group moves into the gap. Raises nothing for a staged row.
         """
         if row.slot is None:
             return
-        slot, last = row.slot, len(self.placed) - 1
+        group, index = self._find(row)
         if keep:
-            row.stage(self._cut(slot, row.filled))
-        row.slot = None
-        moved = self.placed.pop()
-        if slot != last:
-            self._move(last, slot)
-            moved.slot = slot
-            self.placed[slot] = moved
-        if not self.placed:
-            self._layers = []
-        else:
-            self._shrink()
+            row.stage(group.cut(index, row.filled))
+        row.slot, self._is_settled = None, False
+        group.remove(index)
+        self._groups = [group for group in self._groups if group.rows]
+        self._number()
 
     def copy_row(self, row: CacheRow, length: int) -> CacheRow:
         """A staged copy of a row's first `length` tokens, wherever the row lies."""
         if row.slot is None:
             return row.copy(length, length)
+        group, index = self._find(row)
         twin = self.new_row()
         twin.length = length
-        twin.stage(self._cut(row.slot, length))
+        twin.stage(group.cut(index, length))
         return twin
 
     def read(self, row: CacheRow, start: int, stop: int) -> mx.array:
@@ -228,84 +126,113 @@ class KVCache:
         if start == stop:  # a row without tokens has no arrays yet
             shape = (2, params.num_layers, params.n_kv_heads, 0, params.head_dim)
             return mx.zeros(shape, self.format.dtype)
-        layers, slot = (row.layers, 0) if row.slot is None else (self._layers, row.slot)
-        own = [tuple(a[slot : slot + 1] for a in layer) for layer in layers]
+        place, index = (row, 0) if row.slot is None else self._find(row)
+        own = [tuple(a[:, index : index + 1] for a in layer) for layer in place.layers]
         parts = [self.format.decode(layer, start, stop) for layer in own]
         return mx.stack([mx.concatenate([part[i] for part in parts]) for i in (0, 1)])
 
     def lengths(self) -> mx.array:
         """int32 [slots]: cached tokens of each slot, 0 for idle ones."""
-        known = [row.length for row in self.placed]
-        return mx.array(known + [0] * (self.slots - len(known)), dtype=mx.int32)
+        known = [[row.length for row in g.rows] + _idle(g) * [0] for g in self._groups]
+        return mx.array([length for group in known for length in group], dtype=mx.int32)
+
+    def slot_rows(self, rows: Sequence[CacheRow]) -> list[int | None]:
+        """Which of these rows lies in each slot of the arrays; None for idle ones."""
+        number = {id(row): i for i, row in enumerate(rows)}
+        found: list[int | None] = []
+        for group in self._groups:
+            found += [number[id(row)] for row in group.rows]
+            found += _idle(group) * [None]
+        return found
 
     def take(self) -> list[mx.array]:
-        """The batch arrays, flat; the cache drops them so that the step may write in place."""
-        flat = [a for layer in self._layers for a in layer]
-        self._layers = []
+        """The batch arrays, flat: group by group, layer by layer.
+
+        The cache drops them so that the step may write in place.
+        """
+        flat = [a for group in self._groups for layer in group.layers for a in layer]
+        for group in self._groups:
+            group.layers = []
         return flat
 
     def give(self, arrays: Sequence[mx.array]) -> None:
         """The step's new batch arrays, in the order of `take`."""
-        width = len(arrays) // self.params.num_layers
-        self._layers = [tuple(arrays[i : i + width]) for i in range(0, len(arrays), width)]
+        width, count = self.format.width, self.params.num_layers
+        layers = [tuple(arrays[i : i + width]) for i in range(0, len(arrays), width)]
+        for i, group in enumerate(self._groups):
+            group.layers = layers[i * count : (i + 1) * count]
 
-    def _shrink(self) -> None:
-        """Give up idle rows, and capacity where less than half of it is needed."""
-        rows = row_bucket(len(self.placed))
-        capacity = capacity_bucket(max(row.filled for row in self.placed) + 1)
-        if 2 * capacity > self.capacity:
-            capacity = self.capacity
-        if rows < self.slots or capacity < self.capacity:
-            self._layers = [
-                tuple(mx.contiguous(a[:rows, :, :capacity]) for a in x) for x in self._layers
+    def _find(self, row: CacheRow) -> tuple[RowGroup, int]:
+        """The group of a placed row, and its index there."""
+        index = row.slot
+        assert index is not None
+        for group in self._groups:
+            if index < len(group.rows):
+                return group, index
+            index -= len(group.rows)
+        raise AssertionError("a placed row is in no group")
+
+    def _has_room(self, group: RowGroup, extra: int) -> bool:
+        return max(row.length for row in group.rows) + extra <= group.capacity
+
+    def _as_they_lie(self, new: Sequence[CacheRow], extra: int) -> list[Move]:
+        """The groups grown where they must, new rows in idle slots or in groups of their own."""
+        members = [list(group.rows) for group in self._groups]
+        sizes = [
+            group.capacity
+            if self._has_room(group, extra)
+            else capacity_bucket(max(row.length for row in group.rows) + extra)
+            for group in self._groups
+        ]
+        alone = []
+        for row in new:
+            need = row.length + extra
+            fitting = [
+                (size, i)
+                for i, (group, size) in enumerate(zip(self._groups, sizes, strict=True))
+                if len(members[i]) < group.slots and need <= size
             ]
-
-    def _grow(self, tokens: int) -> None:
-        if self.capacity < tokens:
-            capacity = capacity_bucket(tokens)
-            self._layers = [resize(layer, capacity) for layer in self._layers]
-
-    def _adopt(self, row: CacheRow, tokens: int) -> None:
-        """A lone row's own arrays become the batch arrays."""
-        row.reserve(tokens)
-        self._layers = row.take()
-
-    def _insert(self, slot: int, row: CacheRow) -> None:
-        """Copy a staged row into a free slot, in place."""
-        start = mx.array([slot])
-        for i, parts in enumerate(row.take()):
-            width = min(parts[0].shape[2], self.capacity)
-            self._layers[i] = tuple(
-                mx.slice_update(old, new[:, :, :width], start, axes=(0,))
-                for old, new in zip(self._layers[i], parts, strict=True)
-            )
-
-    def _move(self, source: int, target: int) -> None:
-        start = mx.array([target])
-        for i, layer in enumerate(self._layers):
-            self._layers[i] = tuple(
-                mx.slice_update(a, mx.contiguous(a[source : source + 1]), start, axes=(0,))
-                for a in layer
-            )
-
-    def _cut(self, slot: int, length: int) -> list[Layer]:
-        return [
-            tuple(mx.contiguous(a[slot : slot + 1, :, :length]) for a in layer)
-            for layer in self._layers
+            if fitting:
+                members[min(fitting)[1]].append(row)
+            else:
+                alone.append(Move([row], 1, capacity_bucket(need)))
+        moves = [
+            Move(own, group.slots, size)
+            for group, own, size in zip(self._groups, members, sizes, strict=True)
         ]
+        return moves + alone
 
-    def _rebuild(self, rows: Sequence[CacheRow], tokens: int) -> None:
-        """New batch arrays with these rows in this order."""
-        capacity, idle = capacity_bucket(tokens), row_bucket(len(rows)) - len(rows)
-        parts = [
-            self._cut(row.slot, row.length) if row.slot is not None else row.take() for row in rows
+    def _apply(self, moves: Sequence[Move]) -> None:
+        """Make these groups. Layer by layer, so that no more than one is there twice."""
+        for move in moves:
+            move.settle(self._groups)
+        self._is_settled = True
+        if all(move.is_there for move in moves):
+            return
+        made: list[list[Layer]] = [[] for _ in moves]
+        for i in range(self.params.num_layers):
+            for own, move in zip(made, moves, strict=True):
+                own.append(move.layer(i, self.format, self.params))
+            for group in self._groups:
+                group.layers[i] = ()
+            for move in moves:
+                for row in move.rows:
+                    row.drop(i)
+            mx.eval([own[i] for own in made])
+        for move in moves:
+            for row in move.rows:
+                row.take()
+        self._groups = [
+            RowGroup(list(move.rows), move.slots, move.capacity, layers)
+            for move, layers in zip(moves, made, strict=True)
         ]
-        if idle:
-            blank = self.format.empty(self.params, idle, capacity)
-            parts.append([blank] * self.params.num_layers)
-        self._layers = [
-            tuple(mx.concatenate(list(column), axis=0) for column in zip(*layer, strict=True))
-            for layer in zip(
-                *[[resize(layer, capacity) for layer in row] for row in parts], strict=True
-            )
-        ]
+        self._number()
+
+    def _number(self) -> None:
+        self.placed = [row for group in self._groups for row in group.rows]
+        for i, row in enumerate(self.placed):
+            row.slot = i
+
+
+def _idle(group: RowGroup) -> int:
+    return group.slots - len(group.rows)

@@ -9,8 +9,9 @@ from typing import Generic, TypeVar
 import mlx.core as mx
 
 from mlx_vlm_pipes.errors import InputError
-from mlx_vlm_pipes.kv_cache.cache import CacheRow, KVCache, Span
+from mlx_vlm_pipes.kv_cache.cache import KVCache
 from mlx_vlm_pipes.kv_cache.pages import page_table, pages_for, to_pages
+from mlx_vlm_pipes.kv_cache.rows import CacheRow, Span
 
 A = TypeVar("A")
 B = TypeVar("B")

@@ -1,20 +1,32 @@
 """Attention against a KV cache: exact rows while prefilling, whole capacity while decoding.
 
-Plain caches go through `mx.fast.scaled_dot_product_attention`. Quantised ones are read in tiles
-with an online softmax, so that neither the scores nor the dequantised cache ever exist whole.
+Plain caches go through MLX's fused attention. Quantised ones are read in tiles with an online
+softmax, so that neither the scores nor the dequantised cache ever exist whole. On a GPU prefill
+dequantises one layer instead: tiles would be thousands of kernels, and the fused attention holds no
+scores.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_vlm_pipes.kv_cache import CacheFormat, Layer, PlainFormat, QuantizedFormat, Span
+from mlx_vlm_pipes.kv_cache import (
+    CacheFormat,
+    Layer,
+    PlainFormat,
+    QuantizedFormat,
+    Span,
+    sides,
+)
+from mlx_vlm_pipes.rounding import attend
 
 TILE = 256  # tokens of a quantised cache that prefill dequantises at a time
 DECODE_TILE = 2048  # tokens whose scores a decode step holds at a time; nothing is dequantised
+_HIDDEN = -1e30  # the score of a key that is not seen
 
 
 def merge_heads(x: mx.array) -> mx.array:
@@ -86,30 +98,37 @@ def prefill_attention(
     ways, none of them reaching beyond the fresh tokens. Returns: [1, H, T, D].
     """
     stop = start + q.shape[2]
-    if isinstance(format, QuantizedFormat):
+    if isinstance(format, QuantizedFormat) and not format.on_gpu:
         return _tiled(q, cached, format, scale, start, window, spans)
-    keys, values = fresh if start == 0 else format.decode(cached, 0, stop)
+    is_fresh = start == 0 and isinstance(format, PlainFormat)
+    keys, values = fresh if is_fresh else format.decode(cached, 0, stop)
     mask = causal_mask(start, stop, window, spans)
-    return mx.fast.scaled_dot_product_attention(
-        q, keys.astype(q.dtype), values.astype(q.dtype), scale=scale, mask=mask
-    )
+    return attend(q, keys.astype(q.dtype), values.astype(q.dtype), scale=scale, mask=mask)
 
 
 def decode_attention(
     q: mx.array, cached: Layer, format: CacheFormat, mask: mx.array, scale: float
 ) -> mx.array:
-    """One query of each row, [B, H, 1, D], against the whole capacity; mask [B, 1, 1, capacity]."""
+    """One query of each row, [B, H, 1, D], against the whole capacity.
+
+    mask [B, 1, 1, capacity]; a plain cache takes one for each head too.
+    """
     if isinstance(format, PlainFormat):
-        keys, values = cached
-        return mx.fast.scaled_dot_product_attention(
-            q, keys.astype(q.dtype), values.astype(q.dtype), scale=scale, mask=mask
-        )
-    heads = cached[0].shape[1]
-    grouped = _grouped(q * scale, heads)  # [B, K, H / K, D]
+        keys, values = sides(cached[0])
+        return attend(q, keys.astype(q.dtype), values.astype(q.dtype), scale=scale, mask=mask)
+    grouped = _grouped(q, cached[0].shape[2])  # [B, K, H / K, D]
+    capacity = mask.shape[-1]
+    if capacity <= DECODE_TILE:
+        scores = format.scores(grouped, cached)
+        if math.frexp(scale)[0] != 0.5:  # a power of two leaves the digits of any type
+            scores = scores.astype(mx.float32)
+        scores = mx.where(mask, scores * scale, mx.finfo(scores.dtype).min)
+        weights = mx.softmax(scores, axis=-1, precise=True)
+        return format.mix(weights, cached).reshape(q.shape).astype(q.dtype)
     state = None
-    for begin in range(0, mask.shape[-1], DECODE_TILE):
-        tile = tuple(a[:, :, begin : begin + DECODE_TILE] for a in cached)
-        scores = format.scores(grouped, tile)
+    for begin in range(0, capacity, DECODE_TILE):
+        tile = tuple(a[:, :, :, begin : begin + DECODE_TILE] for a in cached)
+        scores = format.scores(grouped, tile).astype(mx.float32) * scale
         state = _merge(state, scores, mask[..., begin : begin + DECODE_TILE], _packed(format, tile))
     assert state is not None
     return (state[0] / state[2]).reshape(q.shape).astype(q.dtype)
@@ -130,7 +149,7 @@ def _tiled(
     Each tile depends on the one before it: left to itself, MLX may compute the scores and the
     dequantised keys of them all before it adds up the first.
     """
-    heads, dim = cached[0].shape[1], q.shape[-1]
+    heads, dim = cached[0].shape[2], q.shape[-1]
     blocks: list[mx.array] = []
     stop = start + q.shape[2]
     for first in range(start, stop, TILE):
@@ -198,7 +217,7 @@ def _merge(
     """
     scores = scores.astype(mx.float32)
     if mask is not None:
-        scores = mx.where(mask, scores, -1e30)
+        scores = mx.where(mask, scores, _HIDDEN)
     top = mx.max(scores, axis=-1, keepdims=True)
     if state is not None:
         top = mx.maximum(top, state[1])

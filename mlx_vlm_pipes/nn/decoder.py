@@ -10,23 +10,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_vlm_pipes.kv_cache import CacheFormat, CacheRow, Layer, Span, write_decode
+from mlx_vlm_pipes.kv_cache import CacheRow, Layer, Span
 from mlx_vlm_pipes.nn.activations import activation
-from mlx_vlm_pipes.nn.attention import (
-    decode_attention,
-    merge_heads,
-    prefill_attention,
-)
+from mlx_vlm_pipes.nn.attention import merge_heads, prefill_attention
 from mlx_vlm_pipes.nn.capture import Capture
+from mlx_vlm_pipes.nn.decode_step import DecodeStep, HeadCounts
 from mlx_vlm_pipes.nn.decoder_config import DecoderConfig
 from mlx_vlm_pipes.nn.linear import fuse_linears, linear_part
 from mlx_vlm_pipes.nn.lora import LoRATable, TokenSlots
 from mlx_vlm_pipes.nn.rope import Rope, Rotation
 
+RotationT = TypeVar("RotationT")
 MANY_ROWS = 128  # from here on, a product is bound by arithmetic, not by the kernels' number
 
 
@@ -44,17 +43,6 @@ class PrefillRow:
     def start(self) -> int:
         """Position of the row's first new token in its sequence."""
         return self.cache.length
-
-
-@dataclass(frozen=True)
-class DecodeStep:
-    """What every layer of a decode step reads: one token of each row."""
-
-    lengths: mx.array  # int32 [B], tokens cached so far
-    rotations: dict[int | None, Rotation]  # by window
-    masks: dict[int | None, mx.array]  # by window: bool [B, 1, 1, capacity]
-    format: CacheFormat
-    slots: TokenSlots | None  # int32 [B], each row's LoRA adapter; None where none is loaded
 
 
 @dataclass(frozen=True)
@@ -219,18 +207,12 @@ class Attention(Projections):
         heads = {"q_proj": self.num_heads}
         return [heads.get(name, self.num_kv_heads) * self.head_dim for name in names]
 
-    def _project(self, x: mx.array, slots: TokenSlots | None) -> tuple[mx.array, mx.array]:
-        """x [T, E] -> queries and keys side by side [T, H + K, D], and values [T, K, D]."""
+    def _heads(self, x: mx.array, slots: TokenSlots | None) -> mx.array:
+        """x [T, E] -> queries, keys and values side by side [T, H + 2 * K, D]."""
         qkv = self.side_by_side("qkv_proj", ("q_proj", "k_proj", "v_proj"), x, slots)
         if self.clip is not None:
             qkv = mx.clip(qkv, -self.clip, self.clip)
-        qkv = qkv.reshape(x.shape[0], -1, self.head_dim)
-        roped = self.num_heads + self.num_kv_heads
-        qk, v = qkv[:, :roped], qkv[:, roped:]
-        if "q_norm" in self:
-            q = self.q_norm(qk[:, : self.num_heads])
-            qk = mx.concatenate([q, self.k_norm(qk[:, self.num_heads :])], axis=1)
-        return qk, v
+        return qkv.reshape(x.shape[0], -1, self.head_dim)
 
     def _rotation(self, rotations: dict[int | None, Rotation]) -> Rotation:
         """The one of the layer's window, or none at all."""
@@ -248,23 +230,24 @@ class Attention(Projections):
         """All tokens of x [T, E] are cached. With tail, only the last ones of each row query:
         residual and asking (their adapters) are then those tokens' alone.
         """
-        qk, v = self._project(x, slots)
+        qkv, first = self._heads(x, slots), self.num_heads
+        q, k, v = mx.split(qkv, [first, first + self.num_kv_heads], axis=1)
+        if "q_norm" in self:
+            q, k = self.q_norm(q), self.k_norm(k)
         outs = []
         for row in rows:
             part = slice(row.begin, row.end)
-            heads = qk[part].transpose(1, 0, 2)[None]  # [1, H + K, T, D]
             # Apart, unlike in a decode step: the queries can go before the keys are cached.
             rotation, start = self._rotation(row.rotations), row.start
-            q = rotation(heads[:, : self.num_heads])
+            asked = rotation(q[part].transpose(1, 0, 2)[None])  # [1, H, T, D]
             if tail is not None:
-                start += q.shape[2] - tail
-                q = q[:, :, -tail:]
-            k = rotation(heads[:, self.num_heads :])
-            fresh = k, v[part].transpose(1, 0, 2)[None]
+                start += asked.shape[2] - tail
+                asked = asked[:, :, -tail:]
+            fresh = rotation(k[part].transpose(1, 0, 2)[None]), v[part].transpose(1, 0, 2)[None]
             cached = row.cache.append(self.layer, *fresh, row.start)
             format = row.cache.format
             out = prefill_attention(
-                q, fresh, cached, format, start, self.scale, self.window, row.spans
+                asked, fresh, cached, format, start, self.scale, self.window, row.spans
             )
             # Write the cache now: left to the end, every layer's projections would be kept.
             outs.extend(mx.depends([merge_heads(out)], list(cached)))
@@ -272,16 +255,15 @@ class Attention(Projections):
         return self.into("o_proj", merged, residual, asking)
 
     def decode(
-        self, x: mx.array, residual: mx.array | None, cached: Layer, step: DecodeStep
-    ) -> tuple[mx.array, Layer]:
-        qk, v = self._project(x, step.slots)
-        turned = self._rotation(step.rotations)(qk[:, :, None])  # [B, H + K, 1, D]
-        q, k = turned[:, : self.num_heads], turned[:, self.num_heads :]
-        cached = write_decode(cached, step.format.encode(k, v[:, :, None]), step.lengths)
-        mask = step.masks[self.window]
-        out = decode_attention(q, cached, step.format, mask, self.scale)  # [B, H, 1, D]
-        out = out.reshape(x.shape[0], -1)
-        return self.into("o_proj", out, residual, step.slots), cached
+        self, x: mx.array, residual: mx.array | None, caches: Sequence[Layer], step: DecodeStep
+    ) -> tuple[mx.array, list[Layer]]:
+        """caches: the layer's arrays of each group of the step; they come back written."""
+        norms = (self.q_norm, self.k_norm) if "q_norm" in self else None
+        rotation, joined = self._rotation(step.rotations), step.joined[self.window]
+        heads = self._heads(x, step.slots)
+        q, fresh = step.turn(heads, rotation, joined if self.turns else rotation, norms)
+        out, written = step.attend(q, fresh, caches, self.window, self.scale)
+        return self.into("o_proj", out, residual, step.slots), written
 
 
 class MLP(Projections):
@@ -354,10 +336,12 @@ class DecoderLayer(nn.Module):
         out = self.self_attn.prefill(x, residual, rows, slots, asking, tail)
         return self._feed_forward(h, out, asking)
 
-    def decode(self, h: mx.array, cached: Layer, step: DecodeStep) -> tuple[mx.array, Layer]:
+    def decode(
+        self, h: mx.array, caches: Sequence[Layer], step: DecodeStep
+    ) -> tuple[mx.array, list[Layer]]:
         residual = None if self.has_post_norms else h
-        out, cached = self.self_attn.decode(self.input_layernorm(h), residual, cached, step)
-        return self._feed_forward(h, out, step.slots), cached
+        out, written = self.self_attn.decode(self.input_layernorm(h), residual, caches, step)
+        return self._feed_forward(h, out, step.slots), written
 
     def _feed_forward(self, h: mx.array, attended: mx.array, slots: TokenSlots | None) -> mx.array:
         """attended: h with the attention's output added, or, with post norms, that output."""
@@ -398,10 +382,14 @@ class DenseDecoder(nn.Module):
             layer.mlp.fuse()
 
     @property
+    def head_counts(self) -> HeadCounts:
+        return HeadCounts(self.config.num_heads, self.config.num_kv_heads)
+
+    @property
     def windows(self) -> set[int | None]:
         return {self.config.window(i) for i in range(self.config.num_layers)}
 
-    def rotations(self, make: Callable[[Rope], Rotation]) -> dict[int | None, Rotation]:
+    def rotations(self, make: Callable[[Rope], RotationT]) -> dict[int | None, RotationT]:
         """What `make` gives for each window's rope, once where the windows share one."""
         full = make(self.rope)
         sliding = full if self.sliding_rope is self.rope else make(self.sliding_rope)
@@ -445,15 +433,19 @@ class DenseDecoder(nn.Module):
     def decode(
         self,
         h: mx.array,
-        layers: Sequence[Layer],
+        caches: Sequence[Sequence[Layer]],
         step: DecodeStep,
         capture: Capture | None = None,
-    ) -> tuple[mx.array, list[Layer]]:
-        """Embeddings [B, E] of one token a row -> hidden states [B, E] and the written caches."""
-        written = []
-        for i, (layer, cached) in enumerate(zip(self.layers, layers, strict=True)):
-            h, cached = layer.decode(h, cached, step)
-            written.append(cached)
+    ) -> tuple[mx.array, list[list[Layer]]]:
+        """Embeddings [B, E] of one token a row -> hidden states [B, E] and the written caches.
+
+        caches: the layers of each group of the step; so are the written ones.
+        """
+        written: list[list[Layer]] = [[] for _ in caches]
+        for i, layer in enumerate(self.layers):
+            h, new = layer.decode(h, [group[i] for group in caches], step)
+            for group, arrays in zip(written, new, strict=True):
+                group.append(arrays)
             if capture is not None:
                 capture.keep(i, h)
         return h, written

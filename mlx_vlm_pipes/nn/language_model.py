@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import numpy as np
@@ -12,21 +13,17 @@ from mlx_vlm_pipes.dtypes import DeviceRef
 from mlx_vlm_pipes.errors import ConfigError, InputError
 from mlx_vlm_pipes.interfaces import ModelOutputs, Phase, ReturnHiddenStates, ReturnLogits, StepMode
 from mlx_vlm_pipes.kv_cache import KVCacheInputs, Layer, RowCacheInputs, Span, cache_format, rows_of
-from mlx_vlm_pipes.nn.attention import decode_mask
 from mlx_vlm_pipes.nn.capture import Capture
-from mlx_vlm_pipes.nn.decoder import (
-    Added,
-    DecodeStep,
-    DenseDecoder,
-    PrefillRow,
-    last_tokens,
-)
+from mlx_vlm_pipes.nn.decode_step import DecodeGroup, DecodeStep
+from mlx_vlm_pipes.nn.decoder import Added, DenseDecoder, PrefillRow, last_tokens
 from mlx_vlm_pipes.nn.host_compiler import cpu_compiles
 from mlx_vlm_pipes.nn.lora import TokenSlots
 from mlx_vlm_pipes.nn.lora_groups import host_slots, token_slots
 from mlx_vlm_pipes.nn.ragged import merge_image_features, placed_features
 
 PREFILL = StepMode()
+EAGER_STEPS = 16  # of a batch of several groups before it is compiled at its sizes
+Step = Callable[..., Sequence[mx.array]]
 
 
 def can_compile(device: DeviceRef) -> bool:
@@ -63,7 +60,7 @@ class LanguageModel:
 
     adapters and adapter_ranks: names and ranks of its LoRA adapters, in the order of their slots.
     captured: the layers whose outputs are the hidden states of EAGLE3, from `captured_layers`.
-    traces counts how often the compiled decode step was traced: once per (slots, capacity) bucket.
+    traces counts how often the compiled decode step was traced: once for each shape of the cache.
     """
 
     def __init__(
@@ -84,7 +81,8 @@ class LanguageModel:
         self.traces = 0
         self._format = cache_format(kv_params)
         self._compiled = compile and can_compile(kv_params.devices[0])
-        self._step = mx.compile(self._decode_step) if self._compiled else self._decode_step
+        self._step: Step = mx.compile(self._traced_step) if self._compiled else self._decode_step
+        self._runs: Counter[tuple[tuple[int, int], ...]] = Counter()
 
     @property
     def break_length(self) -> int | None:
@@ -215,45 +213,74 @@ class LanguageModel:
     ) -> tuple[mx.array, mx.array]:
         """The compiled step: hidden states [B, E], or the captured ones [B, layers * E], and
         logits [B, V]; batch arrays updated."""
-        cache, count = kv.cache, len(kv.rows)
+        cache = kv.cache
         cache.place(kv.rows)
+        order = cache.slot_rows(kv.rows)
         tokens = tokens.astype(mx.uint32)  # what argmax gives; another type would be traced again
         lengths = cache.lengths()
-        positions = lengths if position_ids is None else position_ids[0].astype(mx.int32)
-        if cache.slots > count:
-            idle = mx.zeros((cache.slots - count,), tokens.dtype)
-            tokens = mx.concatenate([tokens, idle])
-            if position_ids is not None:
-                positions = mx.concatenate([positions, idle.astype(mx.int32)])
-        slots = token_slots(mode, cache.slots, self.adapters)
-        extra = () if slots is None else (slots,)
-        out = self._step(tokens, lengths, positions, *extra, *cache.take())
+        positions = lengths
+        if position_ids is not None:
+            positions = _spread(position_ids[0].astype(mx.int32), order)
+        slots = token_slots(mode, len(kv.rows), self.adapters)
+        extra = () if slots is None else (_spread(slots, order),)
+        step = self._step_at(cache.shapes)
+        out = step(_spread(tokens, order), lengths, positions, *extra, *cache.take())
         cache.give(out[2:])
-        if cache.slots > count:
-            return out[0][:count], out[1][:count]
-        return out[0], out[1]
+        return _gathered(out[0], order), _gathered(out[1], order)
+
+    def _step_at(self, shapes: tuple[tuple[int, int], ...]) -> Step:
+        """The compiled step; where groups make shapes many, each is first run for a while."""
+        if not self._compiled or len(shapes) == 1:
+            return self._step
+        self._runs[shapes] += 1
+        return self._step if self._runs[shapes] > EAGER_STEPS else self._decode_step
+
+    def _traced_step(self, *arguments: mx.array) -> tuple[mx.array, ...]:
+        self.traces += 1
+        return self._decode_step(*arguments)
 
     def _decode_step(
         self, tokens: mx.array, lengths: mx.array, positions: mx.array, *arrays: mx.array
     ) -> tuple[mx.array, ...]:
         """Traced once for each shape; everything that changes is an argument."""
-        self.traces += self._compiled
         decoder = self.decoder
         slots, arrays = (arrays[0], arrays[1:]) if self.adapters else (None, arrays)
-        width = len(arrays) // decoder.config.num_layers
-        layers: list[Layer] = [arrays[i : i + width] for i in range(0, len(arrays), width)]
+        caches = self._by_group(arrays)
+        heads = decoder.head_counts
+        turned = heads.queries + heads.keys
         step = DecodeStep(
-            lengths=lengths,
+            groups=self._groups(lengths, caches),
+            heads=heads,
             rotations=decoder.rotations(lambda rope: rope.decode(positions)),
-            masks={w: decode_mask(lengths, arrays[0].shape[2], w) for w in decoder.windows},
+            joined=decoder.rotations(
+                lambda rope: rope.decode_joined(positions, turned, heads.total)
+            ),
             format=self._format,
             slots=None if slots is None else TokenSlots(slots),
         )
         h = decoder.scale_embeddings(decoder.embed(tokens))
         capture = Capture(self._captured) if self._captured else None
-        h, written = decoder.decode(h, layers, step, capture)
+        h, written = decoder.decode(h, caches, step, capture)
         hidden = h if capture is None else capture.joined()
-        return hidden, decoder.logits(h), *(a for layer in written for a in layer)
+        flat = [a for group in written for layer in group for a in layer]
+        return hidden, decoder.logits(h), *flat
+
+    def _by_group(self, arrays: Sequence[mx.array]) -> list[list[Layer]]:
+        """The arrays of `KVCache.take` by group and layer."""
+        width, count = self._format.width, self.decoder.config.num_layers
+        layers = [tuple(arrays[i : i + width]) for i in range(0, len(arrays), width)]
+        return [layers[i : i + count] for i in range(0, len(layers), count)]
+
+    def _groups(self, lengths: mx.array, caches: Sequence[Sequence[Layer]]) -> list[DecodeGroup]:
+        """lengths int32 [B], of the groups' rows one after the other."""
+        groups, begin = [], 0
+        windows, heads = self.decoder.windows, self.decoder.head_counts
+        for layers in caches:
+            _, count, _, capacity, _ = layers[0][0].shape
+            own = lengths[begin : begin + count]
+            groups.append(DecodeGroup.of(begin, own, capacity, heads, windows, self._format))
+            begin += count
+        return groups
 
     def _no_rows(self, tokens: mx.array) -> ModelOutputs:
         """An empty batch: logits [0, V]."""
@@ -305,3 +332,21 @@ def _fresh(spans: Sequence[Span], start: int, stop: int) -> tuple[Span, ...]:
                 f"{start} to {stop - 1}; process them in one step"
             )
     return found
+
+
+def _spread(x: mx.array, order: Sequence[int | None]) -> mx.array:
+    """What each row has, [B], for each slot; 0 or another row's for idle ones."""
+    count = x.shape[0]
+    if list(order[:count]) == list(range(count)):
+        idle = len(order) - count
+        return x if not idle else mx.concatenate([x, mx.zeros((idle,), x.dtype)])
+    return x[mx.array([row or 0 for row in order], dtype=mx.uint32)]
+
+
+def _gathered(out: mx.array, order: Sequence[int | None]) -> mx.array:
+    """A step's results by slot, [slots, X], by row."""
+    slot_of = {row: slot for slot, row in enumerate(order) if row is not None}
+    count = len(slot_of)
+    if all(slot_of[row] == row for row in range(count)):
+        return out if len(order) == count else out[:count]
+    return out[mx.array([slot_of[row] for row in range(count)], dtype=mx.uint32)]

@@ -11,6 +11,9 @@ from collections.abc import Sequence
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_vlm_pipes.rounding import packed_product
+from mlx_vlm_pipes.weights.packed import PackedLinear
+
 AnyLinear = nn.Linear | nn.QuantizedLinear
 
 
@@ -27,7 +30,7 @@ def fuse_linears(parts: Sequence[AnyLinear]) -> AnyLinear | None:
     weight = mx.concatenate([part.weight for part in parts])
     fused: AnyLinear
     if isinstance(first, nn.QuantizedLinear):
-        fused = nn.QuantizedLinear(
+        fused = PackedLinear(
             weight.shape[1] * 32 // first.bits,
             len(weight),
             bias=False,
@@ -55,12 +58,11 @@ def linear_part(linear: AnyLinear, x: mx.array, begin: int, end: int) -> mx.arra
             return x @ weight.T
         return mx.addmm(bias[begin:end], x, weight.T)
     biases = linear.get("biases")
-    out = mx.quantized_matmul(
+    out = packed_product(
         x,
         weight,
-        scales=linear["scales"][begin:end],
-        biases=None if biases is None else biases[begin:end],
-        transpose=True,
+        linear["scales"][begin:end],
+        None if biases is None else biases[begin:end],
         group_size=linear.group_size,
         bits=linear.bits,
         mode=linear.mode,
@@ -70,7 +72,7 @@ def linear_part(linear: AnyLinear, x: mx.array, begin: int, end: int) -> mx.arra
 
 def _fuse_key(part: AnyLinear) -> tuple[object, ...] | None:
     """What two projections must share to be one; None for anything that is not a projection."""
-    if type(part) is nn.QuantizedLinear:
+    if isinstance(part, nn.QuantizedLinear):
         settings = (part.group_size, part.bits, part.mode, part.scales.dtype)
     elif type(part) is nn.Linear:
         settings = (part.weight.dtype,)

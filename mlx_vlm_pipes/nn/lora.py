@@ -16,6 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_vlm_pipes.rounding import unpack
 from mlx_vlm_pipes.weights.lora import LoRAAdapter, LoRAPair, dora_factor
 
 # Linears of the same input, whose adapters are applied together: their name as one, and the parts.
@@ -225,7 +226,7 @@ def _rows(pair: LoRAPair | None, cut: slice) -> LoRAPair | None:
 def base_weight(module: nn.Module) -> mx.array:
     """A linear's weight [out, in] as floats, dequantised where it is packed."""
     if isinstance(module, nn.QuantizedLinear):
-        return mx.dequantize(
+        return unpack(
             module["weight"],
             module["scales"],
             module.get("biases"),

@@ -174,6 +174,18 @@ class Rope:
         angles = positions.astype(mx.float32)[:, None] * self._frequencies(positions, 0)
         return self._by_angles(angles[:, None, None, :])
 
+    def decode_joined(self, positions: mx.array, turned: int, heads: int) -> Rotation | None:
+        """`decode` for [B, heads, D] of which the first `turned` heads turn, the others stay.
+
+        One call of MLX's own rope with a position for each head, since angle 0 leaves every bit.
+        None where that rope cannot do it.
+        """
+        if not self._is_fast:
+            return None
+        where = mx.where(mx.arange(heads) < turned, positions[:, None], 0).reshape(-1)
+        rotate = self._fast(where)
+        return lambda x: rotate(x.reshape(-1, 1, 1, x.shape[-1])).reshape(x.shape)
+
     @property
     def _is_fast(self) -> bool:
         """Whether MLX's own rope does it: the same frequencies for all, and no magnitude."""

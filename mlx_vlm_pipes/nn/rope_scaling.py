@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_vlm_pipes.errors import ConfigError
+from mlx_vlm_pipes.errors import ConfigError, shown
 
 
 @dataclass(frozen=True)
@@ -136,12 +136,12 @@ def read_rope_scaling(
         raise ConfigError(f"rope_scaling {sorted(rope)} has no rope_type; expected e.g. 'llama3'")
     if kind not in tuple(_READERS):
         raise ConfigError(
-            f"rope_type {kind!r} is not supported; supported: {', '.join(sorted(_READERS))}"
+            f"rope_type {shown(kind)} is not supported; supported: {', '.join(sorted(_READERS))}"
         )
     try:
         return _READERS[kind](rope, original_max, max_positions)
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise ConfigError(f"rope_scaling of type {kind!r}: bad or missing {error}") from None
+        raise ConfigError(f"rope_scaling of type {shown(kind)}: bad or missing {error}") from None
 
 
 def _no_scaling(rope: Mapping[str, Any], original_max: int, max_positions: int) -> None:

@@ -15,6 +15,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_vlm_pipes.rounding import attend
+
 
 def pixel_array(values: np.ndarray) -> mx.array:
     """Pixels for the device, in their own dtype; uint16 are bit patterns of bfloat16."""
@@ -58,7 +60,7 @@ def segment_attention(
 def _equal_segments(q: mx.array, k: mx.array, v: mx.array, count: int, scale: float) -> mx.array:
     """q, k, v [count * L, H, D] -> [count * L, H, D]."""
     q, k, v = (x.reshape(count, -1, *x.shape[1:]).transpose(0, 2, 1, 3) for x in (q, k, v))
-    out = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale)  # [count, H, L, D]
+    out = attend(q, k, v, scale=scale)  # [count, H, L, D]
     return out.transpose(0, 2, 1, 3).reshape(-1, out.shape[1], out.shape[3])
 
 

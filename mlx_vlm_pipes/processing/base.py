@@ -24,7 +24,7 @@ from mlx_vlm_pipes.contexts import (
     TextContext,
     TokenBuffer,
 )
-from mlx_vlm_pipes.errors import InputError, ProcessorError
+from mlx_vlm_pipes.errors import InputError, ProcessorError, shown
 from mlx_vlm_pipes.facts import RoomFacts
 from mlx_vlm_pipes.processing.images import load_image
 from mlx_vlm_pipes.processing.messages import (
@@ -266,8 +266,8 @@ class VisionProcessor(TextProcessor, ABC):
             said = config.get(key)
             if said is not None and said != number:
                 raise ProcessorError(
-                    f"config.json says that {key} is {said!r}, the tokenizer has {token!r} at "
-                    f"{number}; they are of different models"
+                    f"config.json says that {key} is {shown(said)}, the tokenizer has {token!r} "
+                    f"at {number}; they are of different models"
                 )
         return number
 
@@ -428,7 +428,7 @@ def read_eos_token_ids(
             continue
         numbers = value if isinstance(value, list) else [value]
         if not numbers or not all(type(n) is int and n >= 0 for n in numbers):
-            raise ProcessorError(f"{folder}: eos_token_id is {value!r}; expected token ids")
+            raise ProcessorError(f"{folder}: eos_token_id is {shown(value)}; expected token ids")
         return frozenset(numbers)
     return frozenset() if tokenizer.eos_token_id is None else frozenset({tokenizer.eos_token_id})
 

@@ -66,7 +66,11 @@ def read_bytes(source: Any, access: Access = ANYWHERE) -> bytes:
     if isinstance(source, (str, os.PathLike)):
         return read_file(local_file(source, access), describe(source))
     if callable(getattr(source, "read", None)):
-        data = source.read()
+        try:
+            data = source.read()
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())[:120]
+            raise MediaError(f"{describe(source)} cannot be read: {reason}") from error
         if isinstance(data, bytes):
             return data
     raise MediaError(

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_vlm_pipes.errors import InputError
+from mlx_vlm_pipes.errors import InputError, shown
 from mlx_vlm_pipes.processing.types import PromptRequest
 
 KINDS = ("image", "video")
@@ -141,7 +141,7 @@ def _part(part: Any, inline: dict[str, list[Any]]) -> dict[str, Any]:
     named = part.get("type") or next((key for key in PART_TYPES if key in part), None)
     kind = PART_TYPES.get(named) if isinstance(named, str) else None
     if kind is None:
-        raise InputError(f"content part of type {named!r}; expected text, image or video")
+        raise InputError(f"content part of type {shown(named)}; expected text, image or video")
     if kind == "text":
         if not isinstance(part.get("text"), str):
             raise InputError("a text part carries no text")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_vlm_pipes.errors import InputError, ProcessorError
+from mlx_vlm_pipes.errors import InputError, ProcessorError, shown
+from mlx_vlm_pipes.gguf.header import is_gguf
 from mlx_vlm_pipes.processing.chat_template import ChatTemplate, find_template
 from mlx_vlm_pipes.processing.growth import checked_growth
 from mlx_vlm_pipes.processing.settings import read_json
@@ -68,7 +70,8 @@ class Tokenizer:
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids. With add_special_tokens, what the tokenizer's post-processor adds (BOS).
 
-        Raises: InputError for half a character, or a text that may grow to MAX_GROWN_CHARACTERS.
+        Raises: InputError for half a character, a text that may grow to MAX_GROWN_CHARACTERS, or
+        one at which a pattern of the tokenizer gives up (ten million steps back).
         """
         if len(text) * self._growth > MAX_GROWN_CHARACTERS:
             raise InputError(
@@ -77,14 +80,21 @@ class Tokenizer:
             )
         try:
             return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
-        except Exception as error:
-            reason = " ".join(str(error).split())[:200]
+        except BaseException as error:
+            reason = _reason(error)
             raise InputError(f"the text cannot be tokenized: {reason}") from error
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """Text of token ids; ids without a token (padded vocabularies) give nothing."""
+        """Text of token ids; ids without a token (padded vocabularies) give nothing.
+
+        Raises: ProcessorError where the tokenizer's decoder gives up.
+        """
         numbers = [int(i) for i in ids]
-        return self.backend.decode(numbers, skip_special_tokens=skip_special_tokens)
+        try:
+            return self.backend.decode(numbers, skip_special_tokens=skip_special_tokens)
+        except BaseException as error:
+            reason = _reason(error)
+            raise ProcessorError(f"{self.folder}: the decoder fails ({reason})") from error
 
     def token_id(self, token: str) -> int | None:
         return self.backend.token_to_id(token)
@@ -178,7 +188,9 @@ def _named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
 
 def _load_backend(folder: Path, config: Mapping[str, Any]) -> tokenizers.Tokenizer:
     path = folder / "tokenizer.json"
-    if path.is_file():
+    if is_gguf(folder):
+        backend = _from_values(path, read_json(path) or {})
+    elif path.is_file():
         backend = _from_json(path)
     elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         backend = _from_vocabulary(folder, config)
@@ -198,8 +210,16 @@ def _from_json(path: Path) -> tokenizers.Tokenizer:
     try:
         return tokenizers.Tokenizer.from_file(str(path))
     except BaseException as error:
-        _raise_if_damaged(path, error)
-        raise
+        raise _damaged(path, error) from error
+
+
+def _from_values(path: Path, values: Mapping[str, Any]) -> tokenizers.Tokenizer:
+    import tokenizers
+
+    try:
+        return tokenizers.Tokenizer.from_str(json.dumps(values))
+    except BaseException as error:
+        raise _damaged(path, error) from error
 
 
 def _from_vocabulary(folder: Path, config: Mapping[str, Any]) -> tokenizers.Tokenizer:
@@ -212,8 +232,7 @@ def _from_vocabulary(folder: Path, config: Mapping[str, Any]) -> tokenizers.Toke
     try:
         model = models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
     except BaseException as error:
-        _raise_if_damaged(folder / "vocab.json", error)
-        raise
+        raise _damaged(folder / "vocab.json", error) from error
     backend = tokenizers.Tokenizer(model)
     if str(config.get("tokenizer_class", "")).startswith("GPT2"):
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -241,7 +260,9 @@ def _add_missing(backend: tokenizers.Tokenizer, folder: Path, config: Mapping[st
             wanted[number] = AddedToken(token, normalized=False, special=token[:1] == "<")
     for number, entry in (listed if isinstance(listed, Mapping) else {}).items():
         if not isinstance(entry, Mapping) or not isinstance(entry.get("content"), str):
-            raise ProcessorError(f"{folder}: added_tokens_decoder entry {number!r} has no content")
+            raise ProcessorError(
+                f"{folder}: added_tokens_decoder entry {shown(number)} has no content"
+            )
         names = ("single_word", "lstrip", "rstrip", "normalized", "special")
         flags = {name: bool(entry.get(name, False)) for name in names}
         if str(number).isdigit():
@@ -258,8 +279,13 @@ def _check_size(path: Path) -> None:
         raise ProcessorError(f"{path}: {path.stat().st_size} bytes; expected at most 256 MiB")
 
 
-def _raise_if_damaged(path: Path, error: BaseException) -> None:
-    """Raises: ProcessorError for anything that the Rust library raises, panics included."""
+def _damaged(path: Path, error: BaseException) -> ProcessorError:
+    """For anything that the Rust library raises, panics included."""
+    return ProcessorError(f"{path}: not a tokenizer that can be read ({_reason(error)})")
+
+
+def _reason(error: BaseException) -> str:
+    """What the Rust library says; its panics are no Exception. Raises: any other error again."""
     if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-        reason = " ".join(str(error).split())[:200]
-        raise ProcessorError(f"{path}: not a tokenizer that can be read ({reason})") from error
+        return " ".join(str(error).split())[:200]
+    raise error

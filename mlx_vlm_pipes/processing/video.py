@@ -39,6 +39,7 @@ MAX_FILE_FRAMES = 200_000
 MAX_LIST_FRAMES = 4096
 MAX_ANIMATION_BYTES = 2**28
 MAX_ANIMATION_PIXELS = 2**30  # of all frames: what takes about ten seconds to decode
+MAX_FILM_PIXELS = 2**36  # up to the last frame that is read: 18 minutes of 1080p at 30 a second
 STILL_DURATION_MS = 100  # what browsers assume where an animation names none
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif")
 # Containers that hold their own frames; a playlist would open other files and addresses.
@@ -196,9 +197,9 @@ def _from_film(stream: BinaryIO, plan: ClipPlan, name: str) -> Clip:
     options = {"format_whitelist": FILM_FORMATS}
     try:
         with av.open(stream, options=options) as film:
-            if not film.streams.video:
-                raise MediaError(f"{name} holds no video stream")
-            track = film.streams.video[0]
+            track = next((t for t in film.streams.video if t.codec_context is not None), None)
+            if track is None:
+                raise MediaError(f"{name} holds no video stream that can be decoded")
             check_size((track.width, track.height), name)
             rate = track.average_rate or track.guessed_rate
             count = track.frames or sum(1 for p in film.demux(track) if p.size)
@@ -207,17 +208,29 @@ def _from_film(stream: BinaryIO, plan: ClipPlan, name: str) -> Clip:
             film.seek(0)
             info = VideoInfo(count, float(rate))
             chosen = plan.choose(info)
-            return _sampled(_decoded(film, chosen), chosen, info, plan, name)
-    except (FFmpegError, EOFError, OverflowError) as error:
+            _check_film(chosen, track.width, track.height, name)
+            return _sampled(_decoded(film, track, chosen, name), chosen, info, plan, name)
+    except (FFmpegError, EOFError, OverflowError, UnicodeDecodeError) as error:
         raise MediaError(f"{name} cannot be decoded as a film") from error
 
 
-def _decoded(film: Any, chosen: np.ndarray) -> Iterator[Image]:
+def _check_film(chosen: np.ndarray, width: int, height: int, name: str) -> None:
+    """Raises: MediaError where more pixels lie up to the last chosen frame than MAX_FILM_PIXELS."""
+    count = int(chosen.max(initial=-1)) + 1
+    if count * width * height > MAX_FILM_PIXELS:
+        raise MediaError(
+            f"{name} has {count} frames of {width}x{height}, {count * width * height} pixels in "
+            f"all; the limit is {MAX_FILM_PIXELS}, make it smaller or shorter"
+        )
+
+
+def _decoded(film: Any, track: Any, chosen: np.ndarray, name: str) -> Iterator[Image]:
     from PIL import Image as pil
 
     wanted = set(chosen.tolist())
-    for i, frame in enumerate(film.decode(video=0)):
+    for i, frame in enumerate(film.decode(track)):
         if i in wanted:
+            check_size((frame.width, frame.height), name)
             yield pil.fromarray(frame.to_ndarray(format="rgb24"))
         if i >= max(wanted):
             return

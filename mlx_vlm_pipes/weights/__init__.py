@@ -8,8 +8,9 @@ from mlx_vlm_pipes.weights.checkpoint import (
     WeightsAdapter,
     cast_floats,
     load_state_dict,
-    load_weights,
 )
+from mlx_vlm_pipes.weights.files import find_weight_files, load_weights, read_header
+from mlx_vlm_pipes.weights.gguf import GGUFWeights
 from mlx_vlm_pipes.weights.install import install_weights, parameter_shapes
 from mlx_vlm_pipes.weights.layout import (
     ConvToChannelsLast,
@@ -39,12 +40,13 @@ from mlx_vlm_pipes.weights.quantized import (
     quantize_modules,
 )
 from mlx_vlm_pipes.weights.repack import drop_dummy_biases
-from mlx_vlm_pipes.weights.safetensors import Header, TensorInfo, find_weight_files, read_header
+from mlx_vlm_pipes.weights.safetensors import Header, TensorInfo
 from mlx_vlm_pipes.weights.scaled import record_scales, unpack_checkpoint
 
 __all__ = [
     "ConvToChannelsLast",
     "ConvToMatrix",
+    "GGUFWeights",
     "Header",
     "Layout",
     "LoRAAdapter",

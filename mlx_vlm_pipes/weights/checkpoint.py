@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import mlx.core as mx
 import numpy as np
@@ -14,7 +15,7 @@ import numpy as np
 from mlx_vlm_pipes.dtypes import DType
 from mlx_vlm_pipes.errors import WeightsError, clip
 from mlx_vlm_pipes.quantization import QuantizationEncoding
-from mlx_vlm_pipes.weights.safetensors import Header, TensorInfo, read_header
+from mlx_vlm_pipes.weights.safetensors import Header, TensorInfo, read_safetensors_header
 
 _FLOATS = frozenset({DType.float16, DType.bfloat16, DType.float32})
 
@@ -55,7 +56,16 @@ class WeightData:
             data = mx.from_fp8(self.data, dtype=mx.float32).astype(target)
         else:
             data = self.data.astype(target)
-        return replace(self, data=data, dtype=dtype)
+        return WeightData(data, self.name, dtype, self.shape, self.quantization_encoding)
+
+    def renamed(self, name: str) -> WeightData:
+        """The same tensor under another name, as unread as it was."""
+        return replace(self, name=name)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the array, read or not."""
+        return math.prod(self.shape) * self.dtype.size_in_bytes
 
     def to_buffer(self) -> mx.array:
         return self.data
@@ -123,16 +133,28 @@ class Weights(ABC):
         return self.child(str(key))
 
 
+class StoredTensors(Protocol):
+    """What files hold: header entries by name, their string metadata, and the tensors, unread."""
+
+    infos: dict[str, TensorInfo]
+    metadata: dict[str, str]
+
+    def weight(self, info: TensorInfo) -> WeightData: ...
+
+
 class _Files:
     """Headers of a checkpoint's files, and the unread arrays of those already opened."""
 
     def __init__(self, paths: Sequence[str | Path]) -> None:
-        headers = [read_header(path) for path in paths]
+        headers = [read_safetensors_header(path) for path in paths]
         self.infos = _merged_infos(headers)
         self.metadata = {k: v for header in headers for k, v in header.metadata.items()}
         self._arrays: dict[Path, dict[str, mx.array]] = {}
 
-    def array(self, info: TensorInfo) -> mx.array:
+    def weight(self, info: TensorInfo) -> WeightData:
+        return WeightData(self._array(info), info.name, info.dtype, info.shape)
+
+    def _array(self, info: TensorInfo) -> mx.array:
         """The tensor, unread: MLX opens the file and reads when the array is evaluated.
 
         It is handed over, not kept: an open checkpoint must not hold what was read of it.
@@ -146,10 +168,10 @@ class _Files:
         return self._arrays[info.path].pop(info.name)
 
 
-class SafetensorPart(Weights):
+class StoredPart(Weights):
     """A tensor, or all tensors below a name."""
 
-    def __init__(self, files: _Files, name: str) -> None:
+    def __init__(self, files: StoredTensors, name: str) -> None:
         self._files = files
         self._name = name
 
@@ -172,7 +194,7 @@ class SafetensorPart(Weights):
 
     def items(self) -> Iterator[tuple[str, Weights]]:
         for name in self.infos():
-            yield name, SafetensorPart(self._files, name)
+            yield name, StoredPart(self._files, name)
 
     def exists(self) -> bool:
         return self._name in self._files.infos
@@ -181,13 +203,13 @@ class SafetensorPart(Weights):
         info = self._files.infos.get(self._name)
         if info is None:
             raise WeightsError(f"no tensor '{clip(self._name)}' in the checkpoint")
-        return WeightData(self._files.array(info), info.name, info.dtype, info.shape)
+        return self._files.weight(info)
 
     def child(self, key: str) -> Weights:
-        return SafetensorPart(self._files, f"{self._name}.{key}" if self._name else key)
+        return StoredPart(self._files, f"{self._name}.{key}" if self._name else key)
 
 
-class SafetensorWeights(SafetensorPart):
+class SafetensorWeights(StoredPart):
     """One or more safetensors files, checked, then handed to MLX, which reads lazily.
 
     Raises: WeightsError for a damaged file, a dtype that MLX cannot load, or a tensor that two
@@ -214,22 +236,6 @@ def _merged_infos(headers: Sequence[Header]) -> dict[str, TensorInfo]:
                 )
             infos[name] = info
     return infos
-
-
-def load_weights(paths: str | Path | Sequence[str | Path]) -> Weights:
-    """Open checkpoint files by their suffix.
-
-    Raises: WeightsError for GGUF, pickles, mixed suffixes, or no file at all.
-    """
-    listed = [Path(p) for p in ([paths] if isinstance(paths, (str, Path)) else paths)]
-    suffixes = sorted({path.suffix for path in listed})
-    if suffixes == [".safetensors"]:
-        return SafetensorWeights(listed)
-    if suffixes == [".gguf"]:
-        raise WeightsError(
-            f"{listed[0]}: GGUF is not read; use safetensors, or a version from mlx-community"
-        )
-    raise WeightsError(f"weight files must all be .safetensors, found: {suffixes or 'none'}")
 
 
 def load_state_dict(weights: Weights | Mapping[str, Any]) -> dict[str, WeightData]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any, Protocol
@@ -158,11 +158,32 @@ DECODER_MLX_VLM = decoder("language_model.model.", "language_model.lm_head.")
 DECODER_BARE = decoder("", "lm_head.")  # a base model saved without its head's wrapper
 DECODER_CANONICAL = decoder("language_model.", "language_model.lm_head.")
 
+DECODER_GGUF = (
+    Prefix("token_embd.", "language_model.embed_tokens."),
+    Prefix("output_norm.", "language_model.norm."),
+    Prefix("output.", "language_model.lm_head."),
+    *(
+        Prefix(f"blk.*.{source}.", f"language_model.layers.*.{target}.")
+        for source, target in {
+            "attn_norm": "input_layernorm",
+            "attn_q": "self_attn.q_proj",
+            "attn_k": "self_attn.k_proj",
+            "attn_v": "self_attn.v_proj",
+            "attn_output": "self_attn.o_proj",
+            "ffn_norm": "post_attention_layernorm",
+            "ffn_gate": "mlp.gate_proj",
+            "ffn_up": "mlp.up_proj",
+            "ffn_down": "mlp.down_proj",
+        }.items()
+    ),
+)  # llama.cpp's gguf-py, tensor_mapping.py
+
 TEXT_LAYOUTS = (
     Layout("huggingface", DECODER_HF),
     Layout("mlx-vlm", DECODER_MLX_VLM),
     Layout("bare decoder", DECODER_BARE),
     Layout("canonical", DECODER_CANONICAL),
+    Layout("gguf", DECODER_GGUF),
 )
 
 
@@ -298,7 +319,7 @@ class ConvToMatrix:
             return weight
         last = ConvToChannelsLast(self.name, self.channels, self.kernel)
         data = mx.moveaxis(last.apply(weight, file_format).data, -1, 1)  # [out, C, *kernel]
-        return _with_data(weight, data.reshape(weight.shape[0], -1))
+        return _with_data(weight, data.reshape(weight.shape[0], math.prod(data.shape[1:])))
 
 
 @dataclass(frozen=True)
@@ -319,7 +340,7 @@ class Reshape:
 
 
 def _with_data(weight: WeightData, data: mx.array) -> WeightData:
-    return replace(weight, data=data, shape=tuple(data.shape))
+    return WeightData(data, weight.name, weight.dtype, tuple(data.shape))
 
 
 def adapt(
@@ -345,7 +366,7 @@ def adapt(
             said = file_format or handle.metadata.get("format")
         if not isinstance(handle, WeightData):
             handle = handle.data()
-        weight = _transformed(replace(handle, name=target), transforms, said, report)
+        weight = _transformed(handle.renamed(target), transforms, said, report)
         adapted[weight.name] = weight
     return adapted
 

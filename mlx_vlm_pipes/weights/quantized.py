@@ -12,6 +12,7 @@ from mlx.utils import tree_map_with_path
 from mlx_vlm_pipes.errors import ConfigError, UnsupportedModel, WeightsError, clip
 from mlx_vlm_pipes.quantization import QuantizationConfig
 from mlx_vlm_pipes.weights.layout import Layout, group_names
+from mlx_vlm_pipes.weights.packed import PackedEmbedding, PackedLinear
 
 # mode -> (group sizes, bits), defaults first; source: the table in mx.quantize's documentation
 MLX_MODES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
@@ -278,8 +279,8 @@ def _shape_problem(
 
 def _packed_twin(
     leaf: nn.Linear | nn.Embedding, group_size: int, bits: int, mode: str
-) -> nn.QuantizedLinear | nn.QuantizedEmbedding:
+) -> PackedLinear | PackedEmbedding:
     rows, columns = leaf.weight.shape
     if isinstance(leaf, nn.Embedding):
-        return nn.QuantizedEmbedding(rows, columns, group_size, bits, mode)
-    return nn.QuantizedLinear(columns, rows, "bias" in leaf, group_size, bits, mode)
+        return PackedEmbedding(rows, columns, group_size, bits, mode)
+    return PackedLinear(columns, rows, "bias" in leaf, group_size, bits, mode)

@@ -75,7 +75,7 @@ class Header:
     metadata: dict[str, str]
 
 
-def read_header(path: str | Path) -> Header:
+def read_safetensors_header(path: str | Path) -> Header:
     """Read and check one file's header; costs a few kilobytes however large the file.
 
     Tensors are in the order of their data. Raises: WeightsError naming the file, and the tensor
@@ -216,7 +216,7 @@ def _in_memory(array: mx.array) -> np.ndarray:
     return np.asarray(mx.contiguous(array.view(mx.uint16) if is_brain else array))
 
 
-def find_weight_files(folder: str | Path) -> list[Path]:
+def safetensors_files(folder: str | Path) -> list[Path]:
     """The safetensors files of a model folder, sorted: those of the index, else all that count.
 
     Without an index: every *.safetensors but `consolidated*` (Mistral's own layout), LoRA adapters
@@ -290,10 +290,7 @@ def _explain_no_safetensors(folder: Path) -> str:
     """Why there is nothing to load, and what to use instead."""
     suffixes = {path.suffix for path in folder.iterdir() if path.is_file()}
     if ".gguf" in suffixes:
-        return (
-            f"{folder}: only GGUF weights; use the model's safetensors, or a quantised version"
-            " from mlx-community"
-        )
+        return f"{folder}: only GGUF weights; name the .gguf file itself"
     if suffixes & {".bin", ".pt", ".pth", ".ckpt"}:
         return (
             f"{folder}: only PyTorch pickle weights, which are never read because they can run"

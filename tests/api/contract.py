@@ -32,7 +32,6 @@ from tests.api.driving import (
     Room,
     best,
     build,
-    cpu,
     decode,
     lengths,
     model_of,
@@ -45,9 +44,10 @@ from tests.api.driving import (
     row_logits,
     step,
 )
+from tests.device import bar, device, device_ref
 
 TAIL = 3  # return_n_logits, where a mode reads it
-HIDDEN_BAR = 5e-5  # of the largest logit: the head in numpy, over our hidden states
+HIDDEN_BAR = bar(5e-5)  # of the largest logit: the head in numpy, over our hidden states
 
 
 class Contract:
@@ -60,7 +60,7 @@ class Contract:
     def test_the_constructor_keeps_what_it_was_given(self) -> None:
         model = model_of(self.room)
         pipeline = model.pipeline_config
-        assert (model.devices, model.device_refs) == ([cpu()], [DeviceRef.CPU()])
+        assert (model.devices, model.device_refs) == ([device()], [device_ref()])
         assert model.kv_cache_config is pipeline.model.kv_cache
         assert (model.adapter, model.return_logits) == (None, ReturnLogits.ALL)
         assert model.dtype.name == "float32"
@@ -404,7 +404,7 @@ class Contract:
         with pytest.raises(ConfigError, match="devices"):
             build(self.room.model, self.room.folder, devices=[])
         with pytest.raises(NotImplementedError, match="2 devices"):
-            build(self.room.model, self.room.folder, devices=[cpu(), cpu()])
+            build(self.room.model, self.room.folder, devices=[device(), device()])
 
     @pytest.mark.skipif(mx.is_available(mx.gpu), reason="there is a GPU here")
     def test_a_gpu_is_refused_where_there_is_none(self) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 
 from mlx_vlm_pipes.config import KVCacheConfig, ModelConfig, PipelineConfig, RuntimeConfig
 from mlx_vlm_pipes.contexts import TextContext
-from mlx_vlm_pipes.dtypes import Device, DeviceRef, DeviceSpec
+from mlx_vlm_pipes.dtypes import Device
 from mlx_vlm_pipes.hf_config import HuggingFaceConfig
 from mlx_vlm_pipes.interfaces import (
     InferenceSession,
@@ -32,8 +32,9 @@ from mlx_vlm_pipes.interfaces import (
 from mlx_vlm_pipes.kv_cache import KVCache, KVCacheInputs, cache_inputs, increment_cache_lengths
 from mlx_vlm_pipes.quantization import LoRAConfig
 from mlx_vlm_pipes.weights import load_weights
+from tests.device import bar, device, device_spec
 
-BAR = 2e-5  # of the largest logit; CONTRIBUTING.md promises 2e-3
+BAR = bar(2e-5)  # of the largest logit; CONTRIBUTING.md promises 2e-3
 STEPS = 5  # tokens that every test decodes
 Arrays = Mapping[str, np.ndarray]
 
@@ -104,11 +105,6 @@ def rms_norm(h: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
     return weight * h / np.sqrt((h**2).mean(-1, keepdims=True) + eps)
 
 
-@functools.cache
-def cpu() -> Device:
-    return DeviceRef.CPU().to_device()
-
-
 def pipeline_config(
     folder: Path,
     *,
@@ -118,13 +114,13 @@ def pipeline_config(
     speculative: Any = None,
     **options: Any,
 ) -> PipelineConfig:
-    """A float32 pipeline on the CPU over a folder; options are ModelConfig's."""
+    """A float32 pipeline on the suite's device over a folder; options are ModelConfig's."""
     model = ModelConfig(
         **{
             "model_path": str(folder),
             "weight_path": sorted(folder.glob("*.safetensors")),
             "quantization_encoding": "float32",
-            "device_specs": [DeviceSpec.cpu()],
+            "device_specs": [device_spec()],
             **options,
         }
     )
@@ -146,7 +142,7 @@ def build(
 ) -> Any:
     """A model by its documented constructor; `more` are keywords of the constructor."""
     pipeline = pipeline_config(folder, **options)
-    chosen = [cpu()] if devices is None else devices
+    chosen = [device()] if devices is None else devices
     return kind(
         pipeline,
         InferenceSession(chosen),

@@ -23,8 +23,9 @@ from tests.api.driving import (
     row_logits,
     write_adapter,
 )
+from tests.device import bar
 
-MERGED_BAR = 5e-5  # of the largest logit: W x + scale * B (A x) against (W + scale * B A) x
+MERGED_BAR = bar(5e-5)  # of the largest logit: W x + scale * B (A x) against (W + scale * B A) x
 SLOTS = 4  # max_num_loras
 
 

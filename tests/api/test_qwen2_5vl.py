@@ -31,7 +31,6 @@ from tests.api.driving import (
     Arrays,
     Room,
     build,
-    cpu,
     model_of,
     new_cache,
     pipeline_config,
@@ -41,6 +40,7 @@ from tests.api.driving import (
 )
 from tests.api.lora_contract import LoRAContract
 from tests.api.vision_contract import VisionContract
+from tests.device import device
 from tests.fixtures_helper import FIXTURES
 
 MERGE = 2
@@ -154,7 +154,7 @@ class TestQwen2_5VL(VisionContract):
 
     def test_positions_are_transformers(self) -> None:
         contexts = ROOM.contexts()
-        ids = Qwen2_5VLModel.prepare_decoder_position_ids(contexts, [cpu()])  # pyright: ignore[reportArgumentType]  # one room's contexts
+        ids = Qwen2_5VLModel.prepare_decoder_position_ids(contexts, [device()])  # pyright: ignore[reportArgumentType]  # one room's contexts
         assert ids.dtype == mx.uint32
         want = [ROOM.arrays[f"{prompt}/position_ids"] for prompt in ROOM.prompts]
         np.testing.assert_array_equal(np.array(ids), np.concatenate(want, axis=1))

@@ -17,8 +17,10 @@ from mlx_vlm_pipes.architectures.internvl.processing import InternVLProcessor
 from mlx_vlm_pipes.architectures.llama3 import Llama3Config, Llama3Model
 from mlx_vlm_pipes.config import KVCacheConfig, ModelConfig, PipelineConfig, RuntimeConfig
 from mlx_vlm_pipes.contexts import SamplingParams
-from mlx_vlm_pipes.dtypes import DeviceRef, DType
-from mlx_vlm_pipes.engine.engine import Engine, machine_memory
+from mlx_vlm_pipes.dtypes import DType
+from mlx_vlm_pipes.engine.engine import Engine
+from mlx_vlm_pipes.engine.memory import machine_memory
+from mlx_vlm_pipes.engine.plan import prefill_bytes
 from mlx_vlm_pipes.engine.requests import Handle
 from mlx_vlm_pipes.engine.scheduler import Scheduler
 from mlx_vlm_pipes.engine.worker import OwnerThread
@@ -28,9 +30,10 @@ from mlx_vlm_pipes.interfaces import Phase, ReturnHiddenStates
 from mlx_vlm_pipes.nn.language_model import can_compile
 from mlx_vlm_pipes.processing.types import PromptRequest
 from mlx_vlm_pipes.quantization import QuantizationEncoding
-from tests.api.driving import STEPS, build, cpu, pipeline_config, prefill, relative, save
+from tests.api.driving import STEPS, build, pipeline_config, prefill, relative, save
 from tests.api.test_internvl import ROOM as INTERNVL
 from tests.api.test_llama3 import ROOM as LLAMA
+from tests.device import device, device_ref
 from tests.fixtures_helper import FIXTURES
 
 MEMORY = 1 << 30
@@ -143,6 +146,8 @@ def test_device_memory_utilization() -> None:
     assert (limits.kv_bytes, limits.prefix_bytes, limits.image_bytes) == (300, 50, 12)
     limits = EngineConfig.from_pipeline(pipeline, 1000, 600)
     assert (limits.kv_bytes, limits.prefix_bytes, limits.image_bytes) == (0, 0, 0)
+    limits = EngineConfig.from_pipeline(pipeline, 1000, 60, step_bytes=40)
+    assert (limits.kv_bytes, limits.prefix_bytes, limits.image_bytes) == (300, 50, 12)
     for share in (0, 1.5):
         with pytest.raises(ConfigError, match="device_memory_utilization"):
             KVCacheConfig(device_memory_utilization=share)
@@ -155,18 +160,22 @@ def test_a_share_that_holds_no_token_is_out_of_budget() -> None:
 
 
 def test_engine_and_load_take_the_settings_of_the_model() -> None:
-    """Through load() and by hand alike: the default share of this machine, less the weights."""
+    """Through load() and by hand alike: the default share of this machine, less the weights and
+    what a slice of prefill takes."""
     pipe = load(LLAMA.folder, dtype="float32")
     model, limits = pipe.engine.model, pipe.engine.config
     stored = sum(tensor.nbytes for tensor in LLAMA.tensors.values())
     assert model.weight_bytes == stored
-    assert limits.kv_bytes == (int(0.9 * machine_memory()) - stored) * 3 // 4
+    chunk = min(limits.prefill_chunk, model.max_seq_len)
+    decoder, itemsize = model.language.decoder.config, model.kv_params.dtype.size_in_bytes
+    step = prefill_bytes(decoder, itemsize, chunk, limits, fused=False)
+    assert limits.kv_bytes == (int(0.9 * machine_memory()) - stored - step) * 3 // 4
     pipe.close()
-    worker = OwnerThread(cpu())
+    worker = OwnerThread(device())
     own = KVCacheConfig(device_memory_utilization=0.5, enable_prefix_caching=False)
     made = worker.call(lambda: build(Llama3Model, LLAMA.folder, kv_cache=own))
     engine = Engine(worker, made, None)
-    assert engine.config.kv_bytes == (int(0.5 * machine_memory()) - stored) * 3 // 4
+    assert engine.config.kv_bytes == (int(0.5 * machine_memory()) - stored - step) * 3 // 4
     assert not engine.config.enable_prefix_caching
     engine.close()
 
@@ -198,7 +207,7 @@ def test_without_use_subgraphs_the_decode_step_is_not_compiled() -> None:
     assert served[0].answer() == served[1].answer() == LLAMA.greedy(PROMPT)
     traces = [one.scheduler.stats.traces for one in served]
     assert traces[1] == 0
-    assert traces[0] > 0 or not can_compile(DeviceRef.CPU())
+    assert traces[0] > 0 or not can_compile(device_ref())
 
 
 def test_norm_dtype_is_the_type_of_the_norms_weights() -> None:

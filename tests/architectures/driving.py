@@ -12,22 +12,22 @@ import numpy as np
 
 from mlx_vlm_pipes.config import ModelConfig, PipelineConfig
 from mlx_vlm_pipes.contexts import TextAndVisionContext
-from mlx_vlm_pipes.dtypes import DeviceRef, DeviceSpec
 from mlx_vlm_pipes.hf_config import HuggingFaceConfig
 from mlx_vlm_pipes.interfaces import InferenceSession, ReturnHiddenStates, ReturnLogits
 from mlx_vlm_pipes.kv_cache import KVCache, KVCacheInputs, cache_inputs, increment_cache_lengths
 from mlx_vlm_pipes.nn.ragged import active_images
 from mlx_vlm_pipes.registry import find_room
 from mlx_vlm_pipes.weights import find_weight_files, load_weights
+from tests.device import device, device_spec
 
 
 def pipeline_config(values: dict[str, Any], **options: Any) -> PipelineConfig:
-    """A float32 CPU pipeline over a config.json given as a dict."""
+    """A float32 pipeline over a config.json given as a dict."""
     return PipelineConfig(
         model=ModelConfig(
             huggingface_config=HuggingFaceConfig(values),
             quantization_encoding="float32",
-            device_specs=[DeviceSpec.cpu()],
+            device_specs=[device_spec()],
             **options,
         )
     )
@@ -51,19 +51,19 @@ def load(
     eagle_layers: tuple[int, ...] | None = None,
     **options: Any,
 ) -> Any:
-    """The model of a checkpoint folder, float32 on the CPU; options are ModelConfig's."""
-    files, device = find_weight_files(path), DeviceRef.CPU().to_device()
+    """The model of a checkpoint folder, float32; options are ModelConfig's."""
+    files, chosen = find_weight_files(path), device()
     config = ModelConfig(
         model_path=str(path),
         weight_path=files,
         quantization_encoding="float32",
-        device_specs=[DeviceSpec.cpu()],
+        device_specs=[device_spec()],
         **options,
     )
     return find_room(config.huggingface_config).model_class()(
         PipelineConfig(model=config),
-        InferenceSession([device]),
-        [device],
+        InferenceSession([chosen]),
+        [chosen],
         config.kv_cache,
         load_weights(files),
         return_logits=mode,

@@ -11,6 +11,7 @@ from mlx_vlm_pipes.errors import ImageTokenMismatch, InputError
 from mlx_vlm_pipes.interfaces import Phase, ReturnLogits
 from mlx_vlm_pipes.kv_cache import increment_cache_lengths
 from tests.architectures.driving import load, new_cache, relative
+from tests.device import bar
 from tests.engine.driving import FAMILIES
 from tests.fixtures_helper import FIXTURES, reference
 
@@ -54,7 +55,7 @@ def test_the_phase_says_what_a_step_does() -> None:
             request.tokens.advance_chunk()
         last = Phase.DECODE if len(ids) % size == 1 or size == 1 else Phase.PREFILL
         assert phases == [*[Phase.PREFILL] * (len(phases) - 1), last]
-        assert relative(np.concatenate(found), expected) < 1e-5
+        assert relative(np.concatenate(found), expected) < bar(1e-5)
         following = model.prepare_next_token_inputs(mx.array([1]), inputs)
         assert following.phase is Phase.DECODE
     both = model.prepare_initial_token_inputs([[text([1]), text([1, 2])]], new_cache(model, 2))

@@ -17,11 +17,12 @@ from mlx_vlm_pipes.errors import InputError, UnknownAdapter
 from mlx_vlm_pipes.kv_cache import increment_cache_lengths
 from mlx_vlm_pipes.loading import lora_config
 from tests.architectures.driving import new_cache, relative
+from tests.device import bar
 from tests.engine.driving import FAMILIES, Driven, fixture_requests
 from tests.fixtures_helper import FIXTURES
 
 STEPS, SCALE = 3, 2.0
-BAR = 1e-4  # of the largest logit: W x + s B (A x) against (W + s B A) x
+BAR = bar(1e-4)  # of the largest logit: W x + s B (A x) against (W + s B A) x
 # names of the adapters, the last parts of the projections they change, their rank
 ADAPTERS = {"a": (("q_proj", "down_proj"), 4), "b": (("v_proj", "o_proj", "up_proj"), 2)}
 

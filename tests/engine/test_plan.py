@@ -6,12 +6,14 @@ import mlx.core as mx
 import pytest
 
 from mlx_vlm_pipes import EngineConfig, load
+from tests.device import on_cpu_only
 from tests.fixtures_helper import arguments, cases, reference
 
 NAMES = ("idefics3", "pixtral", "internvl-qwen3", "qwen25vl-v5", "qwen3vl")
 CASES = [c for c in cases() if c.name in NAMES]
 
 
+@on_cpu_only("the factors of a plan were fitted to its peaks")
 @pytest.mark.parametrize("folder", CASES, ids=lambda path: path.name)
 def test_plan_against_measured_peak(folder: Path) -> None:
     facts, _ = reference(folder)

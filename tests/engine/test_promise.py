@@ -14,10 +14,11 @@ import pytest
 from mlx_vlm_pipes import GenerationResult, Pipeline, load
 from mlx_vlm_pipes.conversion import ConvertOptions, convert
 from mlx_vlm_pipes.engine.state import EngineConfig
+from tests.device import bar
 from tests.engine.driving import FAMILIES, fixture_requests
 from tests.fixtures_helper import FIXTURES
 
-LENGTH, BAR = 24, 1e-4  # tokens; largest difference of a log-probability or logit
+LENGTH, BAR = 24, bar(1e-4)  # tokens; largest difference of a log-probability or logit
 Answers = dict[str, GenerationResult]
 ASKED: dict[str, Any] = {"max_tokens": LENGTH, "ignore_eos": True, "logprobs": 5}
 

@@ -21,6 +21,7 @@ from mlx_vlm_pipes.kv_cache import (
     increment_cache_lengths,
 )
 from tests.architectures.driving import new_cache, relative
+from tests.device import bar
 from tests.engine.models import open_model, write_llama
 from tests.fixtures_helper import FIXTURES, longest_prompts
 
@@ -97,11 +98,11 @@ def test_buffers_give_the_logits_of_execute_and_of_transformers(name: str) -> No
     found, rows = drive(model, pairs, by_buffers)
     expected, plain = drive(model, pairs, model.execute)
     for place, ours, theirs in zip((4, -3, -2, -1), found, expected, strict=True):
-        assert relative(ours, theirs) < 2e-5
+        assert relative(ours, theirs) < bar(2e-5)
         truth = np.stack([logits[place] for _, logits in pairs])
-        assert relative(ours, truth) < 2e-5
-    np.testing.assert_allclose(np.array(rows.kv_blocks), np.array(plain.kv_blocks), atol=2e-5)
-    np.testing.assert_allclose(given[-1], np.array(plain.kv_blocks), atol=2e-5)
+        assert relative(ours, truth) < bar(2e-5)
+    np.testing.assert_allclose(np.array(rows.kv_blocks), np.array(plain.kv_blocks), atol=bar(2e-5))
+    np.testing.assert_allclose(given[-1], np.array(plain.kv_blocks), atol=bar(2e-5))
 
 
 def test_keys_lie_in_their_pages_after_the_rotation() -> None:
@@ -127,8 +128,8 @@ def test_keys_lie_in_their_pages_after_the_rotation() -> None:
     turned = [a * np.cos(angles) - b * np.sin(angles), b * np.cos(angles) + a * np.sin(angles)]
     blocks = np.array(kv.inputs[0].kv_blocks)
     found = blocks[:, :, 0].swapaxes(0, 1).reshape(2, -1, 2, 16)  # pages of one row, in order
-    np.testing.assert_allclose(found[0, : len(ids)], np.concatenate(turned, -1), atol=1e-5)
-    np.testing.assert_allclose(found[1, : len(ids)], v, atol=1e-5)
+    np.testing.assert_allclose(found[0, : len(ids)], np.concatenate(turned, -1), atol=bar(1e-5))
+    np.testing.assert_allclose(found[1, : len(ids)], v, atol=bar(1e-5))
     assert not found[:, len(ids) :].any()
 
 
@@ -150,7 +151,7 @@ def test_pages_of_ones_own_in_any_order() -> None:
         )  # fmt: skip
         done = [n + len(part) for n, part in zip(done, parts, strict=True)]
         truth = np.stack([logits[n - 1] for n, (_, logits) in zip(done, pairs, strict=True)])
-        assert relative(np.array(out.logits), truth) < 2e-5
+        assert relative(np.array(out.logits), truth) < bar(2e-5)
 
 
 def prepared(model: Any) -> Any:

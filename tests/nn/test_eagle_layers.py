@@ -13,10 +13,11 @@ from mlx_vlm_pipes.errors import ConfigError
 from mlx_vlm_pipes.interfaces import ReturnHiddenStates, ReturnLogits
 from mlx_vlm_pipes.kv_cache import increment_cache_lengths
 from tests.architectures.driving import load, new_cache, relative
+from tests.device import bar
 from tests.engine.driving import FAMILIES, Driven, fixture_requests
 from tests.fixtures_helper import FIXTURES, reference
 
-BAR = 2e-5
+BAR = bar(2e-5)
 # what transformers takes beside the tokens
 INPUTS = ("pixel_values", "pixel_attention_mask", "image_grid_thw", "image_sizes")
 STEPS = 2  # last tokens of a prompt that are decoded, not prefilled

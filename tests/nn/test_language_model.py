@@ -11,6 +11,7 @@ from mlx_vlm_pipes.errors import InputError
 from mlx_vlm_pipes.interfaces import ReturnLogits
 from mlx_vlm_pipes.kv_cache import increment_cache_lengths
 from tests.architectures.driving import load, new_cache, relative
+from tests.device import bar
 from tests.fixtures_helper import FIXTURES, longest_prompts
 
 
@@ -39,7 +40,7 @@ def test_last_logits_equal_transformers(name: str, chunks: int) -> None:
         out = model.execute(model.prepare_initial_token_inputs([contexts], kv, count))
         found = np.array(out.logits).reshape(len(contexts), count, -1)
         for row_logits, (_, expected) in zip(found, pairs, strict=True):
-            assert relative(row_logits, expected[-count:]) < 2e-5, mode
+            assert relative(row_logits, expected[-count:]) < bar(2e-5), mode
 
 
 def test_more_logits_than_tokens_are_refused() -> None:

@@ -37,6 +37,15 @@ def test_sources_agree(tmp_path) -> None:
         np.testing.assert_array_equal(np.asarray(loaded), array)
 
 
+def test_a_stream_that_cannot_be_read() -> None:
+    stream = io.BytesIO(encoded(picture(3, 2)))
+    stream.close()
+    with pytest.raises(
+        MediaError, match=r"^BytesIO object cannot be read: I/O operation on closed"
+    ):
+        load_image(stream)
+
+
 def test_transparency_lies_on_white_and_orientation_is_applied() -> None:
     clear = Image.new("RGBA", (2, 3), (255, 0, 0, 0))
     half = Image.new("LA", (2, 3), (0, 128))

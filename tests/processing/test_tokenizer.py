@@ -4,8 +4,8 @@ import json
 import random
 
 import pytest
+from tokenizers import Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers
 
 from mlx_vlm_pipes.architectures.llama3.processing import Llama3Processor
 from mlx_vlm_pipes.errors import InputError, ProcessorError
@@ -74,6 +74,27 @@ def test_bos_is_added_once(tmp_path) -> None:
 def test_end_tokens(tmp_path, generation, config, expected) -> None:
     folder = make_folder(tmp_path, [], {"generation_config.json": generation})
     assert Llama3Processor(folder, config).eos_token_ids == expected
+
+
+def test_end_tokens_that_are_none(tmp_path) -> None:
+    folder = make_folder(tmp_path, [], {"generation_config.json": {"eos_token_id": [[0] * 9999]}})
+    with pytest.raises(ProcessorError, match=r"eos_token_id is .*; expected token ids") as caught:
+        Llama3Processor(folder, {})
+    assert len(str(caught.value)) < 300
+
+
+def test_a_pattern_that_never_ends_gives_up(tmp_path) -> None:
+    """The library panics, which is no Exception, after ten million steps back."""
+    folder = make_folder(tmp_path, [], {})
+    tokenizer = Tokenizer(folder)
+    pattern, text = Regex("(a+)+$"), "a" * 2000 + "c"
+    tokenizer.backend.pre_tokenizer = pre_tokenizers.Split(pattern, "isolated")
+    with pytest.raises(InputError, match=r"the text cannot be tokenized: .*retry-limit"):
+        tokenizer.encode(text)
+    tokenizer.backend.decoder = decoders.Replace(pattern, "x")
+    tokenizer.backend.add_tokens([text])
+    with pytest.raises(ProcessorError, match=r"the decoder fails .*retry-limit"):
+        tokenizer.decode([tokenizer.require_token_id(text)])
 
 
 def test_text_model_refuses_pictures(tmp_path) -> None:

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from mlx_vlm_pipes.errors import MediaError
+from mlx_vlm_pipes.processing import video
 from mlx_vlm_pipes.processing.animations import read_animation
 from mlx_vlm_pipes.processing.video import ClipPlan, VideoInfo, load_clip
 from tests.processing.folders import picture
@@ -142,12 +143,11 @@ def test_a_folder_without_permission(tmp_path) -> None:
             load_clip(path, PLAN)
 
 
-@pytest.mark.parametrize(("name", "codec"), [("a.mp4", "mpeg4"), ("a.webm", "libvpx")])
-def test_film(tmp_path, name, codec) -> None:
+def write_film(path, codec: str = "mpeg4") -> None:
+    """Nine frames of 32 x 32, each a step brighter, ten a second."""
     av = pytest.importorskip("av")
     if codec not in av.codecs_available:
         pytest.skip(f"no {codec} encoder")
-    path = tmp_path / name
     with av.open(str(path), "w") as film:
         stream = film.add_stream(codec, rate=10)
         stream.width = stream.height = 32
@@ -158,6 +158,12 @@ def test_film(tmp_path, name, codec) -> None:
                 film.mux(packet)
         for packet in stream.encode():
             film.mux(packet)
+
+
+@pytest.mark.parametrize(("name", "codec"), [("a.mp4", "mpeg4"), ("a.webm", "libvpx")])
+def test_film(tmp_path, name, codec) -> None:
+    path = tmp_path / name
+    write_film(path, codec)
     clip = load_clip(path, PLAN)
     assert clip.source_size == (32, 32)
     assert clip.fps == pytest.approx(10 * 5 / 9)
@@ -166,6 +172,28 @@ def test_film(tmp_path, name, codec) -> None:
     assert levels == pytest.approx([0, 50, 100, 150, 200], abs=8)
     with pytest.raises(MediaError, match="cannot be decoded"):
         load_clip(path.read_bytes()[:200], PLAN)
+
+
+def test_a_film_of_too_many_pixels(tmp_path, monkeypatch) -> None:
+    write_film(tmp_path / "a.mp4")
+    monkeypatch.setattr(video, "MAX_FILM_PIXELS", 9 * 32 * 32)
+    assert len(load_clip(tmp_path / "a.mp4", PLAN).frames) == 5
+    monkeypatch.setattr(video, "MAX_FILM_PIXELS", 9 * 32 * 32 - 1)
+    with pytest.raises(
+        MediaError, match="9 frames of 32x32, 9216 pixels in all; the limit is 9215"
+    ):
+        load_clip(tmp_path / "a.mp4", PLAN)
+
+
+def test_a_film_with_a_broken_table(tmp_path) -> None:
+    """The kind of its codec is nulled: there is a stream, but nothing that decodes it."""
+    write_film(tmp_path / "a.mp4")
+    data = (tmp_path / "a.mp4").read_bytes()
+    kind, table = data.index(b"mp4v"), data.index(b"esds")
+    unknown = data[:kind] + b"zzzz" + data[kind + 4 : table] + bytes(40) + data[table + 40 :]
+    for broken in (unknown, data[: len(data) // 2] + bytes(len(data) // 2)):
+        with pytest.raises(MediaError, match="holds no video stream that can be decoded"):
+            load_clip(broken, PLAN)
 
 
 @pytest.mark.parametrize(

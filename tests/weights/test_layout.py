@@ -170,6 +170,12 @@ def test_a_convolution_as_a_matrix_is_the_same_from_either_layout() -> None:
         assert mx.array_equal(twice["v.patch.weight"].data, once["v.patch.weight"].data)
 
 
+def test_a_convolution_without_rows_stays_without() -> None:
+    rule = (ConvToMatrix("v.patch.weight", channels=3, kernel=(2, 4)),)
+    adapted = adapt({"old.patch.weight": weight("old.patch.weight", 0, 3, 2, 4)}, FUSED, rule)
+    assert adapted["v.patch.weight"].shape == (0, 24)
+
+
 @pytest.mark.parametrize(
     ("name", "shape"),
     [("old.patch.weight", (4, 5, 2, 2)), ("old.cls", (5,))],

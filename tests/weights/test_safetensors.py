@@ -14,10 +14,9 @@ from safetensors import safe_open
 
 from mlx_vlm_pipes.dtypes import DType
 from mlx_vlm_pipes.errors import CheckpointNotFound, InputError, WeightsError
+from mlx_vlm_pipes.weights import find_weight_files, read_header
 from mlx_vlm_pipes.weights.safetensors import (
     INDEX_NAME,
-    find_weight_files,
-    read_header,
     write_file,
 )
 
@@ -220,7 +219,7 @@ def test_links_may_leave_the_folder_only_into_the_hub_caches_blobs(tmp_path: Pat
 
 @pytest.mark.parametrize(
     ("file", "message"),
-    [("m.gguf", "GGUF.*mlx-community"), ("pytorch_model.bin", "pickle"), ("x.txt", "no \\*")],
+    [("m.gguf", "GGUF.*name the .gguf file"), ("pytorch_model.bin", "pickle"), ("x.txt", "no \\*")],
 )
 def test_folders_without_safetensors_say_what_to_use(
     tmp_path: Path, file: str, message: str

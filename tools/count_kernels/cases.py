@@ -95,7 +95,7 @@ def count_decode(model: DenseDecoder, rows: int, *, kv_bits: int | None = None) 
     config = model.config
     params = KVCacheParams(
         DType.bfloat16, config.num_kv_heads, config.head_dim, config.num_layers,
-        [DeviceRef.CPU()], bits=kv_bits,
+        [DeviceRef.GPU()], bits=kv_bits,
     )  # fmt: skip
     language = LanguageModel(model, params, ReturnLogits.LAST_TOKEN)
     format = cache_format(params)

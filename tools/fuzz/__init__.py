@@ -10,10 +10,10 @@ and greedy tokens, alone and in a batch. One line a case:
 
     smolvlm 317 {"text.hidden_act": "mish"} refused by ours: hidden_act 'mish' is not supported
 
-Verdicts: `equal`, `refused by both`, `taken by ours` (transformers refuses: look at it),
-`within a limit` (a documented one, `limits.py`), `not made` (transformers cannot write such a
-checkpoint); what counts as a failure and makes the exit status 1: `refused by ours`, `differs`,
-`crashed` (an error that is not a PipesError). `--minimise` takes knobs and
+Verdicts: `equal`, `refused by both`, `within a limit` (a documented one, `limits.py`), `not made`
+(transformers cannot write such a checkpoint); what counts as a failure and makes the exit status 1:
+`refused by ours`, `taken by ours` (only transformers refuses), `differs`, `crashed` (an error that
+is not a PipesError). `--minimise` takes knobs and
 parts of the chat away as long as the same kind of failure stays, and prints what is left as JSON;
 `--case JSON` runs such a setting again. `--keep DIR` leaves the model folders there.
 """

@@ -100,6 +100,11 @@ def _fitted(family: str, parts: Json) -> Json:
 
 def _with_settings(base: type[Family], knobs: Json) -> type[Family]:
     class WithSettings(base):
+        @property
+        def tile_px(self) -> int:
+            frame = knobs.get("image.max_image_size")
+            return frame["longest_edge"] if frame else super().tile_px
+
         def settings(self) -> Json:
             return {**super().settings(), **section(knobs, "image")}
 

@@ -19,10 +19,9 @@ SHARE = 0.2  # of the knobs of a family that a case turns
 RARE = {
     "text.*dynamic": 0.05,
     "image.do_convert_rgb": 0.05,
-    "image.max_image_size": 0.02,
+    "image.max_image_size": 0.05,
     "image.do_resize": 0.08,
     "image.do_rescale": 0.08,
-    "vision.use_absolute_position_embeddings": 0.02,
 }
 ACTIVATIONS = [
     "gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "quick_gelu", "silu", "swish", "gelu_fast",
@@ -68,7 +67,7 @@ DECODER: Knobs = {
     "text.*dynamic": [
         {"max_position_embeddings": limit,
          "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": factor}}
-        for limit, factor in ((16, 2.0), (24, 4.0))
+        for limit, factor in ((16, 64.0), (24, 96.0), (64, 32.0), (16, 2.0))
     ],
 }  # fmt: skip
 HEAD_DIM: Knobs = {"text.head_dim": [8, 12, 16]}
@@ -172,7 +171,7 @@ IDEFICS: Knobs = {
     "options.longest_edge": [48, 64, 100, 160],
     "options.split": [False],
     "image.size": [{"height": 70, "width": 40}, {"height": 64, "width": 96}],
-    "image.max_image_size": [{"longest_edge": 40}],
+    "image.max_image_size": [{"longest_edge": edge} for edge in (40, 48, 64, 96)],
 }
 INTERNVL: Knobs = {
     "part.llm": ["Qwen2Config", "Qwen3Config", "LlamaConfig"],
@@ -254,6 +253,9 @@ def knobs_of(family: str) -> Knobs:
         knobs = {**DECODER, **FILES, **CONVERT, **STYLES, **TEXT[family]}
         if family == "olmo":  # its norms have no weights and no setting
             del knobs["text.rms_norm_eps"]
+        if family == "phi3":  # transformers writes no other scaling
+            knobs["text.rope_parameters"] = [r for r in ROPES if r["rope_type"] == "default"]
+            del knobs["text.*dynamic"]
         del knobs["file.sparse_processor"]
         return knobs
     knobs = {**DECODER, **FILES, **CONVERT, **PIXELS, **VISION[family]}

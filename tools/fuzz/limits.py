@@ -1,13 +1,24 @@
-"""Where refusing is right although transformers goes on: the documented limits."""
+"""Where we and transformers part ways on purpose: the documented limits."""
 
-# A part of the message, and why we stop there. Everything else that transformers takes and we do
-# not is a failure.
-LIMITS: tuple[tuple[str, str], ...] = (
-    ("divide no matrix", "convert: no matrix of this checkpoint has columns in such groups"),
+from collections.abc import Sequence
+
+# A part of the message, and why. Everything else that one side takes and the other does not is a
+# failure.
+Limits = Sequence[tuple[str, str]]
+OURS: Limits = (
     ("; this model holds", "more tokens than config.json gives the model, which we never overrun"),
+    (
+        "expected a multiple of scale_factor",
+        "frames that do not fold: transformers only takes text",
+    ),
+    ("smaller than a merged patch", "windows that hold no patch: transformers only takes text"),
+    ("is smaller than one patch", "a picture that transformers makes no token of"),
+)
+THEIRS: Limits = (
+    ("Size must contain 'height' and 'width'", "Pixtral: a side that its ratio rounds to nothing"),
 )
 
 
-def limit_for(message: str) -> str | None:
+def limit_for(message: str, limits: Limits) -> str | None:
     """The reason of the documented limit that a refusal names."""
-    return next((reason for part, reason in LIMITS if part in message), None)
+    return next((reason for part, reason in limits if part in message), None)

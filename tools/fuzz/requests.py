@@ -5,12 +5,13 @@ a role and parts: a string, `{"picture": {...}}` or `{"clip": {...}}`.
 """
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
+from transformers.image_utils import load_image
 
 from tools.make_fixtures.case import IMAGE, VIDEO, Clip, Json, Picture
 from tools.make_fixtures.media import draw, draw_clip
@@ -90,8 +91,6 @@ def _picture(rng: random.Random) -> Json:
     sources += ["png"] * (mode in IN_PNG) + ["jpeg"] * (mode in IN_JPEG)
     sources += ["numpy"] * (mode == "RGB")
     width, height, kind = rng.choice(SIDES), rng.choice(SIDES), rng.choice(KINDS)
-    if kind == "shapes" and min(width, height) < 8:  # too small to draw them
-        kind = "clouds"
     return {
         "kind": kind, "width": width, "height": height,
         "seed": rng.randint(0, 99), "mode": mode, "source": rng.choice(sources),
@@ -116,10 +115,15 @@ def _part(part: Any) -> Json:
     return dict(IMAGE if "picture" in part else VIDEO)
 
 
-def make_media(request: Json, folder: Path) -> Media:
-    """Draw all pictures and clips; those with a file as source are written to `folder`."""
+def make_media(request: Json, folder: Path, *, converts: bool = True) -> Media:
+    """Draw all pictures and clips; those with a file as source are written to `folder`.
+
+    converts: do_convert_rgb. Without it, files are what `load_image` of transformers makes of them.
+    """
     parts = [p for turn in request["turns"] for p in turn["parts"] if not isinstance(p, str)]
     made = [_make(p["picture"], folder, i) for i, p in enumerate(parts) if "picture" in p]
+    if not converts:
+        made = [(g, load_image(str(g)) if isinstance(g, Path) else seen) for g, seen in made]
     clips = [draw_clip(Clip(**p["clip"])) for p in parts if "clip" in p]
     return Media([given for given, _ in made], [picture for _, picture in made], clips)
 
@@ -143,6 +147,8 @@ def _make(spec: Json, folder: Path, index: int) -> tuple[Any, Image.Image]:
 
 
 def _in_mode(spec: Picture, how: Json) -> Image.Image:
+    if spec.kind == "shapes" and min(spec.width, spec.height) < 8:  # too small to draw them
+        spec = replace(spec, kind="clouds")
     mode, picture = how["mode"], draw(spec)
     if mode in ("RGBA", "LA"):
         return draw(Picture(spec.kind, spec.width, spec.height, spec.seed, "RGBA")).convert(mode)

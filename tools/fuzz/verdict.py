@@ -18,7 +18,7 @@ from tools.make_fixtures.families import Encoded
 from .checkpoint import Checkpoint, make
 from .dequantise import with_weights_of
 from .knobs import TEXT, draw_knobs
-from .limits import limit_for
+from .limits import OURS, THEIRS, limit_for
 from .reference import Reference, answer, encode
 from .requests import Media, draw_request, make_media, messages_of
 
@@ -28,7 +28,8 @@ TIE = 5e-5  # two best logits nearer than this may swap, relative to the largest
 COMPANION: Json = {
     "raw": False, "fps": 2.0, "turns": [{"role": "user", "parts": ["Which doctor reads?"]}],
 }  # fmt: skip
-FAILURES = ("refused by ours", "differs", "crashed")
+FAILURES = ("refused by ours", "taken by ours", "differs", "crashed")
+NOTHING_TO_PACK = "divide no matrix"  # part of what `convert` says of a checkpoint too narrow
 Setting = Json  # {"family": ..., "knobs": {...}, "request": {...}}
 
 
@@ -82,7 +83,8 @@ def _judge(setting: Setting, folder: Path) -> Verdict:
         checkpoint = make(setting["family"], setting["knobs"], source)
     except Exception as error:  # transformers has no common base for its refusals
         return Verdict("not made", _line(error))
-    media = make_media(setting["request"], media_folder)
+    converts = setting["knobs"].get("image.do_convert_rgb", True)
+    media = make_media(setting["request"], media_folder, converts=converts)
     served, refusal = source, None
     if "convert" in setting["knobs"]:
         served = folder / "converted"
@@ -90,10 +92,12 @@ def _judge(setting: Setting, folder: Path) -> Verdict:
             convert(ConvertOptions(model=source, out=served, measure=False,
                                    **setting["knobs"]["convert"]))  # fmt: skip
         except Exception as error:
-            refusal = error
+            served, refusal = source, error
+            if isinstance(error, PipesError) and NOTHING_TO_PACK in str(error):
+                refusal = None  # rightly said: compared as it is
     theirs: _Theirs | Exception
     try:
-        theirs = _ask_transformers(checkpoint, setting, media, served if not refusal else source)
+        theirs = _ask_transformers(checkpoint, setting, media, served)
     except Exception as error:
         theirs = error
     if refusal is not None:
@@ -143,8 +147,11 @@ def _compare(
 
 
 def _try_ours(pipe: Pipeline, setting: Setting, media: Media, error: Exception) -> Verdict:
-    """Where transformers refuses we may go on: pictures of one pixel, of sixteen bits."""
+    """Where transformers refuses we go on for a reason that `limits` names, or fail."""
     pipe.logits(**_arguments(setting, media, None))
+    reason = limit_for(str(error), THEIRS)
+    if reason:
+        return Verdict("within a limit", reason)
     return Verdict("taken by ours", f"transformers: {_line(error)}")
 
 
@@ -153,7 +160,7 @@ def _refused(error: Exception, theirs: _Theirs | Exception) -> Verdict:
         return Verdict("crashed", _line(error))
     if isinstance(theirs, Exception):
         return Verdict("refused by both", f"{_line(error)} / {_line(theirs)}")
-    reason = limit_for(str(error))
+    reason = limit_for(str(error), OURS)
     return Verdict("within a limit", reason) if reason else Verdict("refused by ours", _line(error))
 
 

@@ -107,4 +107,4 @@ class Idefics3Model(VisionLanguageModel[Idefics3Inputs]):
         patches = (vision.image_size // vision.patch_size) ** 2
         scores = vision.num_attention_heads * patches**2
         width = vision.hidden_size
-        return LayerWork(patches, width, width, vision.intermediate_size, scores)
+        return LayerWork(patches, width, width, vision.intermediate_size, scores, vision.head_dim)

@@ -12,7 +12,7 @@ from mlx_vlm_pipes.architectures.part_fields import PartField, WithPartFields
 from mlx_vlm_pipes.architectures.vision_language_config import TwoPartConfig
 from mlx_vlm_pipes.config import PipelineConfig
 from mlx_vlm_pipes.dtypes import DeviceRef, DType
-from mlx_vlm_pipes.errors import ConfigError, UnsupportedModel
+from mlx_vlm_pipes.errors import ConfigError, UnsupportedModel, shown
 from mlx_vlm_pipes.hf_config import (
     AutoConfig,
     activation_name,
@@ -156,7 +156,7 @@ def _check_type(part: str, config: Any, known: tuple[str, ...]) -> None:
     kind = lookup(config, "model_type", default=known[0])
     if kind not in known:
         raise UnsupportedModel(
-            f"idefics3: {part}_config of model_type {kind!r}; supported: {', '.join(known)}"
+            f"idefics3: {part}_config of model_type {shown(kind)}; supported: {', '.join(known)}"
         )
 
 

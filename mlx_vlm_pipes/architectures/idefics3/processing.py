@@ -16,7 +16,7 @@ import numpy as np
 
 from mlx_vlm_pipes.architectures.idefics3.facts import FACTS
 from mlx_vlm_pipes.architectures.idefics3.sizes import FrameSizes
-from mlx_vlm_pipes.errors import InputError
+from mlx_vlm_pipes.errors import InputError, ProcessorError
 from mlx_vlm_pipes.hf_config import HuggingFaceConfig
 from mlx_vlm_pipes.processing.base import (
     EncodedMedia,
@@ -104,8 +104,7 @@ class Idefics3Processor(VisionProcessor):
         files = ProcessorFiles.read(self.folder)
         self.settings = Idefics3Settings.read(files.image)
         self.sizes = FrameSizes.read(HuggingFaceConfig(config))
-        self.sizes.require_fit(self.settings.frame_px, files.image.source)
-        self.image_seq_len = self.sizes.image_seq_len
+        self.image_seq_len = self.sizes.tokens_of(self.settings.frame_px, files.image.source)
         files.processor.agree("image_seq_len", self.image_seq_len)
         self.clips = read_clips(files)
         keys = ("image_token_id", "image_token_index")
@@ -151,7 +150,7 @@ class Idefics3Processor(VisionProcessor):
         if settings is None:
             raise InputError(f"{self.architecture} takes no video")
         limit, side = request.num_frames or settings.max_frames, settings.frame_px
-        self.sizes.require_fit(side, "the settings of clips")
+        self._require_same_tokens(side)
 
         def choose(info: VideoInfo) -> np.ndarray:
             return sample_frames(info, settings.fps, limit)
@@ -175,6 +174,15 @@ class Idefics3Processor(VisionProcessor):
             grid=(0, 0),
             num_frames=len(arrays),
         )
+
+    def _require_same_tokens(self, side: int) -> None:
+        """Raises: ProcessorError for frames of clips of another size than those of pictures."""
+        tokens = self.sizes.tokens_of(side, "the settings of clips")
+        if tokens != self.image_seq_len:
+            raise ProcessorError(
+                f"the settings of clips: max_image_size is {side}, {tokens} tokens a frame; "
+                f"expected {self.image_seq_len}, as pictures have"
+            )
 
     def arrays(self, media: Sequence[EncodedMedia]) -> dict[str, np.ndarray]:
         """pixel_values float32 [1, F, 3, S, S]; pixel_attention_mask int64 [1, F, S, S]."""

@@ -37,17 +37,15 @@ class FrameSizes:
     def patches_per_side(self) -> int:
         return self.image_size // self.patch_size
 
-    def require_fit(self, frame_px: int, source: str) -> None:
-        """Raises: ProcessorError for frames of another number of patches than the tower has."""
-        side, own = frame_px // self.patch_size, self.patches_per_side
-        if side != own:
+    def tokens_of(self, frame_px: int, source: str) -> int:
+        """Tokens of one square frame, which need not have the size that the tower was trained on.
+
+        Raises: ProcessorError for frames that do not fold into tokens.
+        """
+        side = frame_px // self.patch_size
+        if side == 0 or side % self.scale_factor:
             raise ProcessorError(
                 f"{source}: max_image_size is {frame_px}, which makes {side}x{side} patches of "
-                f"{self.patch_size} pixels; expected {own}x{own}, as config.json's image_size "
-                f"{self.image_size} has"
+                f"{self.patch_size} pixels; expected a multiple of scale_factor {self.scale_factor}"
             )
-
-    @property
-    def image_seq_len(self) -> int:
-        """Tokens of one frame."""
-        return self.patches_per_side**2 // self.scale_factor**2
+        return side**2 // self.scale_factor**2

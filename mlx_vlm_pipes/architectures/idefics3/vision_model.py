@@ -12,6 +12,7 @@ import numpy as np
 from mlx_vlm_pipes.architectures.idefics3.model_config import Idefics3VisionConfig
 from mlx_vlm_pipes.nn.activations import activation
 from mlx_vlm_pipes.nn.vision import pixel_shuffle
+from mlx_vlm_pipes.rounding import attend
 
 MAX_PATCHES = 8192  # encoded at once: bounds the memory of long clips, keeps a GPU busy
 
@@ -67,7 +68,7 @@ class VisionAttention(nn.Module):
             projection(x).reshape(n, p, self.num_heads, -1).transpose(0, 2, 1, 3)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )  # [N, H, P, D]
-        out = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.scale)
+        out = attend(q, k, v, scale=self.scale)
         return self.out_proj(out.transpose(0, 2, 1, 3).reshape(n, p, -1))
 
 

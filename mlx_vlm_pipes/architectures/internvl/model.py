@@ -145,7 +145,7 @@ class InternVLModel(AlwaysSignalBuffersMixin, VisionLanguageModel[InternVLInputs
         tiles, patches = image.pixel_values.shape[0], (vision.image_size // vision.patch_size) ** 2
         scores = tiles * vision.num_attention_heads * (patches + 1) ** 2
         tokens, width = tiles * (patches + 1), vision.hidden_size
-        return LayerWork(tokens, width, width, vision.intermediate_size, scores)
+        return LayerWork(tokens, width, width, vision.intermediate_size, scores, vision.head_dim)
 
     def _grid(self, image: ImageMetadata) -> tuple[int, int, int]:
         """Tiles, and rows and columns of patches of each."""

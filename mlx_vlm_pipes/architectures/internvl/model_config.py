@@ -19,7 +19,7 @@ from mlx_vlm_pipes.architectures.vision_language_config import TwoPartConfig
 from mlx_vlm_pipes.checkpoint.state import expanded_scales
 from mlx_vlm_pipes.config import PipelineConfig
 from mlx_vlm_pipes.dtypes import DeviceRef, DType
-from mlx_vlm_pipes.errors import ConfigError, UnsupportedModel
+from mlx_vlm_pipes.errors import ConfigError, UnsupportedModel, shown
 from mlx_vlm_pipes.hf_config import (
     AutoConfig,
     activation_name,
@@ -202,7 +202,8 @@ def llm_config_class(text: AutoConfig) -> type[Llama3Config]:
     kind = _text_type(text)
     if kind not in _TEXT_CLASSES:
         raise UnsupportedModel(
-            f"InternVL with a text model of type {kind!r}; supported: {', '.join(_TEXT_CLASSES)}"
+            f"InternVL with a text model of type {shown(kind)}; "
+            f"supported: {', '.join(_TEXT_CLASSES)}"
         )
     return _TEXT_CLASSES[kind]
 
@@ -217,7 +218,7 @@ def _text_type(text: AutoConfig) -> str:
 def _norm_type(vision: AutoConfig, default: NormType) -> NormType:
     value = lookup(vision, "norm_type", default=default)
     if value not in ("rms_norm", "layer_norm"):
-        raise UnsupportedModel(f"vision norm_type {value!r}; supported: rms_norm, layer_norm")
+        raise UnsupportedModel(f"vision norm_type {shown(value)}; supported: rms_norm, layer_norm")
     return value
 
 
@@ -230,11 +231,11 @@ def _refuse_unknown_tower(vision: AutoConfig) -> None:
 def _refuse_unknown_projection(config: AutoConfig) -> None:
     version = lookup(config, "ps_version", default="v2")
     if version != "v2":
-        raise UnsupportedModel(f"ps_version {version!r}; only pixel shuffle 'v2' is supported")
+        raise UnsupportedModel(f"ps_version {shown(version)}; only pixel shuffle 'v2' is supported")
     strategy = lookup(config, "vision_feature_select_strategy", default="default")
     if strategy != "default":
         raise UnsupportedModel(
-            f"vision_feature_select_strategy {strategy!r}; only 'default' (without the class"
+            f"vision_feature_select_strategy {shown(strategy)}; only 'default' (without the class"
             " token) is supported"
         )
 
@@ -243,7 +244,7 @@ def _feature_layer(config: AutoConfig, layers: int) -> int:
     """Raises: UnsupportedModel for several layers, ConfigError for one that is not there."""
     layer = lookup(config, "vision_feature_layer", "select_layer", default=-1)
     if isinstance(layer, bool) or not isinstance(layer, int):
-        raise UnsupportedModel(f"vision_feature_layer {layer!r}; expected one layer number")
+        raise UnsupportedModel(f"vision_feature_layer {shown(layer)}; expected one layer number")
     if not -layers - 1 <= layer <= layers:
         raise ConfigError(f"vision_feature_layer {layer} of a tower of {layers} layers")
     return layer

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlx_vlm_pipes.architectures.internvl.facts import FACTS
-from mlx_vlm_pipes.errors import ConfigError, UnsupportedModel
+from mlx_vlm_pipes.errors import ConfigError, UnsupportedModel, shown
 from mlx_vlm_pipes.hf_config import AutoConfig, lookup, optional_int, require_vision_config
 
 ORIGINAL = "InternVLChatModel"
@@ -122,5 +122,5 @@ def number(config: AutoConfig, key: str, default: float) -> float:
     """Raises: ConfigError for a value that is no number."""
     value = lookup(config, key, default=default)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ConfigError(f"config.json: {key!r} is {value!r}, expected a number")
+        raise ConfigError(f"config.json: {key!r} is {shown(value)}, expected a number")
     return float(value)

@@ -22,6 +22,7 @@ from mlx_vlm_pipes.errors import InputError
 from mlx_vlm_pipes.nn.activations import activation
 from mlx_vlm_pipes.nn.vision import pixel_shuffle
 from mlx_vlm_pipes.processing.transforms import cut_tiles
+from mlx_vlm_pipes.rounding import attend
 
 PASS_TOKENS = 8192  # tokens that go through the tower together: bounds memory, still fills a GPU
 PROJECTOR_EPS = 1e-5
@@ -140,7 +141,7 @@ class Attention(nn.Module):
             y.reshape(-1, tokens, self.num_heads, self.head_dim).transpose(0, 2, 1, 3)
             for y in (q, k, v)
         )  # [N, H, T, D]
-        out = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.scale)
+        out = attend(q, k, v, scale=self.scale)
         return self.proj(out.transpose(0, 2, 1, 3).reshape(x.shape))
 
 

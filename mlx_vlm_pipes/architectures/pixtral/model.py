@@ -92,4 +92,5 @@ class PixtralModel(VisionLanguageModel[PixtralInputs]):
         scores = config.vision_num_attention_heads * patches**2
         width = config.vision_hidden_size
         heads = config.vision_num_attention_heads * config.vision_head_dim
-        return LayerWork(patches, width, heads, config.vision_intermediate_size, scores)
+        inner, head_dim = config.vision_intermediate_size, config.vision_head_dim
+        return LayerWork(patches, width, heads, inner, scores, head_dim)

@@ -13,7 +13,7 @@ from mlx_vlm_pipes.architectures.vision_language_config import VisionLanguageCon
 from mlx_vlm_pipes.checkpoint.tie import declared_tied
 from mlx_vlm_pipes.config import KVCacheParams, MAXModelConfig, PipelineConfig
 from mlx_vlm_pipes.dtypes import DeviceRef, DType
-from mlx_vlm_pipes.errors import ConfigError, UnsupportedModel
+from mlx_vlm_pipes.errors import ConfigError, UnsupportedModel, shown
 from mlx_vlm_pipes.hf_config import (
     AutoConfig,
     activation_name,
@@ -100,7 +100,8 @@ class PixtralConfig(DecoderFields, VisionLanguageConfig):
         kind = lookup(text_cfg, "model_type", default="mistral")
         if kind not in _TEXT_TYPES:
             raise UnsupportedModel(
-                f"pixtral: text_config of model_type {kind!r}; supported: {', '.join(_TEXT_TYPES)}"
+                f"pixtral: text_config of model_type {shown(kind)}; "
+                f"supported: {', '.join(_TEXT_TYPES)}"
             )
         text = Llama3Config.initialize_from_config(pipeline_config, text_cfg)
         return cls(
@@ -156,7 +157,7 @@ def _vision_fields(cfg: AutoConfig) -> dict[str, Any]:
     sizes, vision = PatchSizes.read(cfg), cfg.vision_config
     kind = lookup(vision, "model_type", default="pixtral")
     if kind != "pixtral":
-        raise UnsupportedModel(f"vision_config of model_type {kind!r}; supported: 'pixtral'")
+        raise UnsupportedModel(f"vision_config of model_type {shown(kind)}; supported: 'pixtral'")
     hidden = optional_int(vision, "hidden_size", default=1024)
     heads = optional_int(vision, "num_attention_heads", default=16)
     head_dim = optional_int(vision, "head_dim", default=hidden // heads)
@@ -193,15 +194,15 @@ def _feature_layers(cfg: AutoConfig, num_layers: int) -> tuple[int, ...]:
     strategy = lookup(cfg, "vision_feature_select_strategy", default="default")
     if strategy != "full":
         raise UnsupportedModel(
-            f"vision_feature_select_strategy {strategy!r} drops a class token, which a Pixtral "
-            "tower does not have; config.json must say 'full'"
+            f"vision_feature_select_strategy {shown(strategy)} drops a class token, which a "
+            "Pixtral tower does not have; config.json must say 'full'"
         )
     said = lookup(cfg, "vision_feature_layer", default=-2)
     layers = tuple(said) if isinstance(said, (list, tuple)) else (said,)
     for layer in layers:
         if type(layer) is not int or not -num_layers - 1 <= layer <= num_layers:
             raise ConfigError(
-                f"vision_feature_layer {said!r} with {num_layers} vision layers; expected "
+                f"vision_feature_layer {shown(said)} with {num_layers} vision layers; expected "
                 f"{-num_layers - 1} to {num_layers}"
             )
     if not layers:

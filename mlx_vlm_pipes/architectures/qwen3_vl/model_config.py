@@ -44,7 +44,7 @@ class VisionConfig(GridTowerConfig):
     """What the vision tower reads. patch_size in pixels.
 
     deepstack_visual_indexes: blocks behind which rows for the decoder's first layers are made.
-    num_surplus_rows: of those, the last ones, which the decoder has no layer for; they are left out.
+    num_surplus_rows: of those, the last ones, which no layer of the decoder takes; left out.
     """
 
     dtype: DType

@@ -34,7 +34,7 @@ def make(path, image=None, tokens=IDEFICS3_TOKENS, **processor):
 def test_sequence_length(image, patch, scale, tokens) -> None:
     vision = {"image_size": image, "patch_size": patch}
     config = {"vision_config": vision, "scale_factor": scale}
-    assert FrameSizes.read(HuggingFaceConfig(config)).image_seq_len == tokens
+    assert FrameSizes.read(HuggingFaceConfig(config)).tokens_of(image, "") == tokens
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,12 @@ from mlx_vlm_pipes.architectures.internvl import InternVLConfig, InternVLModel
 from mlx_vlm_pipes.architectures.internvl.vision_model import VisionModel
 from mlx_vlm_pipes.config import ModelConfig, PipelineConfig
 from mlx_vlm_pipes.contexts import ImageMetadata, TextAndVisionContext, TokenBuffer
-from mlx_vlm_pipes.dtypes import DeviceRef, DeviceSpec
 from mlx_vlm_pipes.interfaces import InferenceSession, ReturnLogits
 from mlx_vlm_pipes.kv_cache import increment_cache_lengths
 from mlx_vlm_pipes.nn.decoder import DenseDecoder
 from mlx_vlm_pipes.weights import find_weight_files, load_weights, parameter_shapes
 from tests.architectures.driving import new_cache
+from tests.device import device, device_spec
 
 IMAGE_TOKEN = 3
 TEXT = {
@@ -40,12 +40,12 @@ NATIVE = {
 
 
 def pipeline_config(config: Any, folder: Path | None = None, **options: Any) -> PipelineConfig:
-    """A float32 CPU pipeline over a configuration object, or over the one in a folder."""
+    """A float32 pipeline over a configuration object, or over the one in a folder."""
     model = ModelConfig(
         model_path=str(folder or ""),
         weight_path=find_weight_files(folder) if folder else [],
         quantization_encoding="float32",
-        device_specs=[DeviceSpec.cpu()],
+        device_specs=[device_spec()],
         huggingface_config=config,
         **options,
     )
@@ -81,11 +81,11 @@ def config_text(folder: Path) -> Any:
 
 def load(folder: Path, mode: ReturnLogits = ReturnLogits.ALL) -> InternVLModel:
     pipeline = pipeline_config(None, folder)
-    device = DeviceRef.CPU().to_device()
+    chosen = device()
     return InternVLModel(
         pipeline,
-        InferenceSession([device]),
-        [device],
+        InferenceSession([chosen]),
+        [chosen],
         pipeline.model.kv_cache,
         load_weights(pipeline.model.weight_path),
         return_logits=mode,

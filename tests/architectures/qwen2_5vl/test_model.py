@@ -20,12 +20,13 @@ from mlx_vlm_pipes.architectures.qwen2_5vl.context import (
 )
 from mlx_vlm_pipes.config import ModelConfig, PipelineConfig
 from mlx_vlm_pipes.contexts import ImageMetadata, TextAndVisionContext, TokenBuffer
-from mlx_vlm_pipes.dtypes import DeviceRef, default_device
+from mlx_vlm_pipes.dtypes import default_device
 from mlx_vlm_pipes.errors import ConfigError, ImageTokenMismatch, InputError
 from mlx_vlm_pipes.interfaces import InferenceSession, ModelInputs, ReturnLogits
 from mlx_vlm_pipes.kv_cache import KVCacheInputs, increment_cache_lengths
 from mlx_vlm_pipes.weights import find_weight_files, load_weights
 from tests.architectures.driving import new_cache
+from tests.device import bar, device, device_spec
 from tests.fixtures_helper import cases, reference
 
 Context = Qwen2_5VLTextAndVisionContext
@@ -36,12 +37,13 @@ every_case = pytest.mark.parametrize("path", CASES, ids=lambda path: path.name)
 
 @functools.cache
 def load(path: Path) -> Qwen2_5VLModel:
-    files, device = find_weight_files(path), DeviceRef.CPU().to_device()
-    config = ModelConfig(str(path), files, quantization_encoding="float32")
+    files, chosen = find_weight_files(path), device()
+    specs = [device_spec()]
+    config = ModelConfig(str(path), files, quantization_encoding="float32", device_specs=specs)
     return Qwen2_5VLModel(
         PipelineConfig(config),
-        InferenceSession([device]),
-        [device],
+        InferenceSession([chosen]),
+        [chosen],
         config.kv_cache,
         load_weights(files),
         return_logits=ReturnLogits.ALL,
@@ -137,7 +139,7 @@ def truth(path: Path, prompt: str) -> tuple[np.ndarray, list[int]]:
 
 
 def close(got: np.ndarray, want: np.ndarray) -> bool:
-    return np.abs(got - want).max() < 2e-5 * np.abs(want).max()
+    return np.abs(got - want).max() < bar(2e-5) * np.abs(want).max()
 
 
 def prompts(path: Path) -> list[str]:
@@ -210,7 +212,7 @@ def test_rows_without_a_place_are_dropped_and_counts_must_agree(path: Path) -> N
     plain = model.prepare_initial_token_inputs([[own]], new_cache(model, 1))
     plain.pixel_values = plain.image_token_indices = None
     want = np.array(step(model, plain, [own.tokens.active_length]).logits)
-    np.testing.assert_allclose(dropped, want, atol=1e-5)
+    np.testing.assert_allclose(dropped, want, atol=bar(1e-5))
     inputs.image_token_indices = [mx.zeros((count - 1,), mx.int32)]
     with pytest.raises(ImageTokenMismatch, match=f"{count} vision rows for {count - 1}"):
         model.execute(inputs)

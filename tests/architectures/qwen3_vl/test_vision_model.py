@@ -13,6 +13,7 @@ from mlx_vlm_pipes.architectures.qwen3_vl.sizes import VisionSizes
 from mlx_vlm_pipes.architectures.qwen3_vl.vision_model import VisionModel
 from mlx_vlm_pipes.dtypes import DType
 from mlx_vlm_pipes.processing.grids import Grid, GridImage
+from tests.device import bar
 
 SIZES = VisionSizes(2, 2, 2, 5)
 GRIDS = [(1, 6, 10), (2, 4, 4), (1, 10, 2)]
@@ -76,7 +77,7 @@ def encode(model: VisionModel, values: np.ndarray, grids: Sequence[Grid]) -> mx.
 def test_rows_are_the_reference_s() -> None:
     rows = np.array(encode(tiny_model(), pixels(GRIDS), GRIDS))
     assert rows.shape == (28, 3 * 6)
-    np.testing.assert_allclose(rows[list(ROWS), ::3], list(ROWS.values()), atol=1e-5)
+    np.testing.assert_allclose(rows[list(ROWS), ::3], list(ROWS.values()), atol=bar(1e-5))
 
 
 def test_pictures_and_frames_do_not_see_each_other() -> None:
@@ -87,7 +88,7 @@ def test_pictures_and_frames_do_not_see_each_other() -> None:
             alone.append(np.array(encode(model, values[begin:end], [(1, h, w)])))
             begin = end
     together = np.array(encode(model, values, GRIDS))
-    np.testing.assert_allclose(np.concatenate(alone), together, atol=1e-5)
+    np.testing.assert_allclose(np.concatenate(alone), together, atol=bar(1e-5))
 
 
 def test_places_in_the_learned_table() -> None:
@@ -98,7 +99,7 @@ def test_places_in_the_learned_table() -> None:
         [0, 1, 5, 6], [5, 6, 10, 11], [2, 3, 7, 8], [24, 24, 24, 24],
     ]  # fmt: skip
     wanted = [[1, 0, 0, 0], [2 / 15, 8 / 15, 1 / 15, 4 / 15], [0.6, 0.4, 0, 0], [1, 0, 0, 0]]
-    np.testing.assert_allclose(shares[[0, 3, 5, 23]], wanted, atol=1e-6)
+    np.testing.assert_allclose(shares[[0, 3, 5, 23]], wanted, atol=bar(1e-6))
     lone, own = interpolation([(1, 2, 2)], SIZES)
     assert lone[:, 0].tolist() == [0, 4, 20, 24]
     np.testing.assert_array_equal(own[:, 0], np.ones(4))

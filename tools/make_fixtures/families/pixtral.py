@@ -71,6 +71,8 @@ class Pixtral(VisionFamily):
         sizes = np.asarray(out["image_sizes"], dtype=np.int64)
         blocks = []
         for rows, cols in (sizes // self.patch_px).tolist():
+            if not rows:
+                raise IndexError("as PixtralProcessor on a picture lower than a patch")
             blocks.append("[IMG_BREAK]".join(["[IMG]" * cols] * rows) + "[IMG_END]")
         pixels = np.asarray(out["pixel_values"], dtype=np.float32)
         filled = fill_placeholders(text, "[IMG]", blocks)

@@ -128,8 +128,10 @@ class Qwen25VL(VisionFamily):
     def _cut(self, frames: list[Image.Image], step: int) -> tuple[np.ndarray, list[int]]:
         """Patches [t * h * w, 3 * step * patch * patch] and (t, h, w) of one clip."""
         p, merge = self.patch_px, self.merge
-        height, width = self.frame_size(frames, step)
         says = self.video_settings()
+        width, height = frames[0].size
+        if says["do_resize"]:
+            height, width = self.frame_size(frames, step)
         how = Image.Resampling(says["resample"])
         resized = [np.asarray(f.convert("RGB").resize((width, height), how)) for f in frames]
         resized += resized[-1:] * (-len(frames) % step)
