@@ -186,8 +186,7 @@ def _is_fused(q: mx.array, k: mx.array, v: mx.array) -> bool:
 
 @contextmanager
 def _stand_ins(*, fused: bool) -> Iterator[None]:
-    """MLX's fast functions as one node each, and a GPU for code that asks where it computes, for
-    as long as this lasts."""
+    """MLX's fast functions as one node each, and the forms that a GPU takes, while this lasts."""
     attention, dequantize = mx.fast.scaled_dot_product_attention, mx.dequantize
     made_contiguous, default_device = mx.contiguous, mx.default_device
 
