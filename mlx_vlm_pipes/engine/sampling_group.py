@@ -25,8 +25,8 @@ Arrays = dict[str, mx.array]
 class Form:
     """What sampling a group takes, of any of its rows: what is off costs nothing.
 
-    ends: whether a row withholds end tokens. top_k: the largest, 0 for none. sorts_few: top-p
-    looks at top_k and some more of the logits only, not at all of them in order.
+    ends: whether a row withholds end tokens. top_k: at least the largest, 0 for none. sorts_few:
+    top-p looks at top_k and some more of the logits only, not at all of them in order.
     """
 
     state: tuple[str, ...]  # of "counts", "seen"
@@ -181,11 +181,16 @@ def _form(rows: Sequence[RowSampler], *, is_gpu: bool) -> Form:
         has_bias=any(row.bias is not None for row in rows),
         ends=False,
         draws=bool(drawing),
-        top_k=max(limits),
+        top_k=_rounded(max(limits), rows[0].vocab_size),
         top_p=top_p,
         min_p=any(p.min_p > 0 for p in drawing),
         sorts_few=top_p and not is_gpu and min(limits) > 0,
     )
+
+
+def _rounded(limit: int, vocab_size: int) -> int:
+    """A power of two from there on, so that few forms are compiled; 0 stays 0."""
+    return min(1 << (limit - 1).bit_length(), vocab_size) if limit else 0
 
 
 def _state(row: RowSampler, name: str) -> mx.array:

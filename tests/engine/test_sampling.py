@@ -62,7 +62,7 @@ def make(prompt: np.ndarray = PROMPT, ends: Sequence[int] = (), **options: Any) 
     return RowSampler(SamplingParams(**{"temperature": 1.0, **options}), prompt, VOCAB, ends)
 
 
-@pytest.mark.parametrize("k", [1, 2, 40, VOCAB, 200])
+@pytest.mark.parametrize("k", [1, 2, 40, VOCAB - 1, VOCAB, 200])
 def test_top_k(k: int) -> None:
     x = logits_of(k)
     assert kept(left(x, make(top_k=k))[0]) == set(np.argsort(-x)[:k].tolist())
