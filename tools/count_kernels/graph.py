@@ -186,9 +186,9 @@ def _is_fused(q: mx.array, k: mx.array, v: mx.array) -> bool:
 
 @contextmanager
 def _stand_ins(*, fused: bool) -> Iterator[None]:
-    """MLX's fast functions as one node each, for as long as this lasts."""
+    """MLX's fast functions as one node each, and the forms that a GPU takes, while this lasts."""
     attention, dequantize = mx.fast.scaled_dot_product_attention, mx.dequantize
-    made_contiguous = mx.contiguous
+    made_contiguous, default_device = mx.contiguous, mx.default_device
 
     def attend(q: mx.array, k: mx.array, v: mx.array, **options: Any) -> mx.array:
         if not fused and not _is_fused(q, k, v):
@@ -212,11 +212,11 @@ def _stand_ins(*, fused: bool) -> Iterator[None]:
     kept = {name: getattr(fast, name) for name in ("rms_norm", "layer_norm", "rope")}
     fast.rms_norm, fast.layer_norm, fast.rope = _norm("RMSNorm"), _norm("LayerNorm"), _rope
     fast.scaled_dot_product_attention, mx.dequantize = attend, unpack
-    mx.contiguous = contiguous
+    mx.contiguous, mx.default_device = contiguous, lambda: mx.Device(mx.gpu)
     try:
         yield
     finally:
         for name, function in kept.items():
             setattr(fast, name, function)
         fast.scaled_dot_product_attention, mx.dequantize = attention, dequantize
-        mx.contiguous = made_contiguous
+        mx.contiguous, mx.default_device = made_contiguous, default_device
