@@ -170,6 +170,7 @@ def run_transformers(folder: Path, picture_px: tuple[int, int]) -> dict[str, flo
     model = getattr(transformers, architecture).from_pretrained(folder, dtype=torch.float32).eval()
     loaded = time.perf_counter() - begun
     inputs = {name: torch.from_numpy(a) for name, a in np.load(folder / "inputs.npz").items()}
+    inputs.pop("num_patches", None)  # of InternVL's tiles, which its model does not ask for
     if "image_grid_thw" in inputs:
         kinds = inputs["input_ids"] == model.config.image_token_id
         inputs["mm_token_type_ids"] = kinds.long()
