@@ -73,8 +73,8 @@ def test_kernels_of_small_graphs(
         (8, 4, None, 0, 13.6),
         (1, None, 8, 0, 16.5),
         (8, None, 8, 0, 16.5),
-        (1, None, None, 2, 50.5),
-        (8, None, None, 2, 51.5),
+        (1, None, None, 2, 22.7),
+        (8, None, None, 2, 23.7),
     ],
 )
 def test_decode_step(

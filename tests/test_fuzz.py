@@ -12,16 +12,14 @@ pytest.importorskip("transformers")
 
 from tools.fuzz import __main__ as command
 from tools.fuzz import verdict
+from tools.fuzz.knobs import FAMILIES
 from tools.fuzz.minimise import minimise
 from tools.make_fixtures.build import quiet_and_deterministic
 
 pytestmark = pytest.mark.reference
 CASES = 3
-# Three cases from here on; each family's have a conversion among them.
-SEEDS = {
-    "llama": 6, "mistral": 8, "granite": 21, "phi3": 22, "olmo": 1, "idefics3": 4, "smolvlm": 55,
-    "pixtral": 20, "internvl": 128, "internvl_chat": 7, "qwen2_5_vl": 72, "qwen3_vl": 24,
-}  # fmt: skip
+FIRST_SEED = 70000  # chosen before any of its cases was run
+GOOD = ("equal", "refused by both", "within a limit", "not made")
 PLAIN: dict[str, Any] = {
     "family": "llama",
     "knobs": {},
@@ -30,12 +28,15 @@ PLAIN: dict[str, Any] = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", SEEDS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_drawn_cases_equal_transformers(family: str) -> None:
     quiet_and_deterministic()
-    for seed in range(SEEDS[family], SEEDS[family] + CASES):
+    kinds = []
+    for seed in range(FIRST_SEED, FIRST_SEED + CASES):
         found = verdict.judge(verdict.draw_setting(family, seed))
-        assert found.kind == "equal", (seed, found)
+        assert found.kind in GOOD, (seed, found)
+        kinds.append(found.kind)
+    assert "equal" in kinds
 
 
 def test_a_difference_is_found_and_fails_the_command(

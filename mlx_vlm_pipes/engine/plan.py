@@ -26,6 +26,7 @@ HIDDEN_STATES = 9
 HEAD_WIDTHS = 4
 MLP_WIDTHS = 5
 SCORES = 1.25  # a mask or a second, smaller copy beside them
+SCORE_BYTES = 4  # on a CPU they are float32 whatever the dtype (rounding.attend)
 MARGIN = 1.2
 FIXED_BYTES = 1 << 15  # small arrays, whatever the size of the request
 
@@ -67,7 +68,8 @@ def make_plan(
     new = min(limit or context.max_length, context.max_length - len(tokens))
     kv = cache_bytes(state.model.kv_params, len(tokens) + new)
     vision = _vision_bytes(state, context.images)
-    prefill = _prompt_bytes(state.model, len(tokens), state.config)
+    scored = context.log_probabilities_echo
+    prefill = _prompt_bytes(state.model, len(tokens), state.config, scored=scored)
     peak = peak_bytes(resident_bytes, kv, max(vision, prefill), state.config)
     in_bytes = peak <= memory_bytes and kv <= state.config.kv_bytes
     fits = in_bytes and state.config.takes(len(tokens))
@@ -115,17 +117,20 @@ def default_limits(model: PipelineModelWithKVCache) -> EngineConfig:
     return limits(_prompt_bytes(model, min(first.prefill_chunk, model.max_seq_len), first))
 
 
-def require_room(state: EngineState, context: TextContext, new_tokens: int | None) -> None:
+def require_room(
+    state: EngineState, context: TextContext, new_tokens: int | None, *, scored: bool
+) -> None:
     """Raises: OutOfBudget for a request that the device cannot hold even alone, with what it can.
 
-    new_tokens: None for as many as max_length leaves.
+    new_tokens: None for as many as max_length leaves. scored: all its prompt's tokens get logits.
     """
     prompt, model, memory = len(context.tokens), state.model, state.memory_bytes
     asked = context.max_length if new_tokens is None else prompt + new_tokens
     pictures = max((picture_bytes(model, image) for image in context.images), default=0)
 
     def needed(tokens: int) -> int:
-        widest = max(pictures, _prompt_bytes(model, min(prompt, tokens), state.config))
+        text = _prompt_bytes(model, min(prompt, tokens), state.config, scored=scored)
+        widest = max(pictures, text)
         kv = cache_bytes(model.kv_params, tokens)
         return peak_bytes(model.weight_bytes, kv, widest, state.config)
 
@@ -163,7 +168,8 @@ def _transient(work: LayerWork, itemsize: int, *, fused: bool) -> float:
     """fused: attention without its scores in memory (engine.memory.fuses_attention)."""
     widths = HIDDEN_STATES * work.width + HEAD_WIDTHS * work.heads + MLP_WIDTHS * work.inner
     scores = 0 if fused else SCORES * work.scores
-    return FIXED_BYTES + MARGIN * itemsize * (work.tokens * widths + scores)
+    scored = max(itemsize, SCORE_BYTES)
+    return FIXED_BYTES + MARGIN * (itemsize * work.tokens * widths + scored * scores)
 
 
 def picture_bytes(model: PipelineModelWithKVCache, image: ImageMetadata) -> int:
@@ -188,11 +194,14 @@ def _vision_bytes(state: EngineState, images: Sequence[ImageMetadata]) -> int:
     return min(max(batches, default=0), max(largest, picture_room(state)))
 
 
-def _prompt_bytes(model: PipelineModelWithKVCache, tokens: int, config: EngineConfig) -> int:
-    """`prefill_bytes` of a loaded model."""
+def _prompt_bytes(
+    model: PipelineModelWithKVCache, tokens: int, config: EngineConfig, *, scored: bool = False
+) -> int:
+    """`prefill_bytes` of a loaded model; scored: with logits of all tokens of a slice."""
     decoder, dtype = model.language.decoder.config, model.kv_params.dtype
     fused = fuses_attention(model.device, decoder.head_dim, dtype.to_mx())
-    return prefill_bytes(decoder, dtype.size_in_bytes, tokens, config, fused=fused)
+    logits = 4 * decoder.vocab_size * min(tokens, config.prefill_chunk) if scored else 0
+    return prefill_bytes(decoder, dtype.size_in_bytes, tokens, config, fused=fused) + logits
 
 
 def prefill_bytes(

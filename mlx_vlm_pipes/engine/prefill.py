@@ -178,6 +178,8 @@ class Prefill:
     def _finish(self, group: Group) -> list[Job]:
         """Hand out first tokens where prompts are done; the others go on with their next slice."""
         ended = []
+        if any(job.first_logits is not None for job, _ in group):
+            trim_pool(self._state.cache.nbytes)
         for job, _ in group:
             if job.first_logits is None:
                 job.context.tokens.advance_chunk()
@@ -188,7 +190,6 @@ class Prefill:
                 self._results.finish_prompt(job)
         if not ended:
             return []
-        trim_pool(self._state.cache.nbytes)
         rows = [job.first_logits for job in ended if job.first_logits is not None]
         sampled = self._results.sample(mx.concatenate(rows), ended)
         mx.eval(sampled.arrays())

@@ -63,7 +63,7 @@ class Scheduler:
         keys = prefix_keys(context, self.state.salt(context, self.state.planned_length(context)))
         new_tokens = context.sampling_params.max_new_tokens
         capacity = self.state.capacity_needed(context, new_tokens)
-        require_room(self.state, context, new_tokens)
+        require_room(self.state, context, new_tokens, scored=context.log_probabilities_echo)
         return self._queue(new_job(context, decoder, self.vocab_size, keys, capacity))
 
     def submit_logits(self, context: TextContext) -> tuple[Handle, PromptLogits]:
@@ -75,7 +75,7 @@ class Scheduler:
         self.state.require_slice(context)
         self.state.model.adapter_slot(context.model_name)  # raises for an unknown one
         capacity = self.state.capacity_needed(context, 1)
-        require_room(self.state, context, 1)
+        require_room(self.state, context, 1, scored=True)
         job = new_job(context, NoText(), self.vocab_size, np.zeros(0, np.int64), capacity)
         job.prompt_logits = PromptLogits()
         return self._queue(job), job.prompt_logits

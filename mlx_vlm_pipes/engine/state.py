@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -157,10 +158,12 @@ class EngineState:
         longest = min(asked, context.max_length)
         need = capacity_bucket(longest) * self.model.kv_params.bytes_per_token
         if need > self.config.kv_bytes:
+            held = self.config.kv_bytes // self.model.kv_params.bytes_per_token
+            fitting = bisect.bisect_right(range(1, longest), held, key=capacity_bucket)
             raise OutOfBudget(
                 f"the request needs {need / 1e6:.3g} MB of KV cache for {longest} tokens, the "
-                f"engine may use {self.config.kv_bytes / 1e6:.3g} MB; ask for fewer tokens or "
-                "raise the budget"
+                f"engine may use {self.config.kv_bytes / 1e6:.3g} MB, enough for {fitting}; ask "
+                "for fewer tokens or raise the budget"
             )
         return longest
 

@@ -17,7 +17,7 @@ from mlx_vlm_pipes.gguf.header import GGUFHeader, TensorEntry
 ARCHITECTURE = "llama"
 GROUP_SIZE = 32
 # type of tensors: bits of the MLX packing that holds it without loss, in groups of GROUP_SIZE
-PACKED_BITS = {"Q4_0": 4, "Q4_1": 4, "Q8_0": 8}
+PACKED_BITS = {"Q4_0": 4, "Q4_1": 4, "Q4_K": 4, "Q8_0": 8}
 _HEAD, _EMBEDDING, _ROPE_FACTORS = "output", "token_embd", "rope_freqs.weight"
 # `llama.<key>`: the one value that transformers' Llama computes with
 _ONLY = {

@@ -38,6 +38,7 @@ TENSOR_TYPES: dict[int, tuple[str, int, int]] = {
     13: ("Q5_K", 256, 176), 14: ("Q6_K", 256, 210), 20: ("IQ4_NL", 32, 18),
     23: ("IQ4_XS", 256, 136),
 }  # fmt: skip
+BLOCK_SIZES = {name: elements for name, elements, _ in TENSOR_TYPES.values()}
 _STRING, _LIST = 8, 9
 _NUMBERS = {
     0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",

@@ -26,6 +26,7 @@ from mlx_vlm_pipes.kv_cache import (
     write_one,
 )
 from mlx_vlm_pipes.nn.attention import decode_attention, decode_mask
+from mlx_vlm_pipes.nn.lora import TokenSlots
 from mlx_vlm_pipes.nn.rope import Rotation
 
 
@@ -92,7 +93,7 @@ class DecodeStep:
     rotations: dict[int | None, Rotation]  # by window, for [B, heads, 1, D]
     joined: dict[int | None, Rotation | None]  # for [B, H + 2 * K, D]; None: there is none
     format: CacheFormat
-    slots: mx.array | None  # int32 [B], each row's LoRA adapter; None where none is loaded
+    slots: TokenSlots | None  # each row's LoRA adapter; None where none is loaded
 
     def turn(
         self,

@@ -22,7 +22,7 @@ from mlx_vlm_pipes.nn.capture import Capture
 from mlx_vlm_pipes.nn.decode_step import DecodeStep, HeadCounts
 from mlx_vlm_pipes.nn.decoder_config import DecoderConfig
 from mlx_vlm_pipes.nn.linear import fuse_linears, linear_part
-from mlx_vlm_pipes.nn.lora import LoRATable, adapted
+from mlx_vlm_pipes.nn.lora import LoRATable, TokenSlots
 from mlx_vlm_pipes.nn.rope import Rope, Rotation
 
 RotationT = TypeVar("RotationT")
@@ -103,7 +103,8 @@ class Joined:
 
 
 class Projections(nn.Module):
-    """Linears with an optional LoRA table beside each; `adapters` maps a linear's name to it."""
+    """Linears with an optional LoRA table beside each; `adapters` maps to it a linear's name, or
+    that of several side by side."""
 
     residual_multiplier: float
     joined: Joined | None = None
@@ -120,24 +121,22 @@ class Projections(nn.Module):
                 self.pop(name)
 
     def side_by_side(
-        self, fused: str, names: tuple[str, ...], x: mx.array, slots: mx.array | None
+        self, fused: str, names: tuple[str, ...], x: mx.array, slots: TokenSlots | None
     ) -> mx.array:
         """x [T, E] -> the outputs of `names`, concatenated; one product where they are fused."""
         if fused not in self:
             return mx.concatenate(self.apart(fused, names, x, slots), axis=-1)
-        y, bias = self[fused](x), self[fused].get("bias")
-        tables: dict[str, LoRATable] = self.get("adapters", {})
-        if slots is None or not tables:
+        y, table = self[fused](x), self._table(fused)
+        if slots is None or table is None:
             return y
-        return adapted(tables, names, x, y, slots, bias, self.sizes(names))
+        return table(x, y, slots, self[fused].get("bias"))
 
     def apart(
-        self, fused: str, names: tuple[str, ...], x: mx.array, slots: mx.array | None
+        self, fused: str, names: tuple[str, ...], x: mx.array, slots: TokenSlots | None
     ) -> list[mx.array]:
         """x [T, E] -> the outputs of `names`, each by a product of its own."""
-        tables: dict[str, LoRATable] = self.get("adapters", {})
-        outputs, begin = [], 0
-        for name, size in zip(names, self.sizes(names), strict=True):
+        table, outputs, begin = self._table(fused), [], 0
+        for part, (name, size) in enumerate(zip(names, self.sizes(names), strict=True)):
             end = begin + size
             linear = self[fused if fused in self else name]
             bias = linear.get("bias")
@@ -146,29 +145,33 @@ class Projections(nn.Module):
                 bias = None if bias is None else bias[begin:end]
             else:
                 y = linear(x)
-            if slots is not None and name in tables:
-                y = tables[name](x, y, slots, bias)
+            if slots is not None and table is not None:
+                y = table(x, y, slots, bias, part)
             outputs.append(y)
             begin = end
         return outputs
+
+    def _table(self, name: str) -> LoRATable | None:
+        return self.get("adapters", {}).get(name)
 
     def sizes(self, names: tuple[str, ...]) -> list[int]:
         """Output widths of the linears that may be fused."""
         raise NotImplementedError
 
     def into(
-        self, name: str, x: mx.array, residual: mx.array | None, slots: mx.array | None
+        self, name: str, x: mx.array, residual: mx.array | None, slots: TokenSlots | None
     ) -> mx.array:
         """residual + multiplier * linear(x), with the row's adapter; without one linear(x)."""
         factor = self.residual_multiplier
-        table: LoRATable | None = self.get("adapters", {}).get(name)
+        table = self._table(name)
         if residual is None:
             y, bias = self[name](x), self[name].get("bias")
             return y if slots is None or table is None else table(x, y, slots, bias)
         if slots is None or table is None:
             return project_into(self[name], x, residual, factor)
         if not table.has_gain:  # added last, so that B = 0 leaves the base's very bits
-            return project_into(self[name], x, residual, factor) + factor * table.delta(x, slots)
+            base, delta = project_into(self[name], x, residual, factor), table.delta(x, slots)
+            return base if delta is None else base + factor * delta
         return residual + factor * table(x, self[name](x), slots, self[name].get("bias"))
 
 
@@ -204,7 +207,7 @@ class Attention(Projections):
         heads = {"q_proj": self.num_heads}
         return [heads.get(name, self.num_kv_heads) * self.head_dim for name in names]
 
-    def _heads(self, x: mx.array, slots: mx.array | None) -> mx.array:
+    def _heads(self, x: mx.array, slots: TokenSlots | None) -> mx.array:
         """x [T, E] -> queries, keys and values side by side [T, H + 2 * K, D]."""
         qkv = self.side_by_side("qkv_proj", ("q_proj", "k_proj", "v_proj"), x, slots)
         if self.clip is not None:
@@ -220,8 +223,8 @@ class Attention(Projections):
         x: mx.array,
         residual: mx.array | None,
         rows: Sequence[PrefillRow],
-        slots: mx.array | None,
-        asking: mx.array | None,
+        slots: TokenSlots | None,
+        asking: TokenSlots | None,
         tail: int | None,
     ) -> mx.array:
         """All tokens of x [T, E] are cached. With tail, only the last ones of each row query:
@@ -287,7 +290,9 @@ class MLP(Projections):
     def sizes(self, names: tuple[str, ...]) -> list[int]:
         return [self.inner for _ in names]
 
-    def __call__(self, x: mx.array, residual: mx.array | None, slots: mx.array | None) -> mx.array:
+    def __call__(
+        self, x: mx.array, residual: mx.array | None, slots: TokenSlots | None
+    ) -> mx.array:
         names = ("gate_proj", "up_proj")
         if x.shape[0] >= MANY_ROWS:
             gate, up = self.apart("gate_up_proj", names, x, slots)
@@ -319,7 +324,7 @@ class DecoderLayer(nn.Module):
         self,
         h: mx.array,
         rows: Sequence[PrefillRow],
-        slots: mx.array | None,
+        slots: TokenSlots | None,
         tail: int | None = None,
     ) -> mx.array:
         """tail: how many last tokens of each row to return, None for all of them."""
@@ -338,7 +343,7 @@ class DecoderLayer(nn.Module):
         out, written = self.self_attn.decode(self.input_layernorm(h), residual, caches, step)
         return self._feed_forward(h, out, step.slots), written
 
-    def _feed_forward(self, h: mx.array, attended: mx.array, slots: mx.array | None) -> mx.array:
+    def _feed_forward(self, h: mx.array, attended: mx.array, slots: TokenSlots | None) -> mx.array:
         """attended: h with the attention's output added, or, with post norms, that output."""
         if not self.has_post_norms:
             return self.mlp(self.post_attention_layernorm(attended), attended, slots)
@@ -403,7 +408,7 @@ class DenseDecoder(nn.Module):
         self,
         h: mx.array,
         rows: Sequence[PrefillRow],
-        slots: mx.array | None = None,
+        slots: TokenSlots | None = None,
         tail: int | None = None,
         added: Added | None = None,
         capture: Capture | None = None,

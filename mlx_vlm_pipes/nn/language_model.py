@@ -17,7 +17,8 @@ from mlx_vlm_pipes.nn.capture import Capture
 from mlx_vlm_pipes.nn.decode_step import DecodeGroup, DecodeStep
 from mlx_vlm_pipes.nn.decoder import Added, DenseDecoder, PrefillRow, last_tokens
 from mlx_vlm_pipes.nn.host_compiler import cpu_compiles
-from mlx_vlm_pipes.nn.lora_groups import token_slots
+from mlx_vlm_pipes.nn.lora import TokenSlots
+from mlx_vlm_pipes.nn.lora_groups import host_slots, token_slots
 from mlx_vlm_pipes.nn.ragged import merge_image_features, placed_features
 
 PREFILL = StepMode()
@@ -132,7 +133,8 @@ class LanguageModel:
             h, added = self._merge(h, image_embeddings, image_token_indices)
         h = self.decoder.scale_embeddings(h)
         bounds = np.array(input_row_offsets).astype(np.int64)
-        slots = token_slots(mode, tokens.shape[0], self.adapters)
+        own = token_slots(mode, tokens.shape[0], self.adapters)
+        slots = None if own is None else TokenSlots(own, host_slots(mode, tokens.shape[0]))
         tail = self._tail(bounds, return_n_logits)
         rows = self._prefill_rows(kv, bounds, position_ids)
         capture = Capture(self._captured) if self._captured else None
@@ -254,7 +256,7 @@ class LanguageModel:
                 lambda rope: rope.decode_joined(positions, turned, heads.total)
             ),
             format=self._format,
-            slots=slots,
+            slots=None if slots is None else TokenSlots(slots),
         )
         h = decoder.scale_embeddings(decoder.embed(tokens))
         capture = Capture(self._captured) if self._captured else None

@@ -92,3 +92,14 @@ def token_slots(mode: StepMode, tokens: int, adapters: Sequence[str]) -> mx.arra
     places = mx.arange(tokens, dtype=mx.uint32)[:, None]
     group = mx.sum(bounds[1:] <= places, axis=1)
     return mx.concatenate([ids.astype(mx.int32), mx.zeros((1,), mx.int32)])[group]
+
+
+def host_slots(mode: StepMode, tokens: int) -> np.ndarray:
+    """token_slots on the host, int [tokens]: reads the offsets too."""
+    slots = np.zeros(tokens, np.int64)
+    if mode.lora_ids is not None and mode.lora_grouped_offsets is not None:
+        bounds: list[int] = np.array(mode.lora_grouped_offsets).tolist()
+        ids: list[int] = np.array(mode.lora_ids).tolist()
+        for slot, (begin, end) in zip(ids, itertools.pairwise(bounds), strict=True):
+            slots[begin:end] = slot
+    return slots

@@ -1,10 +1,11 @@
 """Tensors of a GGUF file: repacked for MLX where that loses nothing, else expanded to floats.
 
-Q4_0, Q4_1 and Q8_0 have groups of 32 and one scale for each, as MLX's affine packing may have:
-w = d * (q - 8), d * q + m and d * q. Scales and biases keep the file's float16: d is there, and
--8 d and -128 d differ from it in the exponent only. The other packings are expanded by the `gguf`
-package. Rows of queries and keys come back from GGUF's order (the two of a rotary pair side by
-side) to that of all other checkpoints (half a head apart).
+Q4_0, Q4_1, Q8_0 and Q4_K have groups of 32 and one scale for each, as MLX's affine packing may
+have: w = d * (q - 8), d * q + m, d * q and (d * s) * q - e * m. Scales and biases are float16: d is
+so in the file, and -8 d and -128 d differ from it in the exponent only. Q4_K's are products of a
+float16 and six bits, exact in float32 alone. The other packings are expanded by the `gguf` package.
+Rows of queries and keys come back from GGUF's order (the two of a rotary pair side by side) to that
+of all other checkpoints (half a head apart).
 
 Source: ggml-quants.c and convert_hf_to_gguf.py of llama.cpp.
 """
@@ -23,7 +24,7 @@ import numpy as np
 from mlx_vlm_pipes.dtypes import DType
 from mlx_vlm_pipes.errors import UnsupportedModel, WeightsError, clip
 from mlx_vlm_pipes.gguf.config import GROUP_SIZE, PACKED_BITS, is_packed, rotary_heads
-from mlx_vlm_pipes.gguf.header import GGUFHeader, TensorEntry, read_gguf
+from mlx_vlm_pipes.gguf.header import BLOCK_SIZES, GGUFHeader, TensorEntry, read_gguf
 from mlx_vlm_pipes.quantization import QuantizationEncoding
 from mlx_vlm_pipes.weights.checkpoint import StoredPart, WeightData
 from mlx_vlm_pipes.weights.safetensors import Header, TensorInfo
@@ -133,7 +134,7 @@ def _read(
     """A tensor, or a part of a packed one, in the order of rows that other checkpoints have."""
     raw = np.frombuffer(header.read(entry), dtype=np.uint8)
     if is_packed(entry):
-        blocks = raw.reshape(*entry.shape[:-1], entry.shape[-1] // GROUP_SIZE, -1)
+        blocks = raw.reshape(*entry.shape[:-1], entry.shape[-1] // BLOCK_SIZES[entry.kind], -1)
         values = _UNPACKERS[entry.kind](blocks, part)
         values = values.reshape(*entry.shape[:-1], -1)
     elif entry.kind == "BF16":
@@ -147,7 +148,11 @@ def _read(
     array = mx.array(values)
     if entry.kind == "BF16":
         array = array.view(mx.bfloat16)
-    return array if values.dtype == np.uint32 else array.astype(dtype.to_mx())
+    if values.dtype == np.uint32 or array.dtype == dtype.to_mx():
+        return array
+    array = array.astype(dtype.to_mx())
+    mx.eval(array)  # or the wider array would stay beside it until somebody evaluates this one
+    return array
 
 
 def _halves_apart(rows: np.ndarray, heads: int) -> np.ndarray:
@@ -188,6 +193,20 @@ def _q4_1(blocks: np.ndarray, part: str) -> np.ndarray:
     return _halves(blocks, 2 if part == "biases" else 0)
 
 
+def _q4_k(blocks: np.ndarray, part: str) -> np.ndarray:
+    """Eight groups a block; two lie in each 32 bytes, one in the low halves, one in the high."""
+    if part == "weight":
+        pairs = blocks[..., 16:].reshape(*blocks.shape[:-1], 4, 1, GROUP_SIZE)
+        codes = np.concatenate([pairs & 15, pairs >> 4], axis=-2)
+        return (codes[..., ::2] | (codes[..., 1::2] << 4)).view(np.uint32)
+    first, second, high = (blocks[..., start : start + 4] for start in (4, 8, 12))
+    is_scale = part == "scales"
+    low, rest = (first, high & 15) if is_scale else (second, high >> 4)
+    six_bits = np.concatenate([low & 63, rest | (low >> 6 << 4)], axis=-1)
+    factor = _halves(blocks, 0 if is_scale else 2).astype(np.float32)[..., None]
+    return factor * six_bits if is_scale else -factor * six_bits
+
+
 def _q8_0(blocks: np.ndarray, part: str) -> np.ndarray:
     if part == "weight":
         return (np.ascontiguousarray(blocks[..., 2:]) ^ 128).view(np.uint32)
@@ -197,5 +216,6 @@ def _q8_0(blocks: np.ndarray, part: str) -> np.ndarray:
 _UNPACKERS: dict[str, Callable[[np.ndarray, str], np.ndarray]] = {
     "Q4_0": _q4_0,
     "Q4_1": _q4_1,
+    "Q4_K": _q4_k,
     "Q8_0": _q8_0,
 }

@@ -57,7 +57,7 @@ def test_the_pool_follows_a_row_that_grows_to_3000_tokens(
         if cache.nbytes:
             shares.append((mx.get_cache_memory() - MB) / cache.nbytes)
     # for one step the old arrays are there, then half of what is in use may be
-    assert max(shares) < 1.1
+    assert max(shares) < 1.25
     assert np.mean(shares) < 0.4
 
 
@@ -178,10 +178,10 @@ def test_a_picture_too_large_for_the_device_is_refused(monkeypatch: pytest.Monke
     request = next(r for r in fixture_requests(IDEFICS3).values() if r["images"])
     asked = driven.context(request["prompt"], request["images"], max_tokens=4)
     state = driven.scheduler.state
-    require_room(state, asked, 4)
+    require_room(state, asked, 4, scored=False)
     state.memory_bytes = driven.model.weight_bytes + 10_000
     with pytest.raises(OutOfBudget, match=r"one of its pictures alone takes .* give smaller ones"):
-        require_room(state, asked, 4)
+        require_room(state, asked, 4, scored=False)
 
 
 def test_pictures_are_encoded_apart_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:

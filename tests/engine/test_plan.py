@@ -40,3 +40,16 @@ def test_what_cannot_fit_is_said() -> None:
     assert not plan.fits
     assert "does not fit" in str(plan)
     pipe.close()
+
+
+@on_cpu_only("elsewhere attention keeps no scores, or keeps them in 16 bits")
+def test_a_plan_in_16_bits_counts_scores_in_float32() -> None:
+    prompt = "a large red circle above a small blue square " * 110
+    with load(dtype="bfloat16") as pipe:
+        pipe.generate(prompt, max_tokens=2)
+        pipe.engine.forget()
+        plan = pipe.plan(prompt, max_tokens=2)
+        pipe.engine.worker.call(mx.reset_peak_memory)
+        pipe.generate(prompt, max_tokens=2)
+        measured = pipe.peak_memory_bytes()
+    assert measured <= plan.peak_bytes <= 1.35 * measured

@@ -107,7 +107,7 @@ def test_a_mixed_batch_gives_what_each_gives_alone(pipe: Pipeline, adapters: lis
         np.testing.assert_allclose(scores, alone[name][1], atol=1e-4)
 
 
-def load_logits(path: Path) -> np.ndarray:
+def load_logits(path: Path, base: Path = BASE) -> np.ndarray:
     """The logits of the base with the adapter merged into its weights beforehand."""
     import shutil
     import tempfile
@@ -115,18 +115,43 @@ def load_logits(path: Path) -> np.ndarray:
     from mlx_vlm_pipes.weights import merge_into, read_adapter
     from mlx_vlm_pipes.weights.layout import TEXT_LAYOUTS
 
-    tensors: dict[str, mx.array] = mx.load(str(BASE / "model.safetensors"))  # pyright: ignore[reportAssignmentType]  # a dictionary for safetensors
+    tensors: dict[str, mx.array] = mx.load(str(base / "model.safetensors"))  # pyright: ignore[reportAssignmentType]  # a dictionary for safetensors
+    tensors = {name: array.astype(mx.float32) for name, array in tensors.items()}
     for module, pair in read_adapter(path, "x", TEXT_LAYOUTS).layers.items():
         stored = f"model.{module.removeprefix('language_model.')}.weight"
         tensors[stored] = merge_into(tensors[stored], pair)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "merged"
-        shutil.copytree(BASE, folder)
+        shutil.copytree(base, folder)
         mx.save_safetensors(str(folder / "model.safetensors"), tensors)
         merged = load(folder, dtype="float32")
         logits = merged.logits(PROMPT)
         merged.close()
     return logits
+
+
+def test_linears_that_the_checkpoint_stacks_are_adapted(tmp_path: Path) -> None:
+    base, numbers, tensors = FIXTURES / "phi3-partial", np.random.default_rng(0), {}
+    weights: dict[str, mx.array] = mx.load(str(base / "model.safetensors"))  # pyright: ignore[reportAssignmentType]  # a dictionary for safetensors
+    names = ["self_attn.qkv_proj", "mlp.gate_up_proj"]
+    for name in names:
+        at = f"model.layers.0.{name}"
+        outputs, inputs = weights[f"{at}.weight"].shape
+        for half, shape in (("lora_a", (inputs, 4)), ("lora_b", (4, outputs))):
+            values = numbers.normal(0, 0.3, shape).astype(np.float32)
+            tensors[f"{at}.{half}"] = mx.array(values)
+    mx.save_safetensors(str(tmp_path / "adapters.safetensors"), tensors)
+    keys = {"rank": 4, "scale": 2.0, "dropout": 0.0, "keys": names}
+    config = {"fine_tune_type": "lora", "num_layers": -1, "lora_parameters": keys}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    pipe, plain = load(base, dtype="float32", adapter=tmp_path), load(base, dtype="float32")
+    try:
+        expected = load_logits(tmp_path, base)
+        assert np.abs(expected - plain.logits(PROMPT)).max() > 0.1
+        assert np.abs(pipe.logits(PROMPT) - expected).max() < 5e-4
+    finally:
+        pipe.close()
+        plain.close()
 
 
 def test_prefixes_are_not_shared_between_adapters(pipe: Pipeline) -> None:

@@ -18,8 +18,8 @@ from tests.gguf_file import pairs_together, write, write_case
 
 gguf = pytest.importorskip("gguf", reason="the gguf package writes these files")
 
-BLOCKS = {"Q4_0": 4, "Q4_1": 4, "Q8_0": 8}
-EXPANDED = ["Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"]
+BLOCKS = {"Q4_0": 4, "Q4_1": 4, "Q4_K": 4, "Q8_0": 8}
+EXPANDED = ["Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"]
 ENTRIES = {
     "general.architecture": "llama", "llama.attention.head_count": 4,
     "llama.attention.head_count_kv": 2,
@@ -59,7 +59,7 @@ def test_a_file_gives_the_logits_of_the_folder_that_it_was_made_of(
 
 @pytest.mark.parametrize("kind", BLOCKS)
 def test_packed_blocks_are_repacked_without_loss(tmp_path: Path, kind: str) -> None:
-    raw = blocks(kind, 64, 96)
+    raw = blocks(kind, 64, 512)
     file = write(tmp_path / "m.gguf", ENTRIES, {"blk.0.ffn_up.weight": (raw, kind)})
     state = load_state_dict(load_weights(file))
     weight, scales, biases = (state[f"blk.0.ffn_up.{p}"] for p in ("weight", "scales", "biases"))
@@ -114,7 +114,7 @@ def test_rows_of_queries_and_keys_are_put_back(tmp_path: Path, kind: str) -> Non
         assert np.allclose(np.array(found), want, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", BLOCKS)
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
 def test_a_packed_model_answers_as_its_expanded_twin(tmp_path: Path, kind: str) -> None:
     prompt = [{"role": "user", "content": "What is this?"}]
     files = [

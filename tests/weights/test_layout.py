@@ -80,6 +80,7 @@ def test_text_layouts(layout: Layout) -> None:
         + ["language_model.lm_head.weight"],
         "bare decoder": names,
         "canonical": [f"language_model.{name}" for name in names],
+        "gguf": ["token_embd.weight", "blk.3.ffn_up.weight", "output_norm.weight", "output.weight"],
     }[layout.name]
     assert detect_layout(stored, TEXT_LAYOUTS) is layout
     assert list(map_names(stored, layout).values()) == [f"language_model.{n}" for n in names]

@@ -24,7 +24,8 @@ from mlx_vlm_pipes.hf_config import read_config
 from mlx_vlm_pipes.interfaces import ReturnLogits
 from mlx_vlm_pipes.kv_cache import cache_format
 from mlx_vlm_pipes.loading import LoadOptions, load_model
-from mlx_vlm_pipes.nn.decoder import DecoderConfig, DenseDecoder
+from mlx_vlm_pipes.nn.decoder import DenseDecoder
+from mlx_vlm_pipes.nn.decoder_config import DecoderConfig
 from mlx_vlm_pipes.nn.language_model import LanguageModel
 from mlx_vlm_pipes.nn.lora import attach_loras
 from mlx_vlm_pipes.nn.rope import RopeSpec

@@ -23,6 +23,7 @@ from mlx_vlm_pipes.engine.state import EngineConfig
 from mlx_vlm_pipes.pipeline import GenerationResult, Pipeline
 
 ROWS = 8
+HALVES = ("float16", "bfloat16")
 SAME = 2e-4  # of a log-probability, in float32; the order of a sum depends on the way
 LOGITS_SAME = 1e-4  # of the largest logit
 BEST = 5  # tokens at each place whose log-probabilities are compared
@@ -45,7 +46,7 @@ def check_agreement(record: Recorder, folder: Path) -> None:
             _same(record, "cached prefix", again, alone)
         _check_slices(record, folder, cases, whole)
         _check_other_ways(record, folder, cases, alone)
-    for dtype in ("float16", "bfloat16"):
+    for dtype in HALVES:
         remedy = "use EngineConfig(max_batch_size=1), or another dtype"
         with record.trying(f"eight rows, {dtype}", remedy), opened(folder, dtype=dtype) as pipe:
             found = [one.tokens for one in answers_together(pipe, cases)]

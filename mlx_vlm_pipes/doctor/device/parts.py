@@ -18,8 +18,9 @@ from mlx_vlm_pipes.doctor.device.figures import measure_machine
 from mlx_vlm_pipes.doctor.device.precision import check_precision
 from mlx_vlm_pipes.doctor.device.report import Emit, Recorder
 from mlx_vlm_pipes.doctor.device.sampling import check_sampling
+from mlx_vlm_pipes.doctor.report import GB
 from mlx_vlm_pipes.dtypes import default_device
-from mlx_vlm_pipes.engine.engine import machine_memory
+from mlx_vlm_pipes.engine.memory import machine_memory
 from mlx_vlm_pipes.errors import InputError
 from mlx_vlm_pipes.loading import BUNDLED
 
@@ -60,9 +61,10 @@ def run_part(name: str, model: Path | None, emit: Emit) -> None:
 
 
 def machine_facts() -> dict[str, Any]:
-    """Chip, system, versions, memory in bytes, and the variables that MLX reads."""
+    """Chip, system, versions, memory, and the variables that MLX reads."""
     device = default_device()
     info = mx.device_info(device.mx_device)
+    recommended = info.get("max_recommended_working_set_size")
     settings = {name: value for name, value in os.environ.items() if name.startswith("MLX_")}
     return {
         "chip": str(info.get("device_name", platform.processor())),
@@ -72,8 +74,9 @@ def machine_facts() -> dict[str, Any]:
         "python": platform.python_version(),
         "mlx": mx.__version__,  # pyright: ignore[reportAttributeAccessIssue]  # not in the stubs
         "mlx_vlm_pipes": __version__,
-        "memory": machine_memory(device),
-        "recommended memory": info.get("max_recommended_working_set_size", "MLX names none"),
+        "memory, GB": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GB, 2),
+        "recommended, GB": round(int(recommended) / GB, 2) if recommended else "MLX names none",
+        "for models, GB": round(machine_memory(device) / GB, 2),
         "cores": os.cpu_count(),
         "settings": " ".join(f"{k}={v}" for k, v in sorted(settings.items())) or "none",
     }

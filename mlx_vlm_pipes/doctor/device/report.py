@@ -141,7 +141,7 @@ class DeviceReport:
             lines += [f"  {check}" for check in self.checks if check.part == part]
         for subject, values in self.figures.items():
             lines += ["", f"{subject}:"]
-            lines += [f"  {name + ':':34}{_shown(value)}" for name, value in values.items()]
+            lines += [f"  {name + ':':40}{_shown(value)}" for name, value in values.items()]
         return [*lines, "", f"verdict: {self.verdict}"]
 
 
