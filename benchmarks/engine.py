@@ -99,6 +99,32 @@ def long_context(scheduler: Scheduler, rounds: int) -> None:
     )
 
 
+def batch_step(scheduler: Scheduler, lengths: list[int]) -> float:
+    """Seconds of a decode step of rows with these contexts, at sizes that it is compiled for."""
+    for length in lengths:
+        submit(scheduler, length, 45)
+    while len(scheduler.running) < len(lengths):
+        scheduler.step()
+    times = []
+    busy = True
+    while busy:
+        begun = time.perf_counter()
+        busy = scheduler.step()
+        times.append(time.perf_counter() - begun)
+    return statistics.median(times[-20:-4])
+
+
+def uneven_batch(scheduler: Scheduler, rounds: int) -> None:
+    sides = {
+        "together": lambda: batch_step(scheduler, [3000, *[40] * 15]),
+        "3000": lambda: batch_step(scheduler, [3000]),
+        "40": lambda: batch_step(scheduler, [40] * 15),
+    }
+    found = medians(max(1, rounds // 2), sides)
+    ratio = found["together"] / (found["3000"] + found["40"])
+    print(f"a step of one row of 3000 and 15 of 40: {ratio:.2f} of the two apart (bar 1.3)")
+
+
 def long_answer(scheduler: Scheduler) -> None:
     times = step_times(scheduler, 50, 1000)
     early, late = statistics.median(times[50:150]), statistics.median(times[-100:])
@@ -154,6 +180,7 @@ def main() -> None:
         scheduler = text_scheduler(folder)
         ragged_prefill(scheduler, rounds)
         long_context(scheduler, rounds)
+        uneven_batch(scheduler, rounds)
         long_answer(scheduler)
         wide = {
             "text_config": {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6,

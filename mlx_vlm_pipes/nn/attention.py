@@ -26,6 +26,7 @@ from mlx_vlm_pipes.rounding import attend
 
 TILE = 256  # tokens of a quantised cache that prefill dequantises at a time
 DECODE_TILE = 2048  # tokens whose scores a decode step holds at a time; nothing is dequantised
+WHOLE_SCORES = 1 << 24  # numbers that a decode step on a GPU may hold at once: there kernels count
 _HIDDEN = -1e30  # the score of a key that is not seen
 
 
@@ -118,7 +119,8 @@ def decode_attention(
         return attend(q, keys.astype(q.dtype), values.astype(q.dtype), scale=scale, mask=mask)
     grouped = _grouped(q, cached[0].shape[2])  # [B, K, H / K, D]
     capacity = mask.shape[-1]
-    if capacity <= DECODE_TILE:
+    whole = WHOLE_SCORES // (q.shape[0] * q.shape[1]) if format.on_gpu else 0
+    if capacity <= max(DECODE_TILE, whole):
         scores = format.scores(grouped, cached)
         if math.frexp(scale)[0] != 0.5:  # a power of two leaves the digits of any type
             scores = scores.astype(mx.float32)
