@@ -20,9 +20,8 @@ from mlx_vlm_pipes.registry import find_facts
 ACTIVATIONS = (
     "gelu", "gelu_10", "gelu_accurate", "gelu_fast", "gelu_new", "gelu_python", "gelu_python_tanh",
     "gelu_pytorch_tanh", "hardswish", "laplace", "leaky_relu", "linear", "mish", "quick_gelu",
-    "relu", "relu2", "relu6", "sigmoid", "silu", "sqrtsoftplus", "swish", "tanh",
+    "prelu", "relu", "relu2", "relu6", "sigmoid", "silu", "sqrtsoftplus", "swish", "tanh", "xielu",
 )  # fmt: skip
-LEARNED_ACTIVATIONS = ("prelu", "xielu")  # the others of transformers' ACT2FN
 
 _EVERY_ROPE_KEYS = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
 _LONGROPE_KEYS = (
@@ -186,11 +185,6 @@ def require_vision_config(config: Any) -> Any:
 def activation_name(config: Any, *names: str, default: str) -> str:
     """The name of an activation. Raises: ConfigError for one that we do not have."""
     name = lookup(config, *names, default=default)
-    if name in LEARNED_ACTIVATIONS:
-        raise ConfigError(
-            f"{names[0]} {name!r} has weights of its own in every layer, which no released "
-            "checkpoint of these architectures holds; expected one without"
-        )
     if name not in ACTIVATIONS:
         raise ConfigError(f"{names[0]} {shown(name)}; supported: {', '.join(ACTIVATIONS)}")
     return name

@@ -67,7 +67,7 @@ FAULTS = {
         errors.ConfigError,
         "yarn",
     ),
-    "unknown activation": (edit_config(hidden_act="xielu"), errors.ConfigError, "xielu"),
+    "unknown activation": (edit_config(hidden_act="swiglu"), errors.ConfigError, "swiglu"),
     "more layers": (edit_config(num_hidden_layers=9), errors.WeightsError, "missing"),
     "fewer layers": (edit_config(num_hidden_layers=1), errors.WeightsError, "unexpected"),
     "another width": (edit_config(intermediate_size=72), errors.WeightsError, "mis-shaped"),

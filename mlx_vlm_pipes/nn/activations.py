@@ -1,6 +1,6 @@
 """Activations by their config.json name.
 
-Source: transformers 5.23 activations.py, ACT2FN; without prelu and xielu, which have weights.
+Source: transformers 5.23 activations.py, ACT2FN.
 """
 
 from __future__ import annotations
@@ -33,6 +33,12 @@ def _softplus(x: mx.array) -> mx.array:
     return mx.logaddexp(x, mx.zeros_like(x))
 
 
+def _bfloat16_softplus(x: mx.array) -> mx.array:
+    """Of x rounded to bfloat16, computed in float32: bfloat16."""
+    rounded = x.astype(mx.bfloat16).astype(mx.float32)
+    return _softplus(rounded).astype(mx.bfloat16)
+
+
 def _mish(x: mx.array) -> mx.array:
     return x * mx.tanh(_softplus(x))
 
@@ -45,7 +51,45 @@ def _relu_squared(x: mx.array) -> mx.array:
     return mx.square(nn.relu(x))
 
 
-# its names are hf_config.ACTIVATIONS, which are checked without MLX
+class PReLU(nn.Module):
+    """x above 0, below it x times a learned slope: any shape and dtype in, the same out.
+
+    weight [1]. Source: torch.nn.PReLU.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = mx.full((1,), 0.25)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return mx.where(x > 0, x, self.weight * x).astype(x.dtype)
+
+
+class XIELU(nn.Module):
+    """Quadratic above 0, an integrated ELU below: any shape and dtype in, the same out.
+
+    alpha_p and alpha_n [1] (learned, before the softplus); beta and eps [] (constants, but kept in
+    checkpoints). transformers holds all four in bfloat16, whatever dtype a model is loaded in, and
+    so do we. Source: transformers XIELUActivation; https://arxiv.org/abs/2411.13010.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alpha_p, self.alpha_n = mx.zeros((1,)), mx.zeros((1,))
+        self.beta, self.eps = mx.array(0.5), mx.array(-1e-6)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        beta, eps = self.beta.astype(mx.bfloat16), self.eps.astype(mx.bfloat16)
+        positive = _bfloat16_softplus(self.alpha_p)
+        negative = beta + _bfloat16_softplus(self.alpha_n)
+        above = positive * x * x + beta * x
+        below = (mx.expm1(mx.minimum(x, eps)) - x) * negative + beta * x
+        return mx.where(x > 0, above, below).astype(x.dtype)
+
+
+# their parameters lie in checkpoints below the name that a module gives its activation
+_LEARNED: dict[str, type[PReLU | XIELU]] = {"prelu": PReLU, "xielu": XIELU}
+# the names of both tables are hf_config.ACTIVATIONS, which are checked without MLX
 _ACTIVATIONS: dict[str, Activation] = {
     "gelu": nn.gelu,
     "gelu_10": _clipped_gelu,
@@ -73,7 +117,13 @@ _ACTIVATIONS: dict[str, Activation] = {
 
 
 def activation(name: str) -> Activation:
-    """Raises: ConfigError naming an activation that we do not know."""
+    """A function, or a new module where it has weights: name it as checkpoints do.
+
+    Raises: ConfigError naming an activation that we do not know.
+    """
+    if name in _LEARNED:
+        return _LEARNED[name]()
     if name not in _ACTIVATIONS:
-        raise ConfigError(f"hidden_act {name!r}; supported: {', '.join(_ACTIVATIONS)}")
+        supported = ", ".join(sorted({*_ACTIVATIONS, *_LEARNED}))
+        raise ConfigError(f"hidden_act {name!r}; supported: {supported}")
     return _ACTIVATIONS[name]

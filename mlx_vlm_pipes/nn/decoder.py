@@ -272,13 +272,14 @@ class MLP(Projections):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.inner = inner
-        self.act, self.residual_multiplier = (
-            activation(config.hidden_act), config.residual_multiplier
-        )  # fmt: skip
-        if config.stacked_mlp:
+        self.inner, self.stacked = inner, config.stacked_mlp
+        self.residual_multiplier = config.residual_multiplier
+        act = activation(config.hidden_act)
+        if config.stacked_mlp:  # as in Phi-3, which has another name for the activation too
+            self.activation_fn = act
             self.gate_up_proj = nn.Linear(hidden, 2 * inner, bias=bias)
         else:
+            self.act_fn = act
             self.gate_proj = nn.Linear(hidden, inner, bias=bias)
             self.up_proj = nn.Linear(hidden, inner, bias=bias)
         self.down_proj = nn.Linear(inner, hidden, bias=bias)
@@ -298,7 +299,8 @@ class MLP(Projections):
             gate, up = self.apart("gate_up_proj", names, x, slots)
         else:
             gate, up = mx.split(self.side_by_side("gate_up_proj", names, x, slots), 2, axis=-1)
-        return self.into("down_proj", self.act(gate) * up, residual, slots)
+        act = self.activation_fn if self.stacked else self.act_fn
+        return self.into("down_proj", act(gate) * up, residual, slots)
 
 
 class DecoderLayer(nn.Module):

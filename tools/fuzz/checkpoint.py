@@ -18,7 +18,7 @@ from tools.make_fixtures.families.family import Arrays, Pictures
 from tools.make_fixtures.tokenizer import write_json
 
 from .clips import CLIP_TEXT
-from .knobs import TEXT
+from .knobs import QWEN_TEXT, TEXT
 from .plain import PLAIN
 
 IMAGE_PROCESSORS = {
@@ -59,7 +59,7 @@ def make(family: str, knobs: Json, folder: Path) -> Checkpoint:
 
 def _family(family: str, knobs: Json, folder: Path) -> Family:
     parts = copy.deepcopy(PLAIN[family])
-    options = {}
+    options = {"style": "qwen"} if family in QWEN_TEXT else {}
     for name, value in knobs.items():
         section, _, key = name.partition(".")
         if section in ("text", "vision"):

@@ -10,6 +10,8 @@ those that have to fit each other.
 import copy
 import random
 
+from transformers.activations import ACT2FN
+
 from tools.make_fixtures.case import Json
 
 Knobs = dict[str, list]
@@ -22,12 +24,9 @@ RARE = {
     "image.max_image_size": 0.05,
     "image.do_resize": 0.08,
     "image.do_rescale": 0.08,
+    "video.do_rescale": 0.08,
 }
-ACTIVATIONS = [
-    "gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "quick_gelu", "silu", "swish", "gelu_fast",
-    "gelu_python", "gelu_accurate", "relu2", "relu6", "mish", "tanh", "sigmoid", "linear",
-    "leaky_relu", "laplace",
-]  # fmt: skip
+ACTIVATIONS = sorted(ACT2FN)
 THETAS = [500.0, 10000.0, 500000.0, 1e6]
 LLAMA3: Json = {
     "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
@@ -73,7 +72,7 @@ DECODER: Knobs = {
 HEAD_DIM: Knobs = {"text.head_dim": [8, 12, 16]}
 FILES: Knobs = {
     "options.config_style": ["v5"],
-    "options.dtype": ["bfloat16"],
+    "options.dtype": ["bfloat16", "float16"],
     "options.shards": [2, 3],
     "options.tokenizer_form": ["v5", "dicts"],
     "options.generation": [None, {"do_sample": True, "temperature": 0.6}, {"max_length": 99}],
@@ -96,7 +95,7 @@ QWEN_WINDOWS: Knobs = {  # the layers from `max_window_layers` on see a window
         for first in (0, 1, 28)
     ],
 }
-STYLES: Knobs = {"options.style": ["llama2", "pixtral", "internvl_chat", "llama3"]}
+STYLES: Knobs = {"options.style": ["llama2", "pixtral", "internvl_chat", "llama3", "qwen"]}
 
 
 # The factors are filled in when the size of a head is known.
@@ -133,7 +132,17 @@ TEXT: dict[str, Knobs] = {
         "text.sliding_window": WINDOWS,
     },
     "olmo": {"text.clip_qkv": [None, 0.3, 8.0], "text.attention_bias": [True]},
+    "qwen2": QWEN_WINDOWS,
+    "qwen3": {"text.attention_bias": [True], **HEAD_DIM, **QWEN_WINDOWS},
+    "smollm3": {
+        "text.attention_bias": [True],
+        "text.mlp_bias": [True],
+        "text.no_rope_layer_interval": [1, 2, 3],
+        "text.*window": [{"use_sliding_window": True, "sliding_window": w} for w in (4, 12, 4096)],
+    },
 }  # fmt: skip
+# For these model types transformers 5 makes tokenizers that normalise text, whatever the file says.
+QWEN_TEXT = ("qwen2", "qwen3")
 PIXELS: Knobs = {
     "image.*mean": [
         {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]},
@@ -151,6 +160,9 @@ PIXELS: Knobs = {
 CLIPS: Knobs = {
     "video.*mean": [{"image_mean": [0.2, 0.3, 0.4], "image_std": [0.6, 0.5, 0.4]}],
     "video.resample": [2, 3],
+    "video.do_normalize": [False],
+    "video.do_rescale": [False],
+    "video.rescale_factor": [1 / 127.5, 0.01],
 }
 TOWER: Knobs = {
     "vision.hidden_act": ACTIVATIONS,
@@ -224,6 +236,8 @@ VISION: dict[str, Knobs] = {
         "outer.projector_hidden_act": ACTIVATIONS,
         "outer.vision_feature_layer": [-2, 1],
         "vision.use_absolute_position_embeddings": [False],
+        "image.crop_to_patches": [True],
+        "image.min_patches": [2, 3],
     },
     "internvl_chat": {**TOWER, **INTERNVL},
     "qwen2_5_vl": {
@@ -256,6 +270,8 @@ def knobs_of(family: str) -> Knobs:
         if family == "phi3":  # transformers writes no other scaling
             knobs["text.rope_parameters"] = [r for r in ROPES if r["rope_type"] == "default"]
             del knobs["text.*dynamic"]
+        if family in QWEN_TEXT:
+            del knobs["options.style"]
         del knobs["file.sparse_processor"]
         return knobs
     knobs = {**DECODER, **FILES, **CONVERT, **PIXELS, **VISION[family]}

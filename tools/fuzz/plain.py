@@ -28,6 +28,9 @@ PLAIN: dict[str, Json] = {
     "granite": {"text": SMALL | MULTIPLIERS},
     "phi3": {"text": SMALL | {"original_max_position_embeddings": 512, "sliding_window": None}},
     "olmo": {"text": _OLMO},
+    "qwen2": {"text": SMALL},
+    "qwen3": {"text": SMALL},
+    "smollm3": {"text": SMALL},
     "idefics3": {
         "text": TEXT,
         "vision": VISION | {"image_size": 32, "patch_size": 8},

@@ -48,7 +48,7 @@ class Options:
 
     config_style: str = "hub"  # or "v5"
     original_names: bool = True  # tensor names as transformers 4 wrote them, where they differ
-    dtype: str = "float32"  # or "bfloat16"
+    dtype: str = "float32"  # or "bfloat16", "float16"
     shards: int = 1
     style: str | None = None  # tokenizer style, where it is not the family's own
     template_in: str | None = None  # where the chat template goes, see tokenizer.py

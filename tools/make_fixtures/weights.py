@@ -28,9 +28,9 @@ def randomise(model: torch.nn.Module, seed: int, quiet_ids: Collection[int], *, 
         parameter.copy_(torch.from_numpy(value.astype(np.float32)))
 
 
-def round_to_bfloat16(model: torch.nn.Module) -> None:
+def round_to(model: torch.nn.Module, dtype: torch.dtype) -> None:
     for parameter in model.parameters():
-        parameter.copy_(parameter.bfloat16().float())
+        parameter.copy_(parameter.to(dtype).float())
 
 
 def _draw(

@@ -77,12 +77,12 @@ class VisionMLP(nn.Module):
 
     def __init__(self, config: Idefics3VisionConfig) -> None:
         super().__init__()
-        self.act = activation(config.hidden_act)
+        self.activation_fn = activation(config.hidden_act)
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.fc2(self.act(self.fc1(x)))
+        return self.fc2(self.activation_fn(self.fc1(x)))
 
 
 class VisionLayer(nn.Module):

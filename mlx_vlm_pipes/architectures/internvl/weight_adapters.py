@@ -51,7 +51,7 @@ def _native(prefix: str) -> tuple[Prefix, ...]:
         Prefix(tower + "layernorm.", "vision_model.layernorm."),
         *(
             Prefix(f"{prefix}multi_modal_projector.{name}.", f"multi_modal_projector.{name}.")
-            for name in ("layer_norm", "linear_1", "linear_2")
+            for name in ("layer_norm", "linear_1", "act", "linear_2")
         ),
     )
 
@@ -59,6 +59,9 @@ def _native(prefix: str) -> tuple[Prefix, ...]:
 _ORIGINAL = (
     Prefix("vision_model.embeddings.", "vision_model.embeddings."),
     Prefix("vision_model.encoder.layers.*.", "vision_model.encoder.layers.*."),
+    Prefix(
+        "vision_model.encoder.layers.*.mlp.act.", "vision_model.encoder.layers.*.mlp.activation_fn."
+    ),
     Prefix("mlp1.0.", "multi_modal_projector.layer_norm."),
     Prefix("mlp1.1.", "multi_modal_projector.linear_1."),
     Prefix("mlp1.3.", "multi_modal_projector.linear_2."),

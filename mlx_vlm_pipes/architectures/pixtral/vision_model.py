@@ -99,13 +99,13 @@ class PixtralMLP(nn.Module):
     def __init__(self, config: PixtralConfig) -> None:
         super().__init__()
         hidden, inner = config.vision_hidden_size, config.vision_intermediate_size
-        self.act = activation(config.vision_hidden_act)
+        self.act_fn = activation(config.vision_hidden_act)
         self.gate_proj = nn.Linear(hidden, inner, bias=False)
         self.up_proj = nn.Linear(hidden, inner, bias=False)
         self.down_proj = nn.Linear(inner, hidden, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
 class PixtralLayer(nn.Module):

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mlx_vlm_pipes.architectures.pixtral.model_config import PixtralConfig
 
 _VISION_CHILDREN = ("patch_conv.", "ln_pre.", "transformer.layers.")
-_PROJECTOR_CHILDREN = ("linear_1.", "linear_2.")
+_PROJECTOR_CHILDREN = ("linear_1.", "act.", "linear_2.")
 
 
 def _vision(tower: str, projector: str) -> tuple[Prefix, ...]:

@@ -37,13 +37,13 @@ class MLP(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         size, inner = config.hidden_size, config.intermediate_size
-        self.act = activation(config.hidden_act)
+        self.act_fn = activation(config.hidden_act)
         self.gate_proj = nn.Linear(size, inner)
         self.up_proj = nn.Linear(size, inner)
         self.down_proj = nn.Linear(inner, size)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
 def _block(config: VisionConfig) -> SegmentBlock:

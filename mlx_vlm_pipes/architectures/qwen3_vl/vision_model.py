@@ -25,12 +25,12 @@ class MLP(nn.Module):
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        self.act = activation(config.hidden_act)
+        self.act_fn = activation(config.hidden_act)
         self.linear_fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.linear_fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.linear_fc2(self.act(self.linear_fc1(x)))
+        return self.linear_fc2(self.act_fn(self.linear_fc1(x)))
 
 
 def _block(config: VisionConfig) -> SegmentBlock:

@@ -93,7 +93,7 @@ def test_image_seq_len(image_size: int, patch_size: int, scale_factor: int, toke
         ("", {"scale_factor": 4}, ConfigError, "26 patches a side .* scale_factor 4"),
         ("vision_config", {"model_type": "clip_vision_model"}, UnsupportedModel, "clip_vision"),
         ("vision_config", {"num_attention_heads": 5}, ConfigError, "48 .* 5 heads"),
-        ("vision_config", {"hidden_act": "xielu"}, ConfigError, "xielu"),
+        ("vision_config", {"hidden_act": "swiglu"}, ConfigError, "swiglu"),
         ("vision_config", {"image_size": 7}, ConfigError, "0 patches a side"),
         ("text_config", {"model_type": "mamba"}, UnsupportedModel, "mamba"),
         ("text_config", {"rope_scaling": {"rope_type": "yarn"}}, ConfigError, "yarn"),

@@ -108,7 +108,7 @@ def test_finalize() -> None:
         ({"vision_feature_layer": -4}, "vision_feature_layer -4"),
         ({"vision_feature_layer": [1, 2]}, "one layer number"),
         ({"vision_feature_select_strategy": "full"}, "'full'"),
-        ({"projector_hidden_act": "xielu"}, "'xielu'"),
+        ({"projector_hidden_act": "swiglu"}, "'swiglu'"),
         ({"text_config": {**TEXT, "model_type": "internlm2"}}, "'internlm2'"),
         ({"vision_config": {**VISION, "norm_type": "batch_norm"}}, "'batch_norm'"),
         ({"vision_config": {**VISION, "num_attention_heads": 5}}, "5 heads"),

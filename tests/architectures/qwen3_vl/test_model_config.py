@@ -81,7 +81,7 @@ def test_max_seq_len() -> None:
         ("text_config", {"rope_scaling": {**SECTIONS, "mrope_interleaved": False}}, "take turns"),
         ("text_config", {"rope_scaling": {**SECTIONS, "rope_type": "yarn"}}, "yarn"),
         ("text_config", {"hidden_size": 96}, "out_hidden_size 48.* 96"),
-        ("vision_config", {"hidden_act": "xielu"}, "xielu"),
+        ("vision_config", {"hidden_act": "swiglu"}, "swiglu"),
         ("vision_config", {"num_heads": 3}, "hidden_size 32 with 3 heads"),
         ("vision_config", {"num_position_embeddings": 50}, "50; expected a square"),
         ("vision_config", {"deepstack_visual_indexes": [0, 3]}, "blocks from 0 to 2"),

@@ -13,7 +13,7 @@ from PIL import Image
 from ..case import Case, Json, Prompt
 from ..hub_config import hub_config
 from ..tokenizer import TokenizerFiles, write_json
-from ..weights import randomise, round_to_bfloat16
+from ..weights import randomise, round_to
 
 Arrays = dict[str, np.ndarray]
 NUM_PADDED = 6  # rows of the embedding that no token uses, as real checkpoints have them
@@ -83,8 +83,8 @@ class Family:
         model = getattr(transformers, self.architecture)._from_config(config).float().eval()
         quiet = {*self.files.ids.values(), *range(self.files.size, self.vocab_size)}
         randomise(model, seed, quiet, tied=bool(config.tie_word_embeddings))
-        if self.options.dtype == "bfloat16":
-            round_to_bfloat16(model)
+        if self.options.dtype != "float32":
+            round_to(model, getattr(torch, self.options.dtype))
         return model
 
     def save_tokenizer(self) -> None:
@@ -94,8 +94,8 @@ class Family:
         self.write_processor()
 
     def save_weights(self, model: transformers.PreTrainedModel) -> None:
-        if self.options.dtype == "bfloat16":
-            model = copy.deepcopy(model).to(torch.bfloat16)
+        if self.options.dtype != "float32":
+            model = copy.deepcopy(model).to(getattr(torch, self.options.dtype))
         names, shards = self.options.original_names, self.options.shards
         total_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
         for share in np.arange(1.0, 2.0, 0.02):
