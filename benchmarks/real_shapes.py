@@ -96,6 +96,7 @@ SHAPES: dict[str, dict[str, dict[str, Any]]] = {
             },
         },
         "preprocessor_config.json": {"patch_size": 14, "min_pixels": 3136, "max_pixels": 12845056},
+        "video_preprocessor_config.json": {"patch_size": 14},
     },
 }  # fmt: skip
 
