@@ -152,15 +152,19 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _asked(args: argparse.Namespace) -> str:
-    """The prompt. Raises: InputError where there is neither one nor a picture."""
+    """The prompt.
+
+    Raises: InputError where there is neither one nor a picture, and where standard input is to be
+    read twice.
+    """
+    if [args.prompt, *args.image].count("-") > 1:
+        raise InputError("--prompt - and --image -: standard input holds one of them, once")
     if args.prompt is None:
         if not args.image and not args.video:
             raise InputError("nothing to answer; give --prompt, --image or --video")
         return DEFAULT_PROMPT
     if args.prompt != "-":
         return args.prompt
-    if "-" in args.image:
-        raise InputError("--prompt - and --image -: standard input holds one of them")
     try:
         return _standard_input("--prompt").decode()
     except UnicodeDecodeError:

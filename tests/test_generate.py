@@ -91,6 +91,7 @@ def test_prompt_from_standard_input(
         (["--raw", "--prompt", "<image>"], "image"),
         ([], "nothing to answer; give --prompt, --image or --video"),
         (["--prompt", "-", "--image", "-"], "standard input holds one of them"),
+        (["--prompt", "x", *["--image", "-"] * 2], "standard input holds one of them"),
     ],
 )
 def test_a_mistake_is_one_line(

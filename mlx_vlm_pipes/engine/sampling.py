@@ -18,7 +18,7 @@ from mlx_vlm_pipes.contexts import SamplingParams
 from mlx_vlm_pipes.errors import InputError
 from mlx_vlm_pipes.options import SAMPLING_OPTIONS, unfit
 
-COLDEST = 1e-30  # below this temperature logits overflow: as good as greedy
+COLDEST = 1e-20  # below this temperature logits come to less than NEGATIVE: as good as greedy
 NEGATIVE = -1e30  # stands for minus infinity: survives a later subtraction
 
 

@@ -56,7 +56,9 @@ def config_values(header: GGUFHeader) -> dict[str, Any]:
         "max_position_embeddings": _count(header, "context_length"),
         "rms_norm_eps": _positive(header, "attention.layer_norm_rms_epsilon"),
         "rope_theta": theta,
-        "vocab_size": _count(header, "vocab_size", len(tokens) if tokens else None),
+        "vocab_size": _count(
+            header, "vocab_size", len(tokens) if isinstance(tokens, list) else None
+        ),
         "hidden_act": "silu",
         "tie_word_embeddings": f"{_HEAD}.weight" not in header.tensors,
     }
@@ -64,7 +66,7 @@ def config_values(header: GGUFHeader) -> dict[str, Any]:
     if scaling is not None:
         values["rope_scaling"] = scaling
     for key, name in (("bos", "bos"), ("eos", "eos"), ("padding", "pad")):
-        number = header.metadata.get(f"tokenizer.ggml.{key}_token_id")
+        number = _token_id(header, key)
         if number is not None:
             values[f"{name}_token_id"] = number
     packed = _quantization(header)
@@ -72,8 +74,11 @@ def config_values(header: GGUFHeader) -> dict[str, Any]:
 
 
 def generation_values(header: GGUFHeader) -> dict[str, Any]:
-    """Every token that ends an answer: of the text, of a turn, of a message."""
-    listed = (header.metadata.get(f"tokenizer.ggml.{k}_token_id") for k in ("eos", "eot", "eom"))
+    """Every token that ends an answer: of the text, of a turn, of a message.
+
+    Raises: ConfigError for one that is no number.
+    """
+    listed = (_token_id(header, key) for key in ("eos", "eot", "eom"))
     ends = list(dict.fromkeys(number for number in listed if number is not None))
     return {"eos_token_id": ends} if ends else {}
 
@@ -205,6 +210,17 @@ def _positive(header: GGUFHeader, key: str, default: float | None = None) -> flo
             f"{header.path}: {ARCHITECTURE}.{key} is {clip(value)}; expected a positive number"
         )
     return value
+
+
+def _token_id(header: GGUFHeader, name: str) -> int | None:
+    """The number of a named token, where there is one. Raises: ConfigError."""
+    number = header.metadata.get(f"tokenizer.ggml.{name}_token_id")
+    if number is not None and type(number) is not int:
+        raise ConfigError(
+            f"{header.path}: tokenizer.ggml.{name}_token_id is {clip(number)}; expected a whole"
+            " number"
+        )
+    return number
 
 
 def rotary_heads(header: GGUFHeader) -> dict[str, int]:

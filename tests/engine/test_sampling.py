@@ -130,6 +130,14 @@ def test_no_end_before_min_tokens() -> None:
     assert tokens[2] == best
 
 
+@pytest.mark.parametrize("temperature", [1e-31, 1e-29, 1e-20, 1e-6])
+def test_a_tiny_temperature_takes_the_largest(temperature: float) -> None:
+    x = logits_of(3) - 40  # all negative, so that they come near to what stands for dropped ones
+    for options in ({"top_k": 3}, {"top_p": 0.5}, {"repetition_penalty": 1e6}):
+        row = make(PROMPT[:0], temperature=temperature, **options)
+        assert draw(row, x) == int(x.argmax()), options
+
+
 def test_drawn_tokens_follow_the_filtered_distribution() -> None:
     x = logits_of(4)
     sampler = make(temperature=0.7, top_k=5, top_p=0.95, min_p=0.02, seed=1)

@@ -154,3 +154,12 @@ def test_a_folder_with_one_file_stands_for_it(tmp_path: Path, sound: bytes) -> N
         resolve_folder(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"")
     assert resolve_folder(tmp_path) == tmp_path
+
+
+@pytest.mark.parametrize("key", ["tokens", "eos_token_id", "eot_token_id", "padding_token_id"])
+def test_metadata_of_another_type(tmp_path: Path, key: str) -> None:
+    for value in (5.5, "x", [5]):
+        path = write_case(tmp_path / "m.gguf", "llama-tied", **{f"tokenizer__ggml__{key}": value})
+        assert f"tokenizer.ggml.{key} is" in outcome(path)
+        assert run(check.main, [str(path)]) == 1
+        assert run(generate.main, ["--model", str(path), "--prompt", "x"]) == 2

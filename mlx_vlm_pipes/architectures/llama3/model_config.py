@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
@@ -19,7 +19,7 @@ from mlx_vlm_pipes.config import (
     weights_format,
 )
 from mlx_vlm_pipes.dtypes import DeviceRef, DType
-from mlx_vlm_pipes.errors import ConfigError
+from mlx_vlm_pipes.errors import ConfigError, shown
 from mlx_vlm_pipes.hf_config import (
     AutoConfig,
     activation_name,
@@ -351,23 +351,42 @@ def _of_type(
 
 
 def _sliding_window(cfg: AutoConfig) -> tuple[int | None, tuple[bool, ...] | None]:
-    """The window in tokens and the layers it holds for (None: all)."""
-    if lookup(cfg, "model_type") in ("llama", "granite", "olmo"):
+    """The window in tokens and the layers it holds for (None: all).
+
+    Raises: ConfigError for layer_types that are not one known name for each layer.
+    """
+    kind = lookup(cfg, "model_type")
+    if kind in ("llama", "granite", "olmo"):
         return None, None  # transformers reads no window there, whatever a file has left over
+    is_for_all = kind in ("mistral", "phi3")  # and no layer_types nor use_sliding_window
+    types = None if is_for_all else _layer_types(cfg)
     if lookup(cfg, "sliding_window") is None:
         return None, None
-    if lookup(cfg, "use_sliding_window", default=True) is False:
+    is_switched = not is_for_all and (types is None or kind != "smollm3")
+    if is_switched and lookup(cfg, "use_sliding_window", default=True) is False:
         return None, None
     window = min(require_int(cfg, "sliding_window"), MAX_WINDOW)
-    types = lookup(cfg, "layer_types")
     if types is not None:
-        return window, tuple(kind == "sliding_attention" for kind in types)
+        return window, tuple(name == "sliding_attention" for name in types)
     count = require_int(cfg, "num_hidden_layers")
     turned = _turned_layers(cfg)
     if turned is not None:  # SmolLM3's windows are on the layers without positions
         return window, tuple(not turns for turns in turned)
     first = lookup(cfg, "max_window_layers")
     return window, None if first is None else tuple(i >= first for i in range(count))
+
+
+def _layer_types(cfg: AutoConfig) -> Sequence[str] | None:
+    """The kind of each layer's attention, where a file lists them. Raises: ConfigError."""
+    types, count = lookup(cfg, "layer_types"), require_int(cfg, "num_hidden_layers")
+    if types is None:
+        return None
+    if len(types) != count or not {*types} <= {"full_attention", "sliding_attention"}:
+        raise ConfigError(
+            f"layer_types is {shown(types)}, expected full_attention or sliding_attention for each"
+            f" of {count} layers"
+        )
+    return types
 
 
 def _turned_layers(cfg: AutoConfig) -> tuple[bool, ...] | None:

@@ -89,3 +89,30 @@ def test_a_window_left_over_in_a_model_without_one_is_not_read(kind: str) -> Non
     assert Llama3Config.initialize(pipeline_config(values)).sliding_window is None
     values["model_type"] = "mistral"
     assert Llama3Config.initialize(pipeline_config(values)).sliding_window == 12
+
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "layers"),
+    [
+        ("mistral", {"use_sliding_window": False}, None),
+        ("phi3", {"use_sliding_window": False, "layer_types": [FULL] * 2}, None),
+        ("smollm3", {"layer_types": [SLIDING, FULL]}, (True, False)),
+        ("smollm3", {"use_sliding_window": True, "no_rope_layers": [1, 0]}, (False, True)),
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": 1}, (False, True)),
+    ],
+)
+def test_a_type_reads_of_windows_what_transformers_reads(
+    kind: str, values: dict[str, Any], layers: tuple[bool, ...] | None
+) -> None:
+    """Source: transformers 5.23, the configuration and the modelling file of each type."""
+    config = read(model_type=kind, sliding_window=12, num_hidden_layers=2, **values)
+    assert (config.sliding_window, config.sliding_layers) == (12, layers)
+
+
+@pytest.mark.parametrize("types", [[FULL], [FULL] * 3, ["chunked_attention"] * 2])
+def test_layer_types_that_are_not_one_for_each_layer(types: list[str]) -> None:
+    with pytest.raises(ConfigError, match="for each of 2 layers"):
+        read(model_type="qwen3", num_hidden_layers=2, layer_types=types)
