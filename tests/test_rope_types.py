@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from mlx_vlm_pipes import Pipeline, load
+from mlx_vlm_pipes.conversion import ConvertOptions, convert
 from tests.device import bar
 from tests.fixtures_helper import FIXTURES
 
@@ -131,3 +132,14 @@ def test_rope_equals_transformers(tmp_path: Path, name: str, rope: str) -> None:
         assert [answer.tokens for answer in together] == answers
     finally:
         pipe.close()
+
+
+@pytest.mark.parametrize("rope", ROPES)
+@pytest.mark.parametrize("case", ["granite", "qwen25vl-v5"])
+def test_convert_takes_what_load_takes(tmp_path: Path, case: str, rope: str) -> None:
+    folder, logits = make_folder(tmp_path, case, ROPES[rope]), []
+    convert(ConvertOptions(model=folder, out=tmp_path / "out", dtype="float32", measure=False))
+    for model in (folder, tmp_path / "out"):
+        with load(model, dtype="float32") as pipe:
+            logits.append(pipe.logits(LONG, raw=True))
+    assert np.array_equal(*logits)
