@@ -21,6 +21,7 @@ from decode import SHAPES, write_model
 from engine import submit
 
 from mlx_vlm_pipes import EngineConfig
+from mlx_vlm_pipes.engine.handover import ALWAYS, NEVER
 from mlx_vlm_pipes.engine.scheduler import Scheduler
 from mlx_vlm_pipes.hf_config import read_config
 from mlx_vlm_pipes.interfaces import PipelineModelWithKVCache
@@ -31,7 +32,7 @@ ONE_LAYER = {
     "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 1,
     "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 512,
 }  # fmt: skip
-WAYS = {"early": 1 << 50, "late": 0}  # overlap_bytes
+WAYS = {"early": ALWAYS, "late": NEVER}  # overlap_bytes
 
 
 def open_folder(folder: Path, dtype: str = "auto") -> PipelineModelWithKVCache:

@@ -45,7 +45,8 @@ __all__ = [
     "Usage", "WeightsError", "load",
 ]  # fmt: skip
 
-_ELSEWHERE = {
+_HOMES = {
+    **dict.fromkeys(__all__, "errors"),  # all that have no other below
     "Chunk": "engine.requests",
     "EngineConfig": "engine.state",
     "GenerateOptions": "options",
@@ -61,7 +62,6 @@ _ELSEWHERE = {
     "Usage": "engine.requests",
     "load": "loading",
 }
-_HOMES = {name: _ELSEWHERE.get(name, "errors") for name in __all__}
 
 
 def __getattr__(name: str) -> Any:

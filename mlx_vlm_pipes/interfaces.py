@@ -228,7 +228,7 @@ class PipelineModel(StepsOnDevice, ABC, Generic[ContextT]):
 
 
 class DecoderSizes(Protocol):
-    """A decoder whose `config` says its widths (nn.decoder.DecoderConfig)."""
+    """A decoder whose `config` says its widths (nn.decoder_config.DecoderConfig)."""
 
     @property
     def config(self) -> Any: ...

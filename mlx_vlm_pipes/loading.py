@@ -46,7 +46,7 @@ def load(  # noqa: PLR0913  # the options a user may say, all but one by keyword
     compile: bool = True,
     vision_config_overrides: Mapping[str, Any] | None = None,
 ) -> Pipeline:
-    """Open a checkpoint: a folder, a hub id, or (None) the small model in the package.
+    """Open a checkpoint: a folder, GGUF file or hub id, or (None) the small model in the package.
 
     Args: dtype "auto" is the checkpoint's own on a GPU and float32 on a CPU; device "cpu" or
     "gpu"; adapter a LoRA folder, or several (`name=folder`), of which each request names one;

@@ -181,7 +181,7 @@ ELSEWHERE = {
     "adapter_path": "give load(adapter=...)",
     "do_sample": "a temperature above 0 samples",
     "eos_tokens": "here they are stop_token_ids",
-    "max_kv_size": "no cache forgets here; load(max_length=...) refuses what is longer",
+    "max_kv_size": "no cache forgets here; max_length, of load, refuses what is longer",
     "num_beams": "there is no beam search",
     "resize_shape": "max_pixels limits a picture's size",
     "return_full_text": "the prompt is never part of the answer",

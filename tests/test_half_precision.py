@@ -28,7 +28,7 @@ THEIRS = {  # transformers 5.23: the sum over both models' 429 and 403 positions
     "4-bit": 1.54e-4,
     "8-bit cache": 2.45e-4,
 }
-NOISE = 1.3  # of so few positions; over 2,000 and more the ratio is at most 1.1
+NOISE = 1.3  # of so few positions; over 8,000 the ratio is at most 1.1 (benchmarks/RESULTS.md)
 
 
 @cache

@@ -50,7 +50,8 @@ def arrays() -> dict[str, np.ndarray]:
     return dict(np.load(FIXTURES / "real" / "logits.npz"))
 
 
-def whole(number: int) -> list[int]:
+def whole_ids(number: int) -> list[int]:
+    """A prompt and its greedy answer."""
     return PROMPTS[number]["ids"] + PROMPTS[number]["greedy"]
 
 
@@ -73,8 +74,7 @@ def test_text_is_cut_as_the_model_was_trained() -> None:
 def test_logits_at_all_positions(
     floats: Pipeline, arrays: dict[str, np.ndarray], number: int
 ) -> None:
-    ids = PROMPTS[number]["ids"] + PROMPTS[number]["greedy"]
-    require_close(logits_of(floats, ids), arrays, number)
+    require_close(logits_of(floats, whole_ids(number)), arrays, number)
 
 
 def test_logits_of_the_packed_weights(pipe: Pipeline, arrays: dict[str, np.ndarray]) -> None:
@@ -108,7 +108,7 @@ def test_convert_writes_the_packed_weights_as_they_are(
 
 def test_a_quantised_cache_keeps_its_promise(floats: Pipeline) -> None:
     """README: other ways of running differ by less than the rounding itself does."""
-    ids = PROMPTS[0]["ids"] + PROMPTS[0]["greedy"]
+    ids = whole_ids(0)
     exact = logits_of(floats, ids)
     with load(floats.processor.folder, dtype="float32", kv_bits=8) as rounded:
         whole = logits_of(rounded, ids)

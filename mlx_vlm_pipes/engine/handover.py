@@ -20,6 +20,8 @@ import mlx.core as mx
 from mlx_vlm_pipes.dtypes import Device
 from mlx_vlm_pipes.engine.state import EngineState
 
+ALWAYS, NEVER = 1 << 40, 0  # values of EngineConfig.overlap_bytes
+
 
 def overlaps(state: EngineState) -> bool:
     """Whether the next step is handed over while the last one runs, by the size of the cache."""

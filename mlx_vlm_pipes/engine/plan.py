@@ -150,7 +150,7 @@ def require_room(
 
 
 class DecoderSizes(Protocol):
-    """The widths of a decoder that a plan reads (nn.decoder.DecoderConfig)."""
+    """The widths of a decoder that a plan reads (nn.decoder_config.DecoderConfig)."""
 
     @property
     def hidden_size(self) -> int: ...

@@ -240,7 +240,7 @@ class _Reader:
 def only_gguf(folder: Path) -> Path | None:
     """The GGUF file of a folder that holds one, and no safetensors; None for any other.
 
-    Raises: WeightsError for several, UnsupportedModel for a model cut into several files.
+    Raises: WeightsError for several: other models, or one cut into several files.
     """
     names = sorted(os.listdir(folder))
     found = [name for name in names if name.endswith(SUFFIX) and not name.startswith(".")]

@@ -18,6 +18,7 @@ from mlx_vlm_pipes.kv_cache.storage import (
     Layer,
     PlainFormat,
     QuantizedFormat,
+    by_group,
     cache_format,
     decode_places,
     sides,
@@ -27,7 +28,7 @@ from mlx_vlm_pipes.kv_cache.storage import (
 
 __all__ = [
     "CacheFormat", "CacheRow", "KVCache", "KVCacheInputs", "KVCacheInputsPerDevice", "Layer",
-    "Pages", "PlainFormat", "QuantizedFormat", "RowCacheInputs", "Span", "cache_format",
+    "Pages", "PlainFormat", "QuantizedFormat", "RowCacheInputs", "Span", "by_group", "cache_format",
     "cache_inputs", "capacity_bucket", "decode_places", "from_pages", "increment_cache_lengths",
     "most_held", "pages_for", "row_bucket", "rows_of", "sides", "write_decode",
     "write_one", "write_pages",

@@ -17,7 +17,7 @@ from mlx_vlm_pipes.errors import InputError
 from mlx_vlm_pipes.kv_cache.buckets import capacity_bucket, most_kept, partition
 from mlx_vlm_pipes.kv_cache.groups import Move, RowGroup
 from mlx_vlm_pipes.kv_cache.rows import CacheRow
-from mlx_vlm_pipes.kv_cache.storage import Layer, cache_format
+from mlx_vlm_pipes.kv_cache.storage import Layer, by_group, cache_format
 
 
 class KVCache:
@@ -157,10 +157,9 @@ class KVCache:
 
     def give(self, arrays: Sequence[mx.array]) -> None:
         """The step's new batch arrays, in the order of `take`."""
-        width, count = self.format.width, self.params.num_layers
-        layers = [tuple(arrays[i : i + width]) for i in range(0, len(arrays), width)]
-        for i, group in enumerate(self._groups):
-            group.layers = layers[i * count : (i + 1) * count]
+        given = by_group(arrays, self.format.width, self.params.num_layers)
+        for group, layers in zip(self._groups, given, strict=True):
+            group.layers = layers
 
     def _find(self, row: CacheRow) -> tuple[RowGroup, int]:
         """The group of a placed row, and its index there."""

@@ -10,7 +10,7 @@ import mlx.core as mx
 from mlx_vlm_pipes.config import KVCacheParams
 from mlx_vlm_pipes.kv_cache.buckets import capacity_bucket, row_bucket
 from mlx_vlm_pipes.kv_cache.rows import CacheRow
-from mlx_vlm_pipes.kv_cache.storage import ROWS, CacheFormat, Layer, resize
+from mlx_vlm_pipes.kv_cache.storage import ROWS, TOKENS, CacheFormat, Layer, resize
 
 IDLE_SHARE = 1.5  # a group that holds more than this of what its rows would be given is cut
 
@@ -117,7 +117,7 @@ class Move:
         return made
 
     def _resized(self, layer: Layer) -> Layer:
-        return layer if layer[0].shape[3] == self.capacity else resize(layer, self.capacity)
+        return layer if layer[0].shape[TOKENS] == self.capacity else resize(layer, self.capacity)
 
 
 def same_rows(a: Sequence[CacheRow], b: Sequence[CacheRow]) -> bool:

@@ -107,6 +107,15 @@ def cache_format(params: KVCacheParams) -> CacheFormat:
     return QuantizedFormat(dtype, params.bits, group_size, on_gpu)
 
 
+def by_group(flat: Sequence[mx.array], width: int, num_layers: int) -> list[list[Layer]]:
+    """The arrays of `KVCache.take`, one after the other, by group and layer.
+
+    width: arrays in a layer.
+    """
+    layers = [tuple(flat[i : i + width]) for i in range(0, len(flat), width)]
+    return [layers[i : i + num_layers] for i in range(0, len(layers), num_layers)]
+
+
 def write_prefill(layer: Layer, new: Sequence[Layer], start: int) -> Layer:
     """Write a single row's new keys and values, each [1, K, T, X], from position `start` on."""
     for side, fresh in enumerate(new):

@@ -61,6 +61,7 @@ class DecodeGroup:
         windows: set[int | None],
         format: CacheFormat,
     ) -> DecodeGroup:
+        """A group's part of the step: its rows from `begin` on, with `lengths` tokens each."""
         count, places = lengths.shape[0], None
         if count > 1 or format.on_gpu:
             places = decode_places(lengths, heads.keys, capacity)

@@ -417,9 +417,9 @@ class DenseDecoder(nn.Module):
     ) -> mx.array:
         """Embeddings [T, E] of ragged rows -> hidden states [T, E]; the rows' caches are written.
 
-        slots int32 [T]: each token's LoRA adapter, 0 for the base model. tail: only the last
-        `tail` tokens of each row are wanted, [B * tail, E]; the last layer skips the others, also
-        for `capture`.
+        slots: each token's LoRA adapter; None where none is loaded. tail: only the last `tail`
+        tokens of each row are wanted, [B * tail, E]; the last layer skips the others, also for
+        `capture`.
         """
         last = len(self.layers) - 1
         for i, layer in enumerate(self.layers):

@@ -12,7 +12,15 @@ from mlx_vlm_pipes.config import KVCacheParams
 from mlx_vlm_pipes.dtypes import DeviceRef
 from mlx_vlm_pipes.errors import ConfigError, InputError
 from mlx_vlm_pipes.interfaces import ModelOutputs, Phase, ReturnHiddenStates, ReturnLogits, StepMode
-from mlx_vlm_pipes.kv_cache import KVCacheInputs, Layer, RowCacheInputs, Span, cache_format, rows_of
+from mlx_vlm_pipes.kv_cache import (
+    KVCacheInputs,
+    Layer,
+    RowCacheInputs,
+    Span,
+    by_group,
+    cache_format,
+    rows_of,
+)
 from mlx_vlm_pipes.nn.capture import Capture
 from mlx_vlm_pipes.nn.decode_step import DecodeGroup, DecodeStep
 from mlx_vlm_pipes.nn.decoder import Added, DenseDecoder, PrefillRow, last_tokens
@@ -245,7 +253,7 @@ class LanguageModel:
         """Traced once for each shape; everything that changes is an argument."""
         decoder = self.decoder
         slots, arrays = (arrays[0], arrays[1:]) if self.adapters else (None, arrays)
-        caches = self._by_group(arrays)
+        caches = by_group(arrays, self._format.width, decoder.config.num_layers)
         heads = decoder.head_counts
         turned = heads.queries + heads.keys
         step = DecodeStep(
@@ -264,12 +272,6 @@ class LanguageModel:
         hidden = h if capture is None else capture.joined()
         flat = [a for group in written for layer in group for a in layer]
         return hidden, decoder.logits(h), *flat
-
-    def _by_group(self, arrays: Sequence[mx.array]) -> list[list[Layer]]:
-        """The arrays of `KVCache.take` by group and layer."""
-        width, count = self._format.width, self.decoder.config.num_layers
-        layers = [tuple(arrays[i : i + width]) for i in range(0, len(arrays), width)]
-        return [layers[i : i + count] for i in range(0, len(layers), count)]
 
     def _groups(self, lengths: mx.array, caches: Sequence[Sequence[Layer]]) -> list[DecodeGroup]:
         """lengths int32 [B], of the groups' rows one after the other."""

@@ -84,6 +84,7 @@ class LoRATable(nn.Module):
         self.rank = max(pair.rank for pair in pairs)
         is_adapted = [any(pair is not None for pair in own) for own in parts]
         ranked = list(itertools.accumulate(is_adapted, initial=0))
+        # Of which piece of A x each part is made; of any, by zeros, where no adapter takes part.
         self.segments = [n if yes else 0 for n, yes in zip(ranked, is_adapted, strict=False)]
         self.has_gain = any(pair.magnitude is not None for pair in pairs)
         downs = [mx.zeros((inputs, self.rank * sum(is_adapted)))]

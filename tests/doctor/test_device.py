@@ -228,14 +228,14 @@ def test_a_wrong_batched_step_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_one_head_size_that_is_off_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = mx.fast.scaled_dot_product_attention
+    right = attention.attend
 
     def wrong(q: mx.array, *args: Any, **named: Any) -> mx.array:
         out = right(q, *args, **named)
         return out * 1.02 if q.shape[-1] == 72 and q.dtype == mx.float16 else out
 
     monkeypatch.setattr(attention, "HEAD_DIMS", (64, 72))
-    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", wrong)
+    monkeypatch.setattr(attention, "attend", wrong)
     assert failed_names(report_of(attention.check_attention)) == {"head size 72, float16"}
 
 

@@ -9,7 +9,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_vlm_pipes.config import KVCacheConfig
-from mlx_vlm_pipes.engine.handover import copied_share, overlaps
+from mlx_vlm_pipes.engine.handover import ALWAYS, NEVER, copied_share, overlaps
 from mlx_vlm_pipes.engine.scheduler import Scheduler
 from mlx_vlm_pipes.interfaces import PipelineModelWithKVCache
 from tests.engine.models import finish, new_scheduler, open_model, prompt_ids, submit, write_llama
@@ -54,7 +54,7 @@ def test_a_step_in_flight_holds_one_cache(
 def test_the_answers_do_not_depend_on_it(folder: Path) -> None:
     model = open_model(folder)
     found = []
-    for most in (0, 1 << 40):
+    for most in (NEVER, ALWAYS):
         scheduler = new_scheduler(model, overlap_bytes=most)
         handles = [submit(scheduler, prompt_ids(40, i), 20 + i) for i in range(3)]
         finish(scheduler)

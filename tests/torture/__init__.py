@@ -1,7 +1,7 @@
 """Tortures the package: drawn cases of what people do to it, and whether it holds.
 
   python -m tests.torture media http --seed 3
-  python -m tests.torture all --seed 0            the whole: half an hour on two busy cores
+  python -m tests.torture all --seed 0            the whole: some twenty minutes
   python -m tests.torture values --seed 3 --case 17        one case alone
 
 Sections: exactness, values, media, http, concurrency, signals, checkpoints, memory. The same seed

@@ -79,6 +79,7 @@ def draw_limits(rng: random.Random) -> dict[str, Any]:
         "enable_prefix_caching": rng.random() < 0.7,
         "prefix_bytes": rng.choice([0, 20_000, 200_000, 1 << 30]),
         "image_bytes": rng.choice([0, 20_000, 256 << 20]),
+        "overlap_bytes": rng.choice([0, 8 << 20]),
     }
 
 

@@ -58,7 +58,7 @@ LOAD: dict[str, list[Any]] = {
     "vision_config_overrides": [5, "x", [], {"nobody": 1}, {"max_dynamic_patch": 2}, {5: 5}, True],
 }
 COUNTS = ("max_batch_size", "prefill_chunk", "running_chunk", "image_batch")
-BUDGETS = ("kv_bytes", "prefix_bytes", "image_bytes")
+BUDGETS = ("kv_bytes", "prefix_bytes", "image_bytes", "overlap_bytes")
 ENGINE: dict[str, list[Any]] = {
     **{name: [0, -1, 1.5, "5", True, None, NAN, [], INF] for name in COUNTS},
     **{name: [-1, 1.5, "x", None, True, NAN] for name in BUDGETS},

@@ -19,6 +19,7 @@ from mlx_vlm_pipes.doctor.device.references import (
     text_logits,
 )
 from mlx_vlm_pipes.doctor.device.report import Recorder
+from mlx_vlm_pipes.engine.handover import ALWAYS, NEVER
 from mlx_vlm_pipes.engine.state import EngineConfig
 from mlx_vlm_pipes.pipeline import GenerationResult, Pipeline
 
@@ -29,7 +30,6 @@ LOGITS_SAME = 1e-4  # of the largest logit
 BEST = 5  # tokens at each place whose log-probabilities are compared
 SLICE = 16  # tokens; a picture of the bundled model has as many
 SAMPLED: dict[str, Any] = {"temperature": 1.0, "top_p": 0.95, "seed": 5}
-ALWAYS, NEVER = 1 << 40, 0  # bytes of cache up to which steps overlap
 
 
 def check_agreement(record: Recorder, folder: Path) -> None:

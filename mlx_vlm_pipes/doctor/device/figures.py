@@ -19,7 +19,7 @@ from mlx_vlm_pipes.doctor.device.random_model import Shape, write_random_model
 from mlx_vlm_pipes.doctor.device.references import difference, load_cases, opened, text_logits
 from mlx_vlm_pipes.doctor.device.report import Recorder
 from mlx_vlm_pipes.dtypes import default_device
-from mlx_vlm_pipes.engine.handover import copied_share, overlaps
+from mlx_vlm_pipes.engine.handover import ALWAYS, NEVER, copied_share, overlaps
 from mlx_vlm_pipes.errors import PipesError
 from mlx_vlm_pipes.loading import BUNDLED
 from mlx_vlm_pipes.pipeline import Pipeline
@@ -27,7 +27,6 @@ from mlx_vlm_pipes.processing.base import VisionProcessor
 
 ROWS = 8
 COPIED = 0.5  # of the cache, held twice beyond what steps in turn hold: their own arrays
-ALWAYS, NEVER = 1 << 40, 0  # bytes of cache up to which steps overlap
 SENTENCE = "a large green triangle above a small red circle. "
 MB = 1e6
 
