@@ -118,6 +118,7 @@ def test_pixtral(tmp_path, settings) -> None:
         {"size": {"height": 28, "width": 28}, "max_patches": 12},
         {"size": {"height": 14, "width": 14}, "min_patches": 2, "max_patches": 5, "resample": 1},
         {"size": {"height": 42, "width": 42}, "max_patches": 1, "image_mean": [0.1, 0.2, 0.3]},
+        {"size": {"height": 28, "width": 28}, "max_patches": 1, "min_patches": 2},  # never cut
     ],
 )
 def test_internvl(tmp_path, settings) -> None:

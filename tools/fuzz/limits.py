@@ -12,6 +12,10 @@ OURS: Limits = (
         "frames that do not fold: transformers only takes text",
     ),
     ("smaller than a merged patch", "windows that hold no patch: transformers only takes text"),
+    (
+        "without resizing (do_resize false) frames must have",
+        "frames of another size than the tower's: transformers drops what is no whole patch",
+    ),
     ("is smaller than one patch", "a picture that transformers makes no token of"),
 )
 THEIRS: Limits = (

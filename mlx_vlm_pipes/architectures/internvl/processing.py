@@ -178,6 +178,8 @@ def read_tiles(files: ProcessorFiles, sizes: TileSizes, *, original: bool) -> Ti
         side = files.image.edges("size", ("height",)).get("height", side)
     low = sizes.min_tiles or files.image.integer("min_patches", 1)
     high = sizes.max_tiles or files.image.integer("max_patches", DEFAULT_TILES)
+    if high == 1:  # pictures are not cut at all
+        low = 1
     if side > MAX_TILE_PX or high > MAX_TILES or low > high:
         raise ProcessorError(
             f"{low} to {high} tiles of {side} pixels (min_patches and max_patches of "
