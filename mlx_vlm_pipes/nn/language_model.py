@@ -31,6 +31,7 @@ from mlx_vlm_pipes.nn.ragged import merge_image_features, placed_features
 
 PREFILL = StepMode()
 EAGER_STEPS = 16  # of a batch of several groups before it is compiled at its sizes
+MOST_SIZES = 256  # that are kept compiled: a server that runs for months meets ever new ones
 Step = Callable[..., Sequence[mx.array]]
 
 
@@ -238,10 +239,13 @@ class LanguageModel:
 
     def _step_at(self, shapes: tuple[tuple[int, int], ...]) -> Step:
         """The compiled step; where groups make shapes many, each is first run for a while."""
-        if not self._compiled or len(shapes) == 1:
+        if not self._compiled:
             return self._step
         self._runs[shapes] += 1
-        return self._step if self._runs[shapes] > EAGER_STEPS else self._decode_step
+        if len(self._runs) > MOST_SIZES:  # what was traced goes with the function
+            self._step, self._runs = mx.compile(self._traced_step), Counter((shapes,))
+        is_worth_a_trace = len(shapes) == 1 or self._runs[shapes] > EAGER_STEPS
+        return self._step if is_worth_a_trace else self._decode_step
 
     def _traced_step(self, *arguments: mx.array) -> tuple[mx.array, ...]:
         self.traces += 1

@@ -100,3 +100,14 @@ def test_a_batch_of_groups_is_compiled_once_it_has_run_for_a_while() -> None:
     )
     expected, _ = run(eager, [0, 1], EAGER_STEPS + 3, None, on_gpu=False)
     np.testing.assert_array_equal(found, expected)
+
+
+def test_compiled_sizes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlx_vlm_pipes.nn.language_model.MOST_SIZES", 2)
+    language = LanguageModel(decoder(), params(None, on_gpu=False), ReturnLogits.LAST_TOKEN)
+    batches = ([0], [1], [2, 3], [0])  # three sizes, the first of them twice
+    found = [run(language, rows, 1, None, on_gpu=False)[0] for rows in batches]
+    assert len({run(language, rows, 1, None, on_gpu=False)[1] for rows in batches}) == 3
+    assert language.traces > (3 if language._compiled else -1)  # a forgotten size is traced anew
+    assert len(language._runs) <= 2
+    np.testing.assert_array_equal(found[0], found[3])
