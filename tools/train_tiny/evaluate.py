@@ -32,6 +32,7 @@ def evaluate(
     from mlx_vlm_pipes import load
 
     model_type = json.loads((model / "config.json").read_text())["model_type"]
+    model_type = {"pixtral": "llava"}.get(model_type, model_type)  # convert writes mlx-vlm's name
     score = Score()
     with load(str(model), dtype=dtype, kv_bits=kv_bits) as pipe:
         for begin in range(0, cases, TOGETHER):
