@@ -196,7 +196,7 @@ def read_options(given: Mapping[str, object], table: Mapping[str, Option]) -> di
     Names that others use for the same are taken too (ALIASES).
     Raises: InputError for a name that is not in the table, one given twice, and as `Option.read`.
     """
-    given = _own_names(given)
+    given = own_names(given)
     unknown = sorted(given.keys() - table.keys())
     if unknown:
         hint = ELSEWHERE.get(unknown[0], f"options: {', '.join(sorted(table))}")
@@ -205,13 +205,16 @@ def read_options(given: Mapping[str, object], table: Mapping[str, Option]) -> di
     return {name: value for name, value in read.items() if value is not None}
 
 
-def _own_names(given: Mapping[str, object]) -> dict[str, object]:
+def own_names(given: Mapping[str, object]) -> dict[str, object]:
+    """The same under our own names (ALIASES). Raises: InputError for an option given twice."""
     own: dict[str, object] = {}
+    said: dict[str, str] = {}
     for name, value in given.items():
         target = ALIASES.get(name, name)
         if target in own:
-            raise InputError(f"{name} and {target} are the same option; give one of them")
-        own[target] = value
+            alias = said[target] if name == target else name
+            raise InputError(f"{alias} and {target} are the same option; give one of them")
+        own[target], said[target] = value, name
     return own
 
 

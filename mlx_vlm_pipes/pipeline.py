@@ -24,6 +24,7 @@ from mlx_vlm_pipes.options import (
     Option,
     PromptOptions,
     complete_options,
+    own_names,
     read_options,
     shows,
     unfit,
@@ -266,12 +267,14 @@ class Pipeline:
             expected = "a prompt, messages, or a dict with 'prompt' or 'messages'"
             raise unfit("a request", request, expected)
         own: dict[str, Any] = dict(request) if isinstance(request, Mapping) else {"prompt": request}
+        # a request's own come first, whatever names the two are given by
+        kept = {k: v for k, v in own_names(shared).items() if f"{k}s" not in own}
         prompt, messages = own.pop("prompt", None), own.pop("messages", None)
         if (prompt is None) == (messages is None):
             raise InputError("a request needs either 'prompt' or 'messages'")
         images, videos = own.pop("images", ()), own.pop("videos", ())
         asked = prompt if messages is None else messages
-        return self._submit(asked, images, videos, {**shared, **own})
+        return self._submit(asked, images, videos, {**kept, **own_names(own)})
 
     def _submit(
         self, prompt: Prompt, images: Media, videos: Media, options: Mapping[str, object]

@@ -114,5 +114,7 @@ def test_names_that_others_use() -> None:
     }  # fmt: skip
     with pytest.raises(InputError, match="temp and temperature are the same option"):
         read_options({"temperature": 0.5, "temp": 0.5}, OPTIONS)
+    with pytest.raises(InputError, match="temp and temperature are the same option"):
+        read_options({"temp": 0.5, "temperature": 0.5}, OPTIONS)
     with pytest.raises(InputError, match=r"unknown option 'adapter_path'; give load\(adapter="):
         read_options({"adapter_path": "x"}, OPTIONS)

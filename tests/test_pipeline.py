@@ -274,6 +274,12 @@ def test_names_and_forms_that_others_use(pipe: Pipeline) -> None:
         assert bundled.generate("Describe the picture.", **other).tokens == plain.tokens
         with pytest.raises(InputError, match="image and images are the same option"):
             bundled.generate("Describe the picture.", SHAPES, **other)
+        own: Any = {"prompt": "Describe the picture.", "images": SHAPES, "max_tokens": 3}
+        shared: dict[str, Any] = {
+            "max_new_tokens": 1,
+            "image": b"x",
+        }  # the request's own come first
+        assert bundled.generate_batch([own], **shared)[0].tokens == plain.tokens
         assert repr(bundled).startswith("Pipeline(idefics3: 5.33 MB of weights, float32, cpu:0")
     assert str(plain) == plain.text
     messages = [{"role": "user", "content": PROMPT}]

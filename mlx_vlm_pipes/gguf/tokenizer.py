@@ -15,6 +15,7 @@ from mlx_vlm_pipes.gguf.header import GGUFHeader
 
 _CONTROL, _USER_DEFINED = 3, 4  # types of tokens
 _SPACE = "\u2581"
+MAX_PIECE = 2**10  # characters; the work of implied merges grows by the square of it
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -117,6 +118,11 @@ def _sentence_pieces(header: GGUFHeader, tokens: Sequence[str]) -> dict[str, Any
     if merges is not None:
         pairs = [merge.split(" ") for merge in merges]
     elif scores is not None and len(scores) == len(tokens):
+        longest = max(map(len, tokens), default=0)
+        if longest > MAX_PIECE:
+            raise ProcessorError(
+                f"{header.path}: a token of {longest} characters; expected at most {MAX_PIECE}"
+            )
         pairs = _implied_merges({token: i for i, token in enumerate(tokens)}, scores)
     else:
         raise ProcessorError(

@@ -163,3 +163,12 @@ def test_metadata_of_another_type(tmp_path: Path, key: str) -> None:
         assert f"tokenizer.ggml.{key} is" in outcome(path)
         assert run(check.main, [str(path)]) == 1
         assert run(generate.main, ["--model", str(path), "--prompt", "x"]) == 2
+
+
+def test_a_piece_of_endless_length(tmp_path: Path) -> None:
+    tokens = [*(f"t{i}" for i in range(323)), "a" * 2**20]
+    names = {f"tokenizer__ggml__{key}_token_id": 1 for key in ("bos", "eos")}
+    changes = {"model": "llama", "tokens": tokens, "scores": [0.5] * 324, "merges": None}
+    entries = {f"tokenizer__ggml__{key}": value for key, value in changes.items()} | names
+    path = write_case(tmp_path / "m.gguf", "llama-tied", **entries)
+    assert "a token of 1048576 characters" in outcome(path)
