@@ -11,8 +11,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_vlm_pipes.rounding import packed_product
-from mlx_vlm_pipes.weights.packed import PackedLinear
+from mlx_vlm_pipes.weights.packed import PackedLinear, product
 
 AnyLinear = nn.Linear | nn.QuantizedLinear
 
@@ -52,21 +51,13 @@ def fuse_linears(parts: Sequence[AnyLinear]) -> AnyLinear | None:
 
 def linear_part(linear: AnyLinear, x: mx.array, begin: int, end: int) -> mx.array:
     """Outputs begin..end-1 of a projection: x [T, in] -> [T, end - begin]. Copies no weights."""
-    weight, bias = linear["weight"][begin:end], linear.get("bias")
+    bias = linear.get("bias")
     if not isinstance(linear, nn.QuantizedLinear):
+        weight = linear["weight"][begin:end]
         if bias is None:
             return x @ weight.T
         return mx.addmm(bias[begin:end], x, weight.T)
-    biases = linear.get("biases")
-    out = packed_product(
-        x,
-        weight,
-        linear["scales"][begin:end],
-        None if biases is None else biases[begin:end],
-        group_size=linear.group_size,
-        bits=linear.bits,
-        mode=linear.mode,
-    )
+    out = product(linear, x, slice(begin, end))
     return out if bias is None else out + bias[begin:end]
 
 

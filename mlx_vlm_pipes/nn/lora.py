@@ -16,8 +16,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_vlm_pipes.rounding import unpack
 from mlx_vlm_pipes.weights.lora import LoRAAdapter, LoRAPair, dora_factor
+from mlx_vlm_pipes.weights.packed import floats
 
 # Linears of the same input, whose adapters are applied together: their name as one, and the parts.
 JOINED = {
@@ -227,12 +227,5 @@ def _rows(pair: LoRAPair | None, cut: slice) -> LoRAPair | None:
 def base_weight(module: nn.Module) -> mx.array:
     """A linear's weight [out, in] as floats, dequantised where it is packed."""
     if isinstance(module, nn.QuantizedLinear):
-        return unpack(
-            module["weight"],
-            module["scales"],
-            module.get("biases"),
-            group_size=module.group_size,
-            bits=module.bits,
-            mode=module.mode,
-        )
+        return floats(module)
     return module["weight"]
