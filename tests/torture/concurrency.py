@@ -13,17 +13,15 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from mlx_vlm_pipes import GenerationResult, Pipeline, load
 from mlx_vlm_pipes.errors import EngineClosed, PipesError
 from mlx_vlm_pipes.pipeline import collect
 from tests.fixtures_helper import FIXTURES
-from tests.torture import section
 from tests.torture.drawing import (
     FAMILIES,
-    Pipelines,
+    PipelineSection,
     Request,
     configure,
     difference,
@@ -37,20 +35,10 @@ WAIT_S = 60.0  # for all threads of a case
 LONG = "The quick brown fox jumps over the lazy dog. " * 12
 
 
-class Section(section.Section):
-    small: ClassVar[int] = 5
-    limit_s: ClassVar[float] = 120.0
-
-    def __init__(self, seed: int, folder: Path) -> None:
-        super().__init__(seed, folder)
-        self._pipes = Pipelines()
-
+class Section(PipelineSection):
     @property
     def whole(self) -> int:
         return 150
-
-    def close(self) -> None:
-        self._pipes.close()
 
     def draw(self, index: int) -> Case:
         rng, family = self.rng(index), FAMILIES[index % len(FAMILIES)]

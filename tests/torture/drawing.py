@@ -6,7 +6,7 @@ import random
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from mlx_vlm_pipes.processing.base import TextProcessor
 from mlx_vlm_pipes.registry import find_room
 from tests.fixtures_helper import FIXTURES
 from tests.torture.pictures import draw_picture
-from tests.torture.section import require
+from tests.torture.section import Section, require
 
 TEXT = ("llama-tied", "mistral-window", "phi3-longrope")
 VISION = ("idefics3", "pixtral", "internvl-qwen2", "qwen25vl", "qwen3vl", "smolvlm")
@@ -59,6 +59,20 @@ class Pipelines:
         for pipe in self._open.values():
             pipe.close()
         self._open.clear()
+
+
+class PipelineSection(Section):
+    """A section whose cases share pipelines."""
+
+    small: ClassVar[int] = 5
+    limit_s: ClassVar[float] = 120.0
+
+    def __init__(self, seed: int, folder: Path) -> None:
+        super().__init__(seed, folder)
+        self._pipes = Pipelines()
+
+    def close(self) -> None:
+        self._pipes.close()
 
 
 def configure(pipe: Pipeline, **limits: Any) -> None:

@@ -8,19 +8,17 @@ bits: the README's promise.
 from __future__ import annotations
 
 import random
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
 from mlx_vlm_pipes import GenerationResult, Pipeline
 from mlx_vlm_pipes.engine.requests import Handle
 from mlx_vlm_pipes.pipeline import collect
-from tests.torture import section
 from tests.torture.drawing import (
     FAMILIES,
     TRAINED,
-    Pipelines,
+    PipelineSection,
     Request,
     configure,
     difference,
@@ -34,20 +32,10 @@ ROUNDED: list[dict[str, Any]] = [{"kv_bits": 8}, {"kv_bits": 4}, {"dtype": "bflo
 READING = ("prompt", "images", "videos")
 
 
-class Section(section.Section):
-    small: ClassVar[int] = 5
-    limit_s: ClassVar[float] = 120.0
-
-    def __init__(self, seed: int, folder: Path) -> None:
-        super().__init__(seed, folder)
-        self._pipes = Pipelines()
-
+class Section(PipelineSection):
     @property
     def whole(self) -> int:
         return 200
-
-    def close(self) -> None:
-        self._pipes.close()
 
     def draw(self, index: int) -> Case:
         rng = self.rng(index)
