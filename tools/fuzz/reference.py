@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 from tools.make_fixtures.case import Json, Prompt
 from tools.make_fixtures.families import Encoded, Qwen25VL
 from tools.make_fixtures.families.family import Arrays, Family, Pictures
-from tools.make_fixtures.reference_run import forward, relative_gap
+from tools.make_fixtures.reference_run import forward, greedy_config, relative_gap
 
 from .checkpoint import Checkpoint
 from .knobs import TEXT
@@ -65,18 +65,9 @@ def _generate(
     inputs: dict[str, torch.Tensor],
     max_new: int,
 ) -> tuple[list[int], list[float]]:
-    config = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=max_new,
-        eos_token_id=None,
-        pad_token_id=family.token_ids()["pad_token_id"],
-        use_cache=True,
-        return_dict_in_generate=True,
-        output_logits=True,
-    )
     model = copy.deepcopy(model)
     model.generation_config = GenerationConfig()  # nothing of it may come in unasked
-    out = model.generate(**inputs, generation_config=config)
+    out = model.generate(**inputs, generation_config=greedy_config(family, max_new))
     tokens = out.sequences[0, inputs["input_ids"].shape[1] :].tolist()
     return tokens, [relative_gap(step.float().numpy()) for step in out.logits]
 

@@ -124,13 +124,9 @@ def _rounded(logits: np.ndarray) -> np.ndarray:
     return (np.round(logits / step) * step).astype(np.float32)
 
 
-def _generate(
-    model: PreTrainedModel, family: Family, ids: list[int], arrays: Arrays, max_new: int
-) -> Run:
-    inputs = family.inputs(ids, arrays)
-    logits = forward(model, inputs)
-    _forget_positions(model)
-    config = GenerationConfig(
+def greedy_config(family: Family, max_new: int) -> GenerationConfig:
+    """Exactly max_new greedy tokens, with the logits that each was chosen from."""
+    return GenerationConfig(
         do_sample=False,
         max_new_tokens=max_new,
         eos_token_id=None,
@@ -139,7 +135,15 @@ def _generate(
         return_dict_in_generate=True,
         output_logits=True,
     )
-    out = model.generate(**inputs, generation_config=config)
+
+
+def _generate(
+    model: PreTrainedModel, family: Family, ids: list[int], arrays: Arrays, max_new: int
+) -> Run:
+    inputs = family.inputs(ids, arrays)
+    logits = forward(model, inputs)
+    _forget_positions(model)
+    out = model.generate(**inputs, generation_config=greedy_config(family, max_new))
     tokens = out.sequences[0, len(ids) :].tolist()
     steps = torch.cat(out.logits).float().numpy()
     _check(family, tokens, logits, steps)
