@@ -56,6 +56,11 @@ def step_times(scheduler: Scheduler, length: int, new_tokens: int) -> list[float
     submit(scheduler, length, new_tokens)
     while not scheduler.running:
         scheduler.step()
+    return times_to_end(scheduler)
+
+
+def times_to_end(scheduler: Scheduler) -> list[float]:
+    """Seconds of each step until nothing is left to do."""
     times = []
     busy = True
     while busy:
@@ -105,13 +110,7 @@ def batch_step(scheduler: Scheduler, lengths: list[int]) -> float:
         submit(scheduler, length, 45)
     while len(scheduler.running) < len(lengths):
         scheduler.step()
-    times = []
-    busy = True
-    while busy:
-        begun = time.perf_counter()
-        busy = scheduler.step()
-        times.append(time.perf_counter() - begun)
-    return statistics.median(times[-20:-4])
+    return statistics.median(times_to_end(scheduler)[-20:-4])
 
 
 def uneven_batch(scheduler: Scheduler, rounds: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,14 +70,19 @@ def _rewrite(path: Path, values: dict[str, object]) -> None:
     path.write_text(json.dumps(values), encoding="utf-8")
 
 
-def _write_weights(target: Path) -> None:
-    """Under our canonical names, which every adapter leaves alone."""
-    parsed = read_config(target)
+def weight_shapes(folder: Path, encoding: str) -> Mapping[str, tuple[int, ...]]:
+    """What the config.json of a folder without weights asks for, under our canonical names, which
+    every adapter leaves alone."""
+    parsed = read_config(folder)
     model = ModelConfig(
-        model_path=str(target), quantization_encoding="bfloat16", huggingface_config=parsed
+        model_path=str(folder), quantization_encoding=encoding, huggingface_config=parsed
     )
     model_class = find_room(parsed).model_class()
-    shapes = expected_shapes(model_class, PipelineConfig(model=model), StateDict({}))
+    return expected_shapes(model_class, PipelineConfig(model=model), StateDict({}))
+
+
+def _write_weights(target: Path) -> None:
+    shapes = weight_shapes(target, "bfloat16")
     keys = iter(mx.random.split(mx.random.key(0), len(shapes)))
     tensors = {}
     for name, shape in shapes.items():
