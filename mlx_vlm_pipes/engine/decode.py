@@ -111,8 +111,8 @@ class Decode:
         if self._flight is not None and not overlaps(self._state):
             self._state.model.device.synchronize()  # reading its tokens would not free the cache
         mx.async_eval(sampled.arrays())
-        is_resized = self._cache_bytes != self._state.cache.nbytes
-        self._cache_bytes = self._state.cache.nbytes
+        before, self._cache_bytes = self._cache_bytes, self._state.cache.nbytes
+        is_resized = before != self._cache_bytes
         return Flight(jobs, inputs, kv, sampled, is_resized)
 
     def _read(self, flight: Flight) -> None:

@@ -28,6 +28,11 @@ def machine_memory(device: Device | None = None) -> int:
         size = info.get(name)
         if isinstance(size, int) and size > 0:
             return size
+    return host_memory()
+
+
+def host_memory() -> int:
+    """Bytes of the machine's memory, all of it."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 

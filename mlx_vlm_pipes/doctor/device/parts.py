@@ -20,7 +20,7 @@ from mlx_vlm_pipes.doctor.device.report import Emit, Recorder
 from mlx_vlm_pipes.doctor.device.sampling import check_sampling
 from mlx_vlm_pipes.doctor.report import GB
 from mlx_vlm_pipes.dtypes import default_device
-from mlx_vlm_pipes.engine.memory import machine_memory
+from mlx_vlm_pipes.engine.memory import host_memory, machine_memory
 from mlx_vlm_pipes.errors import InputError
 from mlx_vlm_pipes.loading import BUNDLED
 
@@ -74,7 +74,7 @@ def machine_facts() -> dict[str, Any]:
         "python": platform.python_version(),
         "mlx": mx.__version__,  # pyright: ignore[reportAttributeAccessIssue]  # not in the stubs
         "mlx_vlm_pipes": __version__,
-        "memory, GB": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GB, 2),
+        "memory, GB": round(host_memory() / GB, 2),
         "recommended, GB": round(int(recommended) / GB, 2) if recommended else "MLX names none",
         "for models, GB": round(machine_memory(device) / GB, 2),
         "cores": os.cpu_count(),
