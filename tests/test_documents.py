@@ -1,0 +1,235 @@
+"""Every block of code in README and on the site is run; what cannot be run is on a short list.
+
+Python blocks of a page share their names, and run in an empty folder that holds FILES. Hub ids
+stand for MODELS. A block of `text` behind a block is what that one prints; lines behind `$ ` in a
+`console` block are commands, the others what they print. Times and sizes may differ, and a line
+`...` stands for any lines. Blocks titled with another package's name need it, and are slow.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import shlex
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlx_vlm_pipes import Pipeline
+from mlx_vlm_pipes.loading import BUNDLED
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
+# docs/api.md: tests/api/test_docs.py runs its example
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+PAGES += sorted(page for page in (ROOT / "docs").rglob("*.md") if page.name != "api.md")
+# what stands for a hub id; each is of the same architecture
+MODELS = {
+    "HuggingFaceTB/SmolVLM-256M-Instruct": BUNDLED,
+    "mlx-community/Qwen2.5-VL-3B-Instruct-4bit": EXAMPLES / "models" / "tiny-qwen2_5vl",
+    "Qwen/Qwen2.5-VL-3B-Instruct": EXAMPLES / "models" / "tiny-qwen2_5vl",
+    "OpenGVLab/InternVL3-2B-hf": EXAMPLES / "models" / "tiny-internvl",
+}
+# what stands for the reader's own files
+FILES = {
+    "examples": EXAMPLES,
+    "cat.png": EXAMPLES / "images" / "shapes.png",
+    "dog.png": EXAMPLES / "images" / "green_star.png",
+    "clip.gif": EXAMPLES / "images" / "moving_circle.gif",
+}
+# commands that need a network, another machine, an environment of their own or minutes
+NOT_RUN = (
+    r"pip install .*", r"git clone \S+", r"cd \S+", r"python -m venv \S+", r"source \S+",
+    r"pytest( -m \w+)?", r"scripts/check", r"hf auth login", r"hf upload .*",
+    r"(MLX_VLM_PIPES_TEST_DEVICE=gpu )?pytest", r"mkdocs (build --strict|serve)",
+    r"export [A-Z_]+=\S+",
+    r"python (-m )?(tools|tests|benchmarks)\S+.*", r"python -m mlx_vlm_pipes.check --device.*",
+    r"python -m mlx_vlm\.\w+ .*",  # another package's; test_other_packages_answer_as_shown
+)  # fmt: skip
+PEERS = {"mlx-vlm": "mlx_vlm", "mlx-lm": "mlx_lm", "transformers": "transformers"}
+FIGURES = re.compile(r"\d[\d.,]*(?=( ?(s|ms|MB|GB|tokens/s)\b))")
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: its language and title, its text, and where it stands."""
+
+    language: str
+    title: str
+    code: str
+    line: int
+    follows: bool  # nothing but blank lines lies between it and the block before
+
+
+def blocks(page: Path) -> Iterator[Block]:
+    text, end = page.read_text(encoding="utf-8"), 0
+    fence = re.compile(r"^( *)```(\S*)([^\n]*)\n(.*?)^\1```$", re.DOTALL | re.MULTILINE)
+    for found in fence.finditer(text):
+        title = re.search(r'title="([^"]*)"', found[3])
+        between = text[end : found.start()]
+        line = text.count("\n", 0, found.start()) + 2
+        code = textwrap.dedent(found[4])
+        yield Block(found[2], title[1] if title else "", code, line, not between.strip())
+        end = found.end()
+
+
+def with_local_models(code: str) -> str:
+    for name, folder in MODELS.items():
+        code = code.replace(name, str(folder))
+    return code
+
+
+def matches(shown: str, printed: str) -> bool:
+    """Whether a page shows what was printed: figures aside, `...` for any lines."""
+    parts = (re.escape(line) + "\n" for line in FIGURES.sub("#", shown).splitlines())
+    pattern = "".join(parts).replace(re.escape("...") + "\n", r"(?:.*\n)*?")
+    return re.fullmatch(pattern, FIGURES.sub("#", printed)) is not None
+
+
+class Reader:
+    """Somebody who types what a page says, from top to bottom."""
+
+    def __init__(self, page: Path) -> None:
+        self._page = page
+        self._names: dict[str, Any] = {"__name__": "__main__"}
+        self._printed: str | None = None
+
+    def read(self) -> None:
+        for block in blocks(self._page):
+            where = f"{self._page.name}:{block.line}"
+            if block.language == "python" and block.title in PEERS:
+                self._printed = None
+            elif block.language == "python":
+                self._printed = self._run_python(block, where)
+            elif block.language in ("sh", "console"):
+                self._type(block, where)
+            elif block.language == "text" and block.follows and self._printed is not None:
+                assert matches(block.code, self._printed), f"{where}: printed\n{self._printed}"
+            else:
+                assert block.language in ("text", "json", "toml", "bibtex"), f"{where}: language?"
+
+    def close(self) -> None:
+        for value in self._names.values():
+            if isinstance(value, Pipeline):
+                value.close()
+
+    def _run_python(self, block: Block, where: str) -> str:
+        out = io.StringIO()
+        code = "\n" * (block.line - 1) + with_local_models(block.code)
+        with contextlib.redirect_stdout(out):
+            exec(compile(code, where, "exec"), self._names)
+        return out.getvalue()
+
+    def _type(self, block: Block, where: str) -> None:
+        """Commands of a `sh` block, or commands and what they print of a `console` block."""
+        code = block.code.replace("\\\n", " ")
+        if block.language == "sh":
+            self._printed = "".join(run_line(line, where) for line in code.splitlines())
+            return
+        for part in re.split(r"^\$ ", code, flags=re.MULTILINE)[1:]:
+            line, _, shown = part.partition("\n")
+            if can_run(line):
+                printed = run_line(line, where)
+                assert matches(shown, printed), f"{where}: {line} printed\n{printed}"
+
+
+def can_run(command: str) -> bool:
+    return not any(re.fullmatch(pattern, command.strip()) for pattern in NOT_RUN)
+
+
+def run_line(line: str, where: str) -> str:
+    """What the commands of a line print, on both streams. All but NOT_RUN are run."""
+    line, _, _ = line.partition("  #")
+    commands = [c.strip() for c in line.split(" && ") if c.strip() and not c.startswith("#")]
+    return "".join(run_command(c, where) for c in commands if can_run(c))
+
+
+def run_command(command: str, where: str) -> str:
+    """One of our commands in this process, with what `echo` pipes into it."""
+    before, _, command = command.rpartition(" | ")
+    words = shlex.split(with_local_models(command))
+    if words[:2] == ["python", "-m"]:
+        words = words[2:]
+    name, *arguments = words
+    assert name.startswith(("mlx_vlm_pipes", "mlx-vlm-pipes")), f"{where}: {name} is not ours"
+    module = "mlx_vlm_pipes.__main__" if name in ("mlx_vlm_pipes", "mlx-vlm-pipes") else name
+    typed = shlex.split(before)[1:]
+    out = io.StringIO()
+    stdin, sys.stdin = sys.stdin, io.TextIOWrapper(io.BytesIO(" ".join(typed).encode()))
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+            status = import_module(module).main(arguments)
+    except SystemExit as end:
+        status = end.code
+    finally:
+        sys.stdin = stdin
+    assert (status == 2) == ("error:" in out.getvalue()), f"{where}: {command}\n{out.getvalue()}"
+    return out.getvalue()
+
+
+@pytest.fixture
+def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder with FILES in it, as the current one."""
+    for name, file in FILES.items():
+        (tmp_path / name).symlink_to(file)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_block_runs(page: Path, desk: Path) -> None:
+    reader = Reader(page)
+    try:
+        reader.read()
+    finally:
+        reader.close()
+
+
+PEER_BLOCKS = [
+    pytest.param(block, id=f"{page.stem}-{block.line}-{block.title}")
+    for page in PAGES
+    for block in blocks(page)
+    if block.title in PEERS
+]
+PEER_COMMANDS = [
+    pytest.param(block.code, id=f"{page.stem}-{block.line}")
+    for page in PAGES
+    for block in blocks(page)
+    if block.language == "console" and block.code.startswith("$ python -m mlx_vlm.")
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", PEER_BLOCKS)
+def test_other_packages_answer_as_shown(block: Block, desk: Path) -> None:
+    """Their side of a comparison runs as it stands; its last line prints the answer."""
+    if find_spec(PEERS[block.title]) is None:
+        pytest.skip(f"{block.title} is not installed")
+    done = subprocess.run(
+        [sys.executable, "-c", with_local_models(block.code)],
+        capture_output=True, text=True, check=False, env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("code", PEER_COMMANDS)
+def test_mlx_vlm_s_command_says_what_is_shown(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("mlx_vlm")
+    monkeypatch.chdir(ROOT)
+    command, shown = code.removeprefix("$ python").split("\n", 1)
+    done = subprocess.run(
+        [sys.executable, *shlex.split(command)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == shown.strip()
