@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import re
 import shlex
@@ -23,13 +24,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from mlx_vlm_pipes import Pipeline
 from mlx_vlm_pipes.loading import BUNDLED
 
 ROOT = Path(__file__).parent.parent
-EXAMPLES = ROOT / "examples"
+EXAMPLES, FIXTURES = ROOT / "examples", ROOT / "tests" / "fixtures"
 # docs/api.md: tests/api/test_docs.py runs its example
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 PAGES += sorted(page for page in (ROOT / "docs").rglob("*.md") if page.name != "api.md")
@@ -39,8 +42,12 @@ MODELS = {
     "mlx-community/Qwen2.5-VL-3B-Instruct-4bit": EXAMPLES / "models" / "tiny-qwen2_5vl",
     "Qwen/Qwen2.5-VL-3B-Instruct": EXAMPLES / "models" / "tiny-qwen2_5vl",
     "OpenGVLab/InternVL3-2B-hf": EXAMPLES / "models" / "tiny-internvl",
+    "mistral-community/pixtral-12b": EXAMPLES / "models" / "tiny-pixtral",
+    "Qwen/Qwen3-VL-4B-Instruct": FIXTURES / "qwen3vl",
+    "mlx-community/Llama-3.2-1B-Instruct-4bit": FIXTURES / "llama-tied",
 }
-# what stands for the reader's own files
+# what stands for the reader's own files; ADAPTERS are written beside them
+ADAPTERS = ("my-adapter", "other-adapter")
 FILES = {
     "examples": EXAMPLES,
     "cat.png": EXAMPLES / "images" / "shapes.png",
@@ -52,7 +59,7 @@ NOT_RUN = (
     r"pip install .*", r"git clone \S+", r"cd \S+", r"python -m venv \S+", r"source \S+",
     r"pytest( -m \w+)?", r"scripts/check", r"hf auth login", r"hf upload .*",
     r"(MLX_VLM_PIPES_TEST_DEVICE=gpu )?pytest", r"mkdocs (build --strict|serve)",
-    r"export [A-Z_]+=\S+",
+    r"export [A-Z_0-9]+=\S+",
     r"python (-m )?(tools|tests|benchmarks)\S+.*", r"python -m mlx_vlm_pipes.check --device.*",
     r"python -m mlx_vlm\.\w+ .*",  # another package's; test_other_packages_answer_as_shown
 )  # fmt: skip
@@ -177,16 +184,33 @@ def run_command(command: str, where: str) -> str:
     return out.getvalue()
 
 
+def write_adapter(folder: Path) -> None:
+    """A LoRA adapter of the bundled model's decoder, as PEFT saves one."""
+    at = "base_model.model.model.text_model.layers.0.self_attn.q_proj"
+    drawn = np.random.default_rng(0)
+    pair = {"lora_A": (4, 128), "lora_B": (128, 4)}
+    folder.mkdir()
+    save_file(
+        {f"{at}.{part}.weight": drawn.normal(0, 0.1, shape).astype(np.float32)
+         for part, shape in pair.items()},
+        folder / "adapter_model.safetensors",
+    )  # fmt: skip
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
 @pytest.fixture
 def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder with FILES in it, as the current one."""
     for name, file in FILES.items():
         (tmp_path / name).symlink_to(file)
+    for name in ADAPTERS:
+        write_adapter(tmp_path / name)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_block_runs(page: Path, desk: Path) -> None:
     reader = Reader(page)
     try:
