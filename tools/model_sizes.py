@@ -189,7 +189,7 @@ class Sizes:
                 self.pipeline, int(memory), weights, step_bytes=self.step
             )
             if self.peak(need, weights) <= memory and need.cache <= limits.kv_bytes:
-                return f"{gigabytes} GB"
+                return f"{gigabytes}\N{NO-BREAK SPACE}GB"
         return "more"
 
 
@@ -304,22 +304,28 @@ def encoding_bytes(encoder: Any, image: ImageMetadata) -> int:
     return int(_transient(encoder.vision_work(image), 2, fused=True)) + image.pixel_values.nbytes
 
 
-def table(sizes: dict[str, Sizes]) -> str:
-    """The rows of docs/guide/which-model.md."""
-    lines = []
+def tables(sizes: dict[str, Sizes]) -> tuple[str, str]:
+    """The rows of the two tables of docs/guide/which-model.md."""
+    first, second = [], []
     for name, one in sizes.items():
         small, large = one.needs.values()
-
-        def said(need: Need, weights: int, one: Sizes = one) -> str:
-            return f"{one.peak(need, weights) / GB:.1f} GB: {one.smallest_mac(need, weights)}"
-
-        lines.append(
-            f"| `{name}` | {one.parameters / GB:.2f} | {one.weights_16 / GB:.1f} GB |"
-            f" {one.weights_4 / GB:.1f} GB | {one.cache_per_1000 / 1e6:.0f} MB |"
-            f" {said(small, one.weights_16)} | {said(small, one.weights_4)} |"
-            f" {large.picture_tokens:,} | {said(large, one.weights_4)} |"
+        both = (one.weights_16, one.weights_4)
+        needed = (
+            f"{_gb(w)} | {_gb(one.peak(small, w))} | {one.smallest_mac(small, w)}" for w in both
         )
-    return "\n".join(lines)
+        first.append(
+            f"| `{name}` | {one.parameters / GB:.2f} | {one.cache_per_1000 / 1e6:.0f}\N{NO-BREAK SPACE}MB |"
+            f" {' | '.join(needed)} |"
+        )
+        second.append(
+            f"| `{name}` | {large.picture_tokens:,} | {_gb(large.cache)} |"
+            f" {_gb(one.peak(large, one.weights_4))} | {one.smallest_mac(large, one.weights_4)} |"
+        )
+    return "\n".join(first), "\n".join(second)
+
+
+def _gb(size: int) -> str:
+    return f"{size / GB:.1f}\N{NO-BREAK SPACE}GB"
 
 
 def measured(names: list[str]) -> dict[str, Sizes]:
@@ -328,4 +334,4 @@ def measured(names: list[str]) -> dict[str, Sizes]:
 
 
 if __name__ == "__main__":
-    print(table(measured(list(MODELS))))
+    print("\n\n".join(tables(measured(list(MODELS)))))

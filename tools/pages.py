@@ -12,7 +12,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from mlx_vlm_pipes.options import (  # noqa: E402
 )
 
 MARK = re.compile(r"^<!-- from the code: (\w+) -->$", re.MULTILINE)
+FIRST = ("load", "Pipeline", "GenerationResult")
 KINDS = (
     ("How a prompt is read", PromptOptions),
     ("How the next token is chosen, and where the answer ends", SamplingOptions),
@@ -115,13 +116,17 @@ def commands() -> str:
 
 
 def python() -> str:
-    """Every public name of the package, from signatures and docstrings."""
+    """Every public name of the package, from signatures and docstrings; what most need first."""
     parts = []
-    for name in mlx_vlm_pipes.__all__:
+    for name in sorted(mlx_vlm_pipes.__all__, key=_place):
         value = getattr(mlx_vlm_pipes, name)
         if not (inspect.isclass(value) and issubclass(value, (Exception, Warning))):
             parts.append("\n".join(described(name, value)))
     return "\n\n".join(parts)
+
+
+def _place(name: str) -> tuple[int, str]:
+    return (FIRST.index(name) if name in FIRST else len(FIRST), name)
 
 
 def described(name: str, value: Any) -> Iterator[str]:
@@ -134,21 +139,21 @@ def described(name: str, value: Any) -> Iterator[str]:
         yield prose(value.__doc__)
         return
     if is_dataclass(value):
-        shown = [f"    {field.name}: {_typed(field.type)}" for field in fields(value)]
+        shown = [
+            f"    {field.name}: {_typed(field.type)}"
+            + ("" if field.default is MISSING else f" = {field.default!r}")
+            for field in fields(value)
+        ]
         yield "```text\n" + f"{name}\n" + "\n".join(shown) + "\n```\n"
     yield prose(value.__doc__)
-    for method, function in vars(value).items():
-        if method.startswith("_") or not (inspect.isfunction(function) or _is_property(function)):
+    for method, member in vars(value).items():
+        told = member.fget if isinstance(member, property) else member
+        if method.startswith("_") or not inspect.isfunction(told) or not told.__doc__:
             continue
         yield f"### {name}.{method}\n"
-        yield "" if _is_property(function) else signature(method, function)
-        text = function.fget.__doc__ if isinstance(function, property) else function.__doc__
-        own = (text or "").split("\n\nOptions:\n")[0]
-        yield prose(own)
-
-
-def _is_property(value: Any) -> bool:
-    return isinstance(value, property)
+        if not isinstance(member, property):
+            yield signature(method, member)
+        yield prose(told.__doc__.split("\n\nOptions:\n")[0])
 
 
 def _typed(kind: Any) -> str:
@@ -160,15 +165,17 @@ def signature(name: str, function: Any) -> str:
     own = inspect.signature(function)
     hidden = [p for p in own.parameters.values() if p.name in OPTIONS and p.kind is p.KEYWORD_ONLY]
     kept = [p for p in own.parameters.values() if p not in hidden and p.name != "self"]
-    shown = [str(parameter) for parameter in kept]
+    shown = [re.sub(r": '([^']*)'", r": \1", str(parameter)) for parameter in kept]
     stars = [i for i, p in enumerate(kept) if p.kind is p.KEYWORD_ONLY]
     if stars:
         shown.insert(stars[0], "*")
     if hidden:
         shown.append("**options")
-    text = f"{name}({', '.join(shown)})"
-    if len(text) > 76:
-        text = f"{name}(\n    " + ",\n    ".join(shown) + ",\n)"
+    gives = own.return_annotation
+    given = "" if gives in (own.empty, None, "None") else f" -> {_typed(gives)}"
+    text = f"{name}({', '.join(shown)}){given}"
+    if len(text) > 90:
+        text = f"{name}(\n    " + ",\n    ".join(shown) + f",\n){given}"
     return f"```text\n{text}\n```\n"
 
 
