@@ -314,8 +314,8 @@ def tables(sizes: dict[str, Sizes]) -> tuple[str, str]:
             f"{_gb(w)} | {_gb(one.peak(small, w))} | {one.smallest_mac(small, w)}" for w in both
         )
         first.append(
-            f"| `{name}` | {one.parameters / GB:.2f} | {one.cache_per_1000 / 1e6:.0f}\N{NO-BREAK SPACE}MB |"
-            f" {' | '.join(needed)} |"
+            f"| `{name}` | {one.parameters / GB:.2f} |"
+            f" {one.cache_per_1000 / 1e6:.0f}\N{NO-BREAK SPACE}MB | {' | '.join(needed)} |"
         )
         second.append(
             f"| `{name}` | {large.picture_tokens:,} | {_gb(large.cache)} |"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import inspect
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -107,8 +108,8 @@ def error_classes() -> str:
 
 
 def commands() -> str:
-    """The help of every command, as a terminal of 100 columns shows it."""
-    parts = []
+    """The help of every command, as a terminal of 96 columns shows it."""
+    os.environ["COLUMNS"], parts = "96", []
     for name in COMMANDS:
         parser = import_module(f"mlx_vlm_pipes.{name}").build_parser()
         parts.append(f"## {name}\n\n```text\n{parser.format_help()}```\n")
