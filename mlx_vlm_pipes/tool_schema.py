@@ -97,7 +97,9 @@ def _property(hint: Any, text: str) -> Schema:
         try:
             values = json.loads(choices.group(1))
         except ValueError:
-            raise _Unclear(f"has choices that are no JSON list: {shown(choices.group(1))}") from None
+            raise _Unclear(
+                f"has choices that are no JSON list: {shown(choices.group(1))}"
+            ) from None
         schema["enum"] = [v.strip() if isinstance(v, str) else v for v in values]
         text = text[: choices.start()].strip()
     return {**schema, "description": text}
@@ -116,20 +118,21 @@ def _returned(hints: dict[str, Any], text: str | None) -> Schema | None:
 
 def _schema(hint: Any) -> Schema:
     """The JSON schema of a type. Raises: _Unclear for one that has none."""
-    origin, parts = get_origin(hint), get_args(hint)
+    origin, parts = get_origin(hint), list(get_args(hint))
     if origin in (Union, types.UnionType):
         return _union(parts)
     if origin is Literal:
-        return _choice(list(parts), hint)
+        return _choice(parts, hint)
     if isinstance(hint, type) and issubclass(hint, enum.Enum):
         return _choice([member.value for member in hint], hint)
-    if origin is None and hint in PLAIN:
-        return dict(PLAIN[hint])
+    kind = hint if origin is None else origin  # typing.List without a part has an origin
+    if not parts and kind in PLAIN:
+        return dict(PLAIN[kind])
     if origin is list:
         return {"type": "array", "items": _schema(parts[0])}
     if origin is tuple and len(parts) > 1 and Ellipsis not in parts:
         return {"type": "array", "prefixItems": [_schema(part) for part in parts]}
-    if origin is dict:
+    if origin is dict and len(parts) == 2:
         return {"type": "object", "additionalProperties": _schema(parts[1])}
     raise _Unclear(f"has a type without a JSON form, {shown(hint)}")
 
@@ -157,7 +160,7 @@ def _union(parts: Sequence[Any]) -> Schema:
 def _read_docstring(doc: str) -> tuple[str, dict[str, str], str | None]:
     """(what it does, text of each argument, what it returns)."""
     head = re.split(rf"\s*{SECTION}", doc, maxsplit=1)[0].strip()
-    args = re.search(rf"\n\s*Args:\n(.*?)\s*(?:Returns:|Raises:|\Z)", doc, re.DOTALL)
+    args = re.search(r"\n\s*Args:\n(.*?)\s*(?:Returns:|Raises:|\Z)", doc, re.DOTALL)
     returns = re.search(r"\n\s*Returns:\n\s*(.*?)\s*(?:Raises:|\Z)", doc, re.DOTALL)
     texts = _argument_texts(args.group(1)) if args else {}
     return head, texts, returns.group(1).strip() if returns else None

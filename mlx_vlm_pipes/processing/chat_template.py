@@ -12,7 +12,12 @@ from mlx_vlm_pipes.processing.settings import read_json
 
 JSON_PLACES = ("chat_template.json", "processor_config.json", "tokenizer_config.json")
 TOOL_USE = "tool_use"  # the name of the template for requests with tools, where there is one
-OWN_NAMES = ("messages", "tools", "add_generation_prompt")
+# What a template is given anyway, and where it comes from.
+OWN_NAMES = {
+    "messages": "they are the prompt",
+    "tools": "they are an option of their own",
+    "add_generation_prompt": "an answer is always asked for",
+}
 MAX_TEMPLATE_BYTES = 2**20
 
 
@@ -89,29 +94,44 @@ class ChatTemplate:
 
     @functools.cached_property
     def names(self) -> frozenset[str]:
-        """The variables that the template reads. Raises: ProcessorError, as `check`."""
+        """The variables that the template may read, some of its own among them.
+
+        Raises: ProcessorError, as `check`.
+        """
         import jinja2.meta
 
+        return frozenset(jinja2.meta.find_undeclared_variables(self._tree))
+
+    @property
+    def settings(self) -> list[str]:
+        """Those that it plainly leaves to the user: it never sets them, or asks if they are set."""
+        from jinja2 import nodes
+
+        own = {n.name for n in self._tree.find_all(nodes.Name) if n.ctx != "load"}
+        own |= {n for n in self.names if n.endswith("_token")} | set(OWN_NAMES)
+        tests = [t.node for t in self._tree.find_all(nodes.Test) if t.name == "defined"]
+        asked = {node.name for node in tests if isinstance(node, nodes.Name)} - set(OWN_NAMES)
+        return sorted(self.names & ((self.names - own) | asked))
+
+    @property
+    def _tree(self) -> Any:
         environment = self._compiled.environment
         environment.start_clock()
-        return frozenset(jinja2.meta.find_undeclared_variables(environment.parse(self.source)))
+        return environment.parse(self.source)
 
     def require(self, variables: Mapping[str, Any]) -> None:
-        """Raises: InputError for a variable that the template does not read, and for `messages`
-        and what else is not for the user to give."""
+        """Raises: InputError for a variable that the template does not read."""
         if variables.get("tools") and "tools" not in self.names:
             raise InputError(
                 "tools: this model's chat template takes none; describe them in the system "
                 "message, or take a model that was trained to call tools"
             )
         for name in variables.keys() - {"tools"}:
-            if name in OWN_NAMES:
-                raise InputError(f"chat_template_kwargs: {name} is not given there")
             if name not in self.names:
-                reads = sorted(n for n in self.names if n not in OWN_NAMES and "token" not in n)
+                known = f"it reads {', '.join(self.settings)}" if self.settings else "leave it out"
                 raise InputError(
-                    f"chat_template_kwargs: this model's chat template does not read {clip(name)}; "
-                    f"it reads {', '.join(reads) or 'no such names'}"
+                    "chat_template_kwargs: this model's chat template does not read "
+                    f"{clip(name)}; {known}"
                 )
 
     def check(self) -> None:

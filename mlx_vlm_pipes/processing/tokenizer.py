@@ -143,9 +143,7 @@ class Tokenizer:
         names = {k: v for k, v in self.named_tokens.items() if k.endswith("_token")}
         template.require(given)
         variables = {"tools": None, "documents": None, **names, **given}
-        return template.render(
-            messages, variables, add_generation_prompt=add_generation_prompt
-        )
+        return template.render(messages, variables, add_generation_prompt=add_generation_prompt)
 
 
 class StreamDecoder:

@@ -12,6 +12,7 @@ import numpy as np
 from mlx_vlm_pipes.contexts import ImageMetadata
 from mlx_vlm_pipes.errors import InputError
 from mlx_vlm_pipes.options import PROMPT_OPTIONS, default, unfit
+from mlx_vlm_pipes.processing.chat_template import OWN_NAMES
 from mlx_vlm_pipes.processing.fetch import Access
 
 
@@ -53,6 +54,9 @@ class PromptRequest:
                 raise InputError(f"{name} is a {type(value).__name__}; expected a list")
         for name, option in PROMPT_OPTIONS.items():
             option.read(vars(self)[name])
+        for name in self.chat_template_kwargs or ():
+            if name in OWN_NAMES:
+                raise InputError(f"chat_template_kwargs: no {name} there; {OWN_NAMES[name]}")
 
     @property
     def template_variables(self) -> dict[str, Any]:
