@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_vlm_pipes.contexts import TextContext
-from mlx_vlm_pipes.engine.sampling import RowSampler
+from mlx_vlm_pipes.engine.row_sampler import RowSampler
 from mlx_vlm_pipes.engine.text import StreamDecoder, TextStream
 from mlx_vlm_pipes.engine.worker import require_same_process
 from mlx_vlm_pipes.kv_cache import CacheRow

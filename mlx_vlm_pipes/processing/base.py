@@ -33,6 +33,7 @@ from mlx_vlm_pipes.processing.messages import (
     as_lists,
     as_texts,
     conversation,
+    tool_call_forms,
     user_texts,
 )
 from mlx_vlm_pipes.processing.settings import PixelSettings, read_json
@@ -190,6 +191,8 @@ class TextProcessor:
             raise InputError("raw takes a text prompt, not messages")
         if request.raw and request.system is not None:
             raise InputError("raw takes no system prompt; write it into the text")
+        if request.raw and request.template_variables:
+            raise InputError("raw uses no chat template: no tools, no chat_template_kwargs")
         return request.raw
 
     def refuse_options(self, request: PromptRequest) -> None:
@@ -216,7 +219,7 @@ class TextProcessor:
         failures: list[ProcessorError] = []
         deadline = time.monotonic() + MAX_RETRY_SECONDS
         lossy: str | None = None
-        for messages in forms:
+        for messages in (form for content in forms for form in tool_call_forms(content)):
             try:
                 text = self.tokenizer.apply_chat_template(messages, template_variables=variables)
             except ProcessorError as error:

@@ -114,6 +114,12 @@ class Tokenizer:
         found = find_template(self.folder)
         return None if found is None else ChatTemplate(*found)
 
+    @functools.cached_property
+    def tool_template(self) -> ChatTemplate | None:
+        """The template of requests with tools; often the one of all requests."""
+        found = find_template(self.folder, with_tools=True)
+        return None if found is None else ChatTemplate(*found)
+
     def apply_chat_template(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -123,19 +129,21 @@ class Tokenizer:
     ) -> str:
         """The prompt text of chat messages.
 
-        Args: template_variables, further names that the template reads (`enable_thinking`, ...).
-        Raises: ProcessorError if the folder has no template or it fails; InputError if it refuses.
+        Args: template_variables, further names that the template reads (`tools`, ...).
+        Raises: ProcessorError if the folder has no template or it fails; InputError if it refuses,
+        or does not read one of the variables.
         """
-        if self.chat_template is None:
+        given = dict(template_variables or {})
+        template = self.chat_template if given.get("tools") is None else self.tool_template
+        if template is None:
             raise ProcessorError(
                 f"{self.folder} has no chat template (chat_template.jinja, chat_template.json, "
                 "processor_config.json, tokenizer_config.json); pass a raw prompt instead"
             )
         names = {k: v for k, v in self.named_tokens.items() if k.endswith("_token")}
-        variables = {"tools": None, "documents": None, **names, **(template_variables or {})}
-        return self.chat_template.render(
-            messages, variables, add_generation_prompt=add_generation_prompt
-        )
+        template.require(given)
+        variables = {"tools": None, "documents": None, **names, **given}
+        return template.render(messages, variables, add_generation_prompt=add_generation_prompt)
 
 
 class StreamDecoder:

@@ -11,6 +11,7 @@ from PIL import Image
 
 from mlx_vlm_pipes.architectures.idefics3 import processing as idefics3
 from mlx_vlm_pipes.architectures.internvl import processing as internvl
+from mlx_vlm_pipes.architectures.llama3.processing import Llama3Processor
 from mlx_vlm_pipes.architectures.pixtral import processing as pixtral
 from mlx_vlm_pipes.architectures.qwen2_5vl import processing as qwen
 from mlx_vlm_pipes.errors import MediaError
@@ -20,6 +21,7 @@ from mlx_vlm_pipes.processing.types import PromptRequest
 from mlx_vlm_pipes.processing.video import VideoInfo, arange_indices
 from tests.fixtures_helper import cases, reference
 from tests.processing import folders
+from tests.processing.tool_templates import CASES
 
 pytestmark = [pytest.mark.reference, pytest.mark.filterwarnings("ignore:grey pictures")]
 
@@ -297,3 +299,26 @@ def test_tokenizer_and_template(path) -> None:
             add_generation_prompt=True, **names,
         )  # fmt: skip
         assert tokenizer.apply_chat_template(prompt["messages"]) == rendered[0]
+
+
+@pytest.mark.parametrize("case", CASES, ids=range(len(CASES)))
+def test_tools_and_variables_of_templates(case, tmp_path) -> None:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    template, messages, tools, variables = case
+    expected, _ = render_jinja_template(
+        [messages], tools=tools, chat_template=template, add_generation_prompt=True,
+        bos_token="<s>", **variables,
+    )  # fmt: skip
+    folder = folders.make_folder(tmp_path, [], {}, template, bos="<s>")
+    request = PromptRequest(messages, tools=tools, chat_template_kwargs=variables)
+    assert Llama3Processor(folder, {"architectures": ["x"]}).process(request).text == expected[0]
+
+
+def test_functions_as_tools() -> None:
+    from transformers.utils import get_json_schema
+
+    from mlx_vlm_pipes.tool_schema import tool_schema
+    from tests.processing.test_tools import forecast
+
+    assert tool_schema(forecast) == get_json_schema(forecast)

@@ -13,13 +13,13 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 import numpy as np
 
-from mlx_vlm_pipes.engine.sampling import RowSampler
-from mlx_vlm_pipes.engine.sampling_group import Arrays, Form, Group, choose
+from mlx_vlm_pipes.engine.group_sampler import Arrays, Form, GroupSampler, choose
+from mlx_vlm_pipes.engine.row_sampler import RowSampler
 
-Part = tuple[list[int], Group]  # places in the step, and their rows
+Part = tuple[list[int], GroupSampler]  # places in the step, and their rows
 
 
-class Sampler:
+class BatchSampler:
     """Samples the rows of one engine, and keeps their groups for as long as rows stay the same."""
 
     def __init__(self, *, is_gpu: bool) -> None:
@@ -59,8 +59,8 @@ class Sampler:
             kinds.setdefault(kind, []).append(i)
         return [(places, self._group([rows[i] for i in places])) for places in kinds.values()]
 
-    def _group(self, rows: Sequence[RowSampler]) -> Group:
-        return Group(rows, self._step, is_gpu=self._is_gpu)
+    def _group(self, rows: Sequence[RowSampler]) -> GroupSampler:
+        return GroupSampler(rows, self._step, is_gpu=self._is_gpu)
 
     def _step(self, form: Form) -> Callable[..., tuple[mx.array, Arrays]]:
         if form not in self._steps:

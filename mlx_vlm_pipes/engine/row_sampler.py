@@ -1,7 +1,7 @@
 """What one request asks of sampling, and its own random numbers, counts and penalties.
 
 Every row carries its own key, so a seed gives the same tokens in any batch. Rows are sampled
-together (see sampling_group); what a row has here is where it starts.
+together (see group_sampler); what a row has here is where it starts.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def read_sampling(params: SamplingParams) -> SamplingParams:
 
 
 class Home(Protocol):
-    """What holds the state of several rows, stacked (sampling_group.Group)."""
+    """What holds the state of several rows, stacked (group_sampler.GroupSampler)."""
 
     def row(self, name: str, index: int) -> mx.array: ...
 
