@@ -222,9 +222,14 @@ class Pipeline:
         n: int,
         images: Media = (),
         videos: Media = (),
+        *,
+        keep_tokens: Sequence[str] = (),
         **options: Unpack[GenerateOptions],
     ) -> list[Handle]:
-        """Queue a request for n answers, as `generate_n` gives them, and return at once."""
+        """Queue a request for n answers, as `generate_n` gives them, and return at once.
+
+        keep_tokens: special tokens that stay in the text, as "[TOOL_CALLS]"; others are left out.
+        """
         count = Option("", name="n", kind=int, low=1).read(n)
         images, videos, named = _media(images, videos, options)
         given = read_options(named, OPTIONS)
@@ -233,7 +238,7 @@ class Pipeline:
         handles: list[Handle] = []
         try:
             for seed in seeds:
-                handles.append(self._start(processed, {**given, "seed": seed}))
+                handles.append(self._start(processed, {**given, "seed": seed}, keep_tokens))
         except BaseException:
             for handle in handles:
                 handle.close()
@@ -313,10 +318,12 @@ class Pipeline:
         reading = {name: value for name, value in given.items() if name in PROMPT_OPTIONS}
         return self.encode(prompt, images, videos, **reading)
 
-    def _start(self, processed: ProcessedPrompt, given: Mapping[str, Any]) -> Handle:
+    def _start(
+        self, processed: ProcessedPrompt, given: Mapping[str, Any], kept: Sequence[str] = ()
+    ) -> Handle:
         """Hand a processed prompt to the engine."""
         context = self._context(processed, given)
-        return self.engine.submit(context, self.tokenizer.stream_decoder())
+        return self.engine.submit(context, self.tokenizer.stream_decoder(kept=kept))
 
     def _context(self, processed: ProcessedPrompt, given: Mapping[str, Any]) -> TextContext:
         """The engine's context; refuses what is too long before anything is computed."""
