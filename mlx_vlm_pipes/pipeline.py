@@ -337,6 +337,7 @@ class Pipeline:
             log_probabilities=options["logprobs"],
             log_probabilities_echo=options["prompt_logprobs"],
             model_name=self._adapter(options["adapter"]),
+            logits_processors=options["logits_processors"] or (),
         )
 
     def _adapter(self, name: str | None) -> str:

@@ -50,12 +50,14 @@ class BatchSampler:
 
     def state(self) -> list[mx.array]:
         """What the last call changed, to be evaluated with its tokens."""
-        return [array for _, group in self._parts for array in group.state()]
+        groups = [group for _, group in self._parts]
+        shown = [row.tokens for group in groups for row in group.rows if row.processors]
+        return [*shown, *(array for group in groups for array in group.state())]
 
     def _grouped(self, rows: Sequence[RowSampler]) -> list[Part]:
         kinds: dict[object, list[int]] = {}
         for i, row in enumerate(rows):
-            kind = i if row.own_way is not None else "all" if self._is_gpu else _kind(row)
+            kind = i if row.processors else "all" if self._is_gpu else _kind(row)
             kinds.setdefault(kind, []).append(i)
         return [(places, self._group([rows[i] for i in places])) for places in kinds.values()]
 
@@ -74,8 +76,12 @@ class BatchSampler:
         whole = places == list(range(logits.shape[0]))
         try:
             own = logits if whole else logits[mx.array(places)]
-            change = group.rows[0].own_way
-            return group.sample(own if change is None else change(own[0])[None])
+            row = group.rows[0]
+            if not row.processors:
+                return group.sample(own)
+            token = group.sample(row.processed(own))
+            row.note(token)
+            return token
         except Exception as error:
             if len(places) == 1:
                 failures[places[0]] = error

@@ -16,7 +16,7 @@ from mlx_vlm_pipes.engine.scheduler import Scheduler
 from mlx_vlm_pipes.engine.state import EngineConfig, EngineStats
 from mlx_vlm_pipes.engine.text import StreamDecoder
 from mlx_vlm_pipes.engine.worker import OwnerThread
-from mlx_vlm_pipes.errors import EngineClosed
+from mlx_vlm_pipes.errors import EngineClosed, InputError
 from mlx_vlm_pipes.interfaces import PipelineModelWithKVCache
 
 
@@ -49,8 +49,11 @@ class Engine:
     def submit(self, context: TextContext, decoder: StreamDecoder) -> Handle:
         """Queue a request; safe from any thread.
 
-        Raises: InputError for bad sampling values, OutOfBudget for what can never fit.
+        Raises: InputError for bad sampling values and for requests of logits processors,
+        OutOfBudget for what can never fit.
         """
+        if self.worker.is_current:
+            raise InputError("a logits processor asks the model that waits for it; ask another one")
         handle = self.worker.call(lambda: self.scheduler.submit(context, decoder))
         handle.owner = self
         return handle

@@ -274,6 +274,7 @@ def new_job(
         raise unfit("logprobs", context.log_probabilities, expected)
     params = context.sampling_params
     ends = [] if context.ignore_eos else sorted(context.eos_tracker.eos_token_ids)
-    sampler = RowSampler(params, context.tokens.prompt, vocab_size, ends)
+    prompt, processors = context.tokens.prompt, context.logits_processors
+    sampler = RowSampler(params, prompt, vocab_size, ends, processors)
     stops = (*params.stop, *context.eos_tracker.eos_stop_strings)
     return Job(context, Handle(), sampler, TextStream(decoder, stops), keys, capacity)

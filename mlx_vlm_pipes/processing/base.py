@@ -26,6 +26,7 @@ from mlx_vlm_pipes.contexts import (
 )
 from mlx_vlm_pipes.errors import InputError, ProcessorError, shown
 from mlx_vlm_pipes.facts import RoomFacts
+from mlx_vlm_pipes.options import LogitsProcessor
 from mlx_vlm_pipes.processing.images import load_image
 from mlx_vlm_pipes.processing.messages import (
     KINDS,
@@ -61,6 +62,7 @@ class ContextFields(TypedDict):
     log_probabilities: int
     log_probabilities_echo: bool
     model_name: str
+    logits_processors: Sequence[LogitsProcessor]
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,7 @@ class TextProcessor:
         log_probabilities: int = 0,
         log_probabilities_echo: bool = False,
         model_name: str = "",
+        logits_processors: Sequence[LogitsProcessor] = (),
     ) -> TextContext:
         """The engine's context of a processed prompt.
 
@@ -178,6 +181,7 @@ class TextProcessor:
                 "log_probabilities": log_probabilities,
                 "log_probabilities_echo": log_probabilities_echo,
                 "model_name": model_name,
+                "logits_processors": logits_processors,
             },
         )
 

@@ -250,19 +250,19 @@ def test_rows_keep_their_state_when_others_come_and_go() -> None:
     assert found == expected
 
 
-def test_a_row_that_goes_its_own_way_leaves_the_others_alone() -> None:
-    def only_eight(logits: mx.array) -> mx.array:
-        return mx.where(mx.arange(VOCAB) == 8, logits, NEGATIVE)
+def test_a_row_with_processors_leaves_the_others_alone() -> None:
+    def only_eight(tokens: mx.array, logits: mx.array) -> mx.array:
+        return mx.where(mx.arange(VOCAB) == 8, logits, -mx.inf)
 
-    def broken(logits: mx.array) -> mx.array:
+    def broken(tokens: mx.array, logits: mx.array) -> mx.array:
         raise ValueError(f"no way for {logits.shape}")
 
     x = mx.array(np.stack([logits_of(i) for i in range(4)]))
     expected = [draw(make(seed=i), np.array(x[i])) for i in range(4)]
     rows = [make(seed=i) for i in range(4)]
-    rows[1].own_way, rows[2].own_way = only_eight, broken
+    rows[1].processors, rows[2].processors = (only_eight,), (broken,)
     tokens, failures = BatchSampler(is_gpu=True)(x, rows)
     found = np.array(tokens).tolist()
     assert [found[0], found[1], found[3]] == [expected[0], 8, expected[3]]
-    assert [str(failures[2])] == [f"no way for ({VOCAB},)"]
+    assert [str(failures[2])] == [f"no way for (1, {VOCAB})"]
     assert len(failures) == 1
