@@ -17,9 +17,8 @@ from mlx_vlm_pipes.errors import InputError, clip
 from mlx_vlm_pipes.media import listed, named_media
 from mlx_vlm_pipes.options import OPTIONS, GenerateOptions, own_names, read_options, shows, unfit
 from mlx_vlm_pipes.paths import user_path
-from mlx_vlm_pipes.processing.fetch import Access, is_url
-from mlx_vlm_pipes.processing.images import read_bytes
-from mlx_vlm_pipes.processing.keeping import stored_messages
+from mlx_vlm_pipes.processing.fetch import Access
+from mlx_vlm_pipes.processing.keeping import lasting, stored_messages
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
@@ -219,7 +218,7 @@ class Conversation(Generic[AnswerT]):
         given = read_options({**self.options, **own}, OPTIONS)
         access = Access(given.get("local_files", True), given.get("allow_private", False))
         media = [
-            {"type": kind, kind: _lasting(source, access)}
+            {"type": kind, kind: lasting(source, access)}
             for kind, sources in (("image", images), ("video", videos))
             for source in listed(sources)
         ]
@@ -250,13 +249,13 @@ class Conversation(Generic[AnswerT]):
 class AnswerStream(Iterator["Chunk"]):
     """The chunks of an answer. Closing or dropping it ends the answer, whose words are kept.
 
-    settle: called once, with the answer as far as it came, or None where none is to be kept.
+    text: the answer so far. settle: called once, with it, or with None where none is to be kept.
     """
 
     def __init__(self, handle: Handle, settle: Callable[[str | None], None]) -> None:
         self._handle, self._chunks = handle, iter(handle)
         self._settle: Callable[[str | None], None] | None = settle
-        self._text = ""
+        self.text = ""
 
     def __next__(self) -> Chunk:
         try:
@@ -267,13 +266,13 @@ class AnswerStream(Iterator["Chunk"]):
         except BaseException:  # Ctrl-C
             self.close()
             raise
-        self._text += chunk.text
+        self.text += chunk.text
         if chunk.finish_reason is not None:
-            self._end(self._text)
+            self._end(self.text)
         return chunk
 
     def close(self) -> None:
-        self._end(self._text if self._text.strip() else None)
+        self._end(self.text if self.text.strip() else None)
 
     def __del__(self) -> None:
         self.close()
@@ -283,16 +282,6 @@ class AnswerStream(Iterator["Chunk"]):
         settle, self._settle = self._settle, None
         if settle is not None:
             settle(answer)
-
-
-def _lasting(source: Any, access: Access) -> Any:
-    """A picture or clip that every later turn can read again, without the network."""
-    if isinstance(source, (list, tuple)):
-        return [_lasting(frame, access) for frame in source]
-    is_remote = isinstance(source, str) and is_url(source) and source[:4].lower() == "http"
-    if is_remote or callable(getattr(source, "read", None)):
-        return read_bytes(source, access)
-    return source
 
 
 def _read_messages(path: str | os.PathLike[str]) -> list[Message]:

@@ -1,4 +1,7 @@
-"""Messages as JSON: pictures by absolute path, or as data URLs where they have none. No MLX."""
+"""Media that last: for the turns that follow, and as JSON. No MLX.
+
+In JSON pictures stand by their absolute path, or as data URLs where they have none.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,24 @@ from typing import Any
 
 from mlx_vlm_pipes.errors import InputError, MediaError
 from mlx_vlm_pipes.paths import user_path
-from mlx_vlm_pipes.processing.fetch import MAX_BYTES, is_url
-from mlx_vlm_pipes.processing.images import describe, load_image
+from mlx_vlm_pipes.processing.fetch import MAX_BYTES, Access, is_url
+from mlx_vlm_pipes.processing.images import describe, load_image, read_bytes
 from mlx_vlm_pipes.processing.messages import SOURCE_KEYS
 
 _MEDIA_KEYS = frozenset(key for keys in SOURCE_KEYS.values() for key in keys) - {"base64"}
+
+
+def lasting(source: Any, access: Access) -> Any:
+    """A picture or clip that can be read again and again, without the network.
+
+    Raises: MediaError, as `read_bytes`, for what has to be read to that end.
+    """
+    if isinstance(source, (list, tuple)):
+        return [lasting(frame, access) for frame in source]
+    is_remote = isinstance(source, str) and is_url(source) and source[:4].lower() == "http"
+    if is_remote or callable(getattr(source, "read", None)):
+        return read_bytes(source, access)
+    return source
 
 
 def stored_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
