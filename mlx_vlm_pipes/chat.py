@@ -63,7 +63,7 @@ def _run(args: argparse.Namespace) -> int:
 
     options = given_options(args)
     if args.model is None and not args.quiet:
-        say(f"using {BUNDLED_NOTE}")
+        say(BUNDLED_NOTE)
     with load_pipeline(args) as pipe, terminable(), Lines(list(COMMANDS)) as lines:
         session = Session(pipe, pipe.chat(**options), lines, has_limit=args.max_length is not None)
         if not args.quiet:
@@ -80,7 +80,7 @@ def _greet(pipe: Pipeline, name: str | None) -> None:
     called = "tiny-idefics3" if name is None else Path(name).name or name
     say(
         f"{called}: {model.weight_bytes / 1e6:.4g} MB of weights, {model.dtype.name}, "
-        f"{model.device}, holds {pipe.max_seq_len} tokens"
+        f"{model.device.label}, holds {pipe.max_seq_len} tokens"
     )
     memory = pipe.engine.scheduler.state.memory_bytes
     say(f"{memory / 1e9:.1f} GB of memory for it; /help lists the commands, Ctrl-D leaves\n")

@@ -105,33 +105,38 @@ def is_clip(path: Path) -> bool:
 
 
 def _readings(text: str, start: int) -> Iterator[tuple[str, int]]:
-    """(name, end): bare with spaces, longest first; quoted; escaped; without a full stop."""
+    """(name, end): bare with spaces, longest first; quoted; escaped; both without a full stop."""
     ends = [match.start() for match in re.finditer(r"\s|$", text[start:])]
     for end in reversed(ends[1:MAX_WORDS]):
         yield text[start : start + end], start + end
-    quoted = _QUOTED.match(text, start)
-    if quoted is not None:
-        yield _unquoted(quoted[0]), quoted.end()
-    escaped = _ESCAPED.match(text, start)
-    if escaped is not None:
-        name = re.sub(r"\\(.)", r"\1", escaped[0])
-        yield name, escaped.end()
-        shorter = name.rstrip(".,;:!?)")
-        yield shorter, escaped.end() - (len(name) - len(shorter))
+    for pattern, plain in ((_QUOTED, _unquoted), (_ESCAPED, _unescaped)):
+        word = pattern.match(text, start)
+        if word is not None:
+            name = plain(word[0])
+            shorter = name.rstrip(".,;:!?)")
+            yield name, word.end()
+            yield shorter, word.end() - (len(name) - len(shorter))
 
 
 def _unquoted(word: str) -> str:
     """A word as a shell reads it: 'it'\\''s' is it's."""
     pieces = []
     for single, double, escaped, plain in _PIECE.findall(word):
-        pieces.append(single or re.sub(r"\\(.)", r"\1", double) or escaped or plain)
+        pieces.append(single or _unescaped(double) or escaped or plain)
     return "".join(pieces)
+
+
+def _unescaped(word: str) -> str:
+    return re.sub(r"\\(.)", r"\1", word)
 
 
 def _from_url(name: str) -> str:
     if not name.lower().startswith("file:"):
         return name
-    return urllib.parse.unquote(urllib.parse.urlsplit(name).path)
+    try:
+        return urllib.parse.unquote(urllib.parse.urlsplit(name).path)
+    except ValueError:  # such as file://[
+        return name
 
 
 def _is_there(path: Path) -> bool:

@@ -133,19 +133,25 @@ class Session:
 
     def _take_safely(self, text: str) -> None:
         """Do what a line asks; what is wrong with it is one line, and the conversation goes on."""
+        before = list(self._waiting)
         try:
             self._take(text)
-        except (ContextTooLong, OutOfBudget) as error:
-            more = ", a larger --max-length holds more" if self._has_limit else ""
-            self._refuse(f"{error}; /undo takes a turn back, /reset begins anew{more}")
-        except PipesError as error:
-            self._refuse(str(error))
         except KeyboardInterrupt:
-            say("\ninterrupted")
+            self._waiting = before
+            say("\nstopped before an answer")
+        except PipesError as error:
+            self._waiting = before  # the line will be typed again, with its pictures
+            self._had_mistake = True
+            say(f"error: {' '.join(self._advised(error).split())}")
 
-    def _refuse(self, text: str) -> None:
-        self._had_mistake = True
-        say(f"error: {' '.join(text.split())}")
+    def _advised(self, error: PipesError) -> str:
+        """What is wrong, and what to do about it here."""
+        ways = "/undo takes a turn back, /reset begins anew"
+        if isinstance(error, ContextTooLong):
+            limit = ", --max-length can be larger" if self._has_limit else ""
+            held = self._pipe.max_seq_len
+            return f"this would be longer than the {held} tokens that fit; {ways}{limit}"
+        return f"{error}; {ways}" if isinstance(error, OutOfBudget) else str(error)
 
     def _take(self, text: str) -> None:
         name, _, rest = text.strip().partition(" ")
@@ -180,13 +186,8 @@ class Session:
             self._answer(words)
 
     def _attach_dropped(self, paths: list[Path]) -> None:
-        before = list(self._waiting)
-        try:
-            for path in paths:
-                self.attach("video" if is_clip(path) else "image", [path])
-        except PipesError:
-            self._waiting = before
-            raise
+        for path in paths:
+            self.attach("video" if is_clip(path) else "image", [path])
 
     def _sources(self, kind: str) -> list[Any]:
         return [one.source for one in self._waiting if one.kind == kind]
@@ -202,17 +203,18 @@ class Session:
             last = _print(stream)
         except KeyboardInterrupt:
             stream.close()
+            if not stream.text.strip():
+                raise
             put("\n")
-            is_kept = bool(stream.text.strip())
-            say("stopped; it is kept as far as it came" if is_kept else "stopped before an answer")
-            if is_kept and text is not None:
-                self._waiting.clear()
-            return
-        put("\n")
+            say("stopped; the answer is kept as far as it came")
+        else:
+            put("\n")
+            self._last = last
+            self._say_limits(last)
         if text is not None:
             self._waiting.clear()
-        self._last = last
-        self._say_limits(last)
+        if self._lines.is_terminal:
+            say("")
 
     def _say_limits(self, last: Chunk) -> None:
         """Why an answer was cut, and how full the model is."""
@@ -222,7 +224,7 @@ class Session:
             new = last.usage.completion_tokens
             say(f"cut after {new} tokens; begin with a larger --max-tokens for longer answers")
         if used >= ALMOST_FULL * held:
-            say(f"{used} of the {held} tokens that the model holds are full; /reset begins anew")
+            say(f"{min(used, held)} of the {held} tokens that fit are used; /reset begins anew")
 
     def _sign(self) -> str:
         counts = [(len(self._sources(kind)), name) for kind, name in _NAMES.items()]
@@ -240,7 +242,7 @@ class Session:
             say("the pictures and clips that waited are dropped")
             return
         taken = self._chat.undo()
-        say(f"taken back: {clip(_text_of(taken[0]), 60)}")
+        say(f"taken back: {clip(' '.join(_text_of(taken[0]).split()), 60)}")
 
     def _reset(self, _: str) -> None:
         self._chat.reset()
@@ -270,7 +272,7 @@ class Session:
     def _stats(self, _: str) -> None:
         last = self._last
         if last is None or last.usage is None or last.timings is None:
-            say("no answer yet")
+            say("no whole answer yet")
             return
         memory = self._pipe.peak_memory_bytes()
         for line in figures(last.finish_reason, last.usage, last.timings, memory):
@@ -280,7 +282,7 @@ class Session:
 
     def _help(self, _: str) -> None:
         for name, (argument, about) in COMMANDS.items():
-            say(f"  {f'{name} {argument}':16}{about}")
+            say(f"  {f'{name} {argument}':17}{about}")
         say(HINTS)
 
     def _described(self) -> str:
