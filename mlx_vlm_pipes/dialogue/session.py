@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
 ALMOST_FULL = 0.9  # of what the model holds
 COMMANDS = {
-    "/image": ("PATH ...", "pictures for the next message; words behind them are the message"),
-    "/video": ("PATH ...", "the same with clips: a film, an animation, a folder of frames"),
+    "/image": ("PATH ...", "pictures for the next message, which may follow them"),
+    "/video": ("PATH ...", "clips: a film, an animation or a folder of frames"),
     "/system": ("TEXT", "the system message from now on; - for none"),
     "/undo": ("", "take back the pictures that wait, else the last turn"),
     "/retry": ("", "answer the last message once more"),
@@ -49,9 +49,9 @@ COMMANDS = {
     "/exit": ("", "leave; as Ctrl-D"),
 }
 HINTS = """\
-Drag a picture or a clip into the line, or paste its path, alone or beside words.
-A backslash at the end of a line continues it; \"\"\" begins and ends several lines.
-Ctrl-C stops an answer, which is kept as far as it came; twice at the prompt leaves."""
+Drag pictures or clips into the line, or paste their paths, with words or alone.
+A backslash at the end continues a line; \"\"\" begins and ends several lines.
+Ctrl-C stops an answer and keeps what was said; twice at the prompt it leaves."""
 
 
 @dataclass(frozen=True)
