@@ -74,7 +74,7 @@ def _run(args: argparse.Namespace) -> int:
     options = given_options(args)  # before the model is loaded: a mistake is told at once
     prompt, images = _asked(args), [_picture(name) for name in args.image]
     if args.model is None and not args.quiet:
-        say(f"using {BUNDLED_NOTE}")
+        say(BUNDLED_NOTE)
     with load_pipeline(args) as pipe:
         if args.plan:
             return _print_plan(pipe.plan(prompt, images, args.video, **options), args)

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mlx_vlm_pipes.contexts import SamplingParams, TextContext
+from mlx_vlm_pipes.conversation import Conversation
 from mlx_vlm_pipes.engine.engine import Engine
 from mlx_vlm_pipes.engine.plan import Plan
 from mlx_vlm_pipes.engine.requests import Chunk, Handle, Timings, Usage
 from mlx_vlm_pipes.errors import ContextTooLong, InputError, shown
 from mlx_vlm_pipes.hf_config import lookup
 from mlx_vlm_pipes.interfaces import LogProbabilities, PipelineModelWithKVCache
+from mlx_vlm_pipes.media import listed, named_media
 from mlx_vlm_pipes.options import (
     OPTIONS,
     PROMPT_OPTIONS,
@@ -32,17 +34,11 @@ from mlx_vlm_pipes.options import (
 from mlx_vlm_pipes.processing.types import ProcessedPrompt, PromptRequest
 
 if TYPE_CHECKING:
-    import os
-    from typing import BinaryIO, TypeAlias
-
-    from PIL.Image import Image
     from typing_extensions import Self, Unpack
 
+    from mlx_vlm_pipes.media import Media
     from mlx_vlm_pipes.processing.base import TextProcessor
     from mlx_vlm_pipes.processing.tokenizer import Tokenizer
-
-    # A list of pictures or clips, one of them alone, or none.
-    Media: TypeAlias = Sequence[Any] | Image | np.ndarray | os.PathLike[str] | BinaryIO | None
 
 Prompt = str | Sequence[Mapping[str, Any]] | ProcessedPrompt
 
@@ -129,14 +125,14 @@ class Pipeline:
         of frames, or one path or array alone.
         Raises: InputError for a prompt and media that do not fit each other.
         """
-        images, videos, given = _media(images, videos, options)
+        images, videos, given = named_media(images, videos, options)
         reading = read_options(given, PROMPT_OPTIONS)
         if isinstance(prompt, ProcessedPrompt):
-            if _listed(images) or _listed(videos) or reading:
+            if listed(images) or listed(videos) or reading:
                 raise InputError("the prompt is read already; give media and options to encode")
             return prompt
         return self.processor.process(
-            PromptRequest(prompt, _listed(images), _listed(videos), **reading)
+            PromptRequest(prompt, listed(images), listed(videos), **reading)
         )
 
     @shows(PROMPT_OPTIONS)
@@ -231,7 +227,7 @@ class Pipeline:
         keep_tokens: special tokens that stay in the text, as "[TOOL_CALLS]"; others are left out.
         """
         count = Option("", name="n", kind=int, low=1).read(n)
-        images, videos, named = _media(images, videos, options)
+        images, videos, named = named_media(images, videos, options)
         given = read_options(named, OPTIONS)
         processed = self._read(prompt, images, videos, given)
         seeds = [given["seed"] + i if "seed" in given else None for i in range(count)]
@@ -277,10 +273,19 @@ class Pipeline:
         **options: Unpack[GenerateOptions],
     ) -> Plan:
         """What a request needs: exact token counts, cache bytes, predicted peak; runs nothing."""
-        images, videos, named = _media(images, videos, options)
+        images, videos, named = named_media(images, videos, options)
         given = read_options(named, OPTIONS)
         processed = self._read(prompt, images, videos, given)
         return self.engine.plan(self._context(processed, given))
+
+    @shows(OPTIONS)
+    def chat(self, **options: Unpack[GenerateOptions]) -> Conversation[GenerationResult]:
+        """A conversation, which remembers its turns: `.send(text, images=...)`, `.stream(...)`.
+
+        system stands before its turns, the other options hold for each of them, unless a turn has
+        its own. Raises: InputError for options that `generate` refuses too.
+        """
+        return Conversation(self, options)
 
     def peak_memory_bytes(self) -> int:
         """The most memory that MLX held at once since the model was loaded."""
@@ -307,7 +312,7 @@ class Pipeline:
     def _submit(
         self, prompt: Prompt, images: Media, videos: Media, options: Mapping[str, object]
     ) -> Handle:
-        images, videos, named = _media(images, videos, options)
+        images, videos, named = named_media(images, videos, options)
         given = read_options(named, OPTIONS)
         return self._start(self._read(prompt, images, videos, given), given)
 
@@ -389,28 +394,3 @@ def collect(handle: Handle) -> GenerationResult:
         logprobs=scores or None,
         prompt_logprobs=last.prompt_logprobs,
     )
-
-
-def _media(
-    images: Media, videos: Media, options: Mapping[str, object]
-) -> tuple[Media, Media, dict[str, Any]]:
-    """The media and the other options; `image` and `video` are the same as `images` and `videos`.
-
-    Raises: InputError where both are given.
-    """
-    rest: dict[str, Any] = dict(options)
-    found = {"images": images, "videos": videos}
-    for name, own in found.items():
-        alias = name[:-1]
-        if alias in rest:
-            if _listed(own):
-                raise InputError(f"{alias} and {name} are the same option; give one of them")
-            found[name] = rest.pop(alias)
-    return found["images"], found["videos"], rest
-
-
-def _listed(media: Media) -> tuple[Any, ...]:
-    """Pictures or clips: one given alone counts as a list of one, None as an empty one."""
-    if media is None:
-        return ()
-    return tuple(media) if isinstance(media, (list, tuple)) else (media,)
