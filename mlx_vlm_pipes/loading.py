@@ -49,7 +49,8 @@ def load(  # noqa: PLR0913  # the options a user may say, all but one by keyword
     """Open a checkpoint: a folder, GGUF file or hub id, or (None) the small model in the package.
 
     Args: dtype "auto" is the checkpoint's own on a GPU and float32 on a CPU; device "cpu" or
-    "gpu"; adapter a LoRA folder, or several (`name=folder`), of which each request names one;
+    "gpu"; adapter a LoRA folder, or several (`name=folder`), of which each request names one (one
+    that changes the vision tower too is loaded alone and merged there: no request can leave it out);
     max_length in tokens; kv_bits 8 or 4 quantises the KV cache; vision_config_overrides wins over
     config.json (InternVL: max_dynamic_patch, min_dynamic_patch, tiles of a picture).
     Raises: CheckpointError, one line saying what is wrong with the checkpoint; InputError for an
