@@ -17,6 +17,7 @@ from mlx_vlm_pipes.engine.worker import OwnerThread
 from mlx_vlm_pipes.errors import CheckpointNotFound, ConfigError, clip, shown
 from mlx_vlm_pipes.gguf.header import is_gguf, only_gguf
 from mlx_vlm_pipes.hf_config import HuggingFaceConfig, read_config
+from mlx_vlm_pipes.hub import download, is_hub_name
 from mlx_vlm_pipes.interfaces import InferenceSession, PipelineModelWithKVCache, ReturnLogits
 from mlx_vlm_pipes.options import Option, unfit
 from mlx_vlm_pipes.paths import is_there, user_path
@@ -26,11 +27,6 @@ from mlx_vlm_pipes.registry import Room, find_room
 from mlx_vlm_pipes.weights import Weights, find_weight_files, load_weights
 
 BUNDLED = Path(__file__).parent / "assets" / "tiny-idefics3"
-# Never a pickle, never code: what is not listed is not downloaded.
-_HUB_FILES = [
-    "*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model",
-    "merges.txt", "vocab.txt",
-]  # fmt: skip
 
 
 def load(  # noqa: PLR0913  # the options a user may say, all but one by keyword only
@@ -49,10 +45,10 @@ def load(  # noqa: PLR0913  # the options a user may say, all but one by keyword
     """Open a checkpoint: a folder, GGUF file or hub id, or (None) the small model in the package.
 
     Args: dtype "auto" is the checkpoint's own on a GPU and float32 on a CPU; device "cpu" or
-    "gpu"; adapter a LoRA folder, or several (`name=folder`), of which each request names one (one
-    that changes the vision tower too is loaded alone and merged there: no request can leave it out);
-    max_length in tokens; kv_bits 8 or 4 quantises the KV cache; vision_config_overrides wins over
-    config.json (InternVL: max_dynamic_patch, min_dynamic_patch, tiles of a picture).
+    "gpu"; adapter a LoRA folder, or several (`name=folder`), of which each request names one
+    (one that changes the vision tower too is loaded alone and merged there: no request can leave
+    it out); max_length in tokens; kv_bits 8 or 4 quantises the KV cache; vision_config_overrides
+    wins over config.json (InternVL: max_dynamic_patch, min_dynamic_patch, tiles of a picture).
     Raises: CheckpointError, one line saying what is wrong with the checkpoint; InputError for an
     argument of a wrong type or out of its bounds.
     """
@@ -191,32 +187,8 @@ def resolve_folder(path: str | Path | None, revision: str | None = None) -> Path
         return only_gguf(folder) or folder
     if is_gguf(folder):
         return folder
-    if os.path.exists(folder) or name.count("/") != 1 or name.startswith((".", "/", "~")):
+    if os.path.exists(folder) or not is_hub_name(name):
         raise CheckpointNotFound(
             f"no model at {clip(name, 200)}; expected a folder, a GGUF file or a hub id"
         )
-    return _download(name, revision)
-
-
-def _download(name: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        try:
-            return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES))
-        except (OSError, LocalEntryNotFoundError) as error:
-            if isinstance(error, HfHubHTTPError):
-                raise
-            return Path(
-                snapshot_download(
-                    name, revision=revision, allow_patterns=_HUB_FILES, local_files_only=True
-                )
-            )
-    except HFValidationError:
-        raise CheckpointNotFound(f"{name!r} is neither a folder nor a hub id") from None
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else repr(error)
-        raise CheckpointNotFound(
-            f"no folder {name!r} here, and none from the hub ({type(error).__name__}: {reason})"
-        ) from None
+    return download(name, revision, has_bar=True)
