@@ -11,11 +11,15 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 DELAY_S = 0.5  # what is done sooner gets no bar
 WAIT_S = 0.25  # how often whoever waits looks after the bar
+
+ItemT = TypeVar("ItemT")
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,14 @@ class Watch(Protocol):
     def close(self) -> None:
         """It is over: what is noted later is not shown."""
         ...
+
+
+def noted(items: Sequence[ItemT], watch: Watch | None, what: str, unit: str) -> Iterator[ItemT]:
+    """The items, each noted before it is worked on."""
+    for done, item in enumerate(items):
+        if watch is not None:
+            watch.note(Work(what, done, len(items), unit))
+        yield item
 
 
 class Bar:
@@ -91,6 +103,36 @@ class Bar:
             self._drawn.close()
             self._drawn = None
             _LINE.release()
+
+
+class Waiting:
+    """The `Watch` of a part: of its work nothing is shown, only that time passes for the whole."""
+
+    def __init__(self, whole: Watch) -> None:
+        self._whole = whole
+
+    def note(self, work: Work) -> None:
+        del work
+        self._whole.wait()
+
+    def wait(self) -> None:
+        self._whole.wait()
+
+    def close(self) -> None:
+        """The whole goes on."""
+
+
+@contextmanager
+def bar(*, is_on: bool) -> Iterator[Bar | None]:
+    """A bar that is gone at the end; None where there shall be none."""
+    if not is_on:
+        yield None
+        return
+    drawn = Bar()
+    try:
+        yield drawn
+    finally:
+        drawn.close()
 
 
 _LINE = threading.Lock()  # a screen has one line for bars

@@ -119,6 +119,7 @@ class CheckpointModel(LogProbabilitiesMixin, PipelineModelWithKVCache[ContextT])
             self.return_hidden_states, self.eagle_layers, decoder_config.num_layers
         )
         text, rest = checkpoint.text, checkpoint.tower(self.tower_prefix)
+        session.expected_bytes += sum(weight.nbytes for weight in state.values())
         state.clear()  # the parts alone hold the tensors now, and let go what has been read
         parts = []
         if tower is not None:
