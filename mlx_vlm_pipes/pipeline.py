@@ -32,6 +32,7 @@ from mlx_vlm_pipes.options import (
     unfit,
 )
 from mlx_vlm_pipes.processing.types import ProcessedPrompt, PromptRequest
+from mlx_vlm_pipes.progress import Bar, Waiting, Watch, bar, noted
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
@@ -76,11 +77,17 @@ class Pipeline:
     """
 
     def __init__(
-        self, model: PipelineModelWithKVCache, processor: TextProcessor, engine: Engine
+        self,
+        model: PipelineModelWithKVCache,
+        processor: TextProcessor,
+        engine: Engine,
+        *,
+        has_bars: bool = False,
     ) -> None:
         self.model = model
         self.processor = processor
         self.engine = engine
+        self.has_bars = has_bars  # whether slow work is shown
 
     def __enter__(self) -> Self:
         return self
@@ -131,9 +138,9 @@ class Pipeline:
             if listed(images) or listed(videos) or reading:
                 raise InputError("the prompt is read already; give media and options to encode")
             return prompt
-        return self.processor.process(
-            PromptRequest(prompt, listed(images), listed(videos), **reading)
-        )
+        asked = PromptRequest(prompt, listed(images), listed(videos), **reading)
+        with bar(is_on=self.has_bars) as watch:
+            return self.processor.process(asked, watch)
 
     @shows(PROMPT_OPTIONS)
     def logits(
@@ -155,7 +162,8 @@ class Pipeline:
         context = self.processor.new_context(
             processed, max_length=self.max_seq_len, model_name=self._adapter(name)
         )
-        return self.engine.prompt_logits(context)
+        with bar(is_on=self.has_bars) as watch:
+            return self.engine.prompt_logits(context, watch)
 
     @shows(OPTIONS)
     def generate(
@@ -166,7 +174,7 @@ class Pipeline:
         **options: Unpack[GenerateOptions],
     ) -> GenerationResult:
         """Answer a prompt. Raises: InputError for anything wrong with the request."""
-        return collect(self._submit(prompt, images, videos, options))
+        return collect(self._submit(prompt, images, videos, options, self._new_watch()))
 
     @shows(OPTIONS)
     def stream(
@@ -177,7 +185,7 @@ class Pipeline:
         **options: Unpack[GenerateOptions],
     ) -> Iterator[Chunk]:
         """The answer as it is made; close the iterator to cancel."""
-        return iter(self._submit(prompt, images, videos, options))
+        return iter(self._submit(prompt, images, videos, options, self._new_watch()))
 
     @shows(OPTIONS)
     def submit(
@@ -206,7 +214,7 @@ class Pipeline:
         """
         handles = self.submit_n(prompt, n, images, videos, **options)
         try:
-            return [collect(handle) for handle in handles]
+            return collect_all(handles, has_bar=self.has_bars)
         finally:
             for handle in handles:
                 handle.close()
@@ -234,7 +242,7 @@ class Pipeline:
         handles: list[Handle] = []
         try:
             for seed in seeds:
-                handles.append(self._start(processed, {**given, "seed": seed}, keep_tokens))
+                handles.append(self._start(processed, {**given, "seed": seed}, kept=keep_tokens))
         except BaseException:
             for handle in handles:
                 handle.close()
@@ -259,7 +267,7 @@ class Pipeline:
         try:
             for request in requests:
                 handles.append(self._submit_request(request, options))
-            return [collect(handle) for handle in handles]
+            return collect_all(handles, has_bar=self.has_bars)
         finally:
             for handle in handles:
                 handle.close()
@@ -310,11 +318,19 @@ class Pipeline:
         return self._submit(asked, images, videos, {**kept, **own_names(own)})
 
     def _submit(
-        self, prompt: Prompt, images: Media, videos: Media, options: Mapping[str, object]
+        self,
+        prompt: Prompt,
+        images: Media,
+        videos: Media,
+        options: Mapping[str, object],
+        watch: Watch | None = None,
     ) -> Handle:
         images, videos, named = named_media(images, videos, options)
         given = read_options(named, OPTIONS)
-        return self._start(self._read(prompt, images, videos, given), given)
+        return self._start(self._read(prompt, images, videos, given), given, watch)
+
+    def _new_watch(self) -> Bar | None:
+        return Bar() if self.has_bars else None
 
     def _read(
         self, prompt: Prompt, images: Media, videos: Media, given: Mapping[str, Any]
@@ -324,11 +340,16 @@ class Pipeline:
         return self.encode(prompt, images, videos, **reading)
 
     def _start(
-        self, processed: ProcessedPrompt, given: Mapping[str, Any], kept: Sequence[str] = ()
+        self,
+        processed: ProcessedPrompt,
+        given: Mapping[str, Any],
+        watch: Watch | None = None,
+        kept: Sequence[str] = (),
     ) -> Handle:
         """Hand a processed prompt to the engine."""
         context = self._context(processed, given)
-        return self.engine.submit(context, self.tokenizer.stream_decoder(kept=kept))
+        decoder = self.tokenizer.stream_decoder(kept=kept)
+        return self.engine.submit(context, decoder, watch)
 
     def _context(self, processed: ProcessedPrompt, given: Mapping[str, Any]) -> TextContext:
         """The engine's context; refuses what is too long before anything is computed."""
@@ -394,3 +415,13 @@ def collect(handle: Handle) -> GenerationResult:
         logprobs=scores or None,
         prompt_logprobs=last.prompt_logprobs,
     )
+
+
+def collect_all(handles: Sequence[Handle], *, has_bar: bool) -> list[GenerationResult]:
+    """Read handles to their ends, in order. Raises: as `collect`."""
+    with bar(is_on=has_bar) as watch:
+        results = []
+        for handle in noted(handles, watch, "answering", "request"):
+            handle.watch = None if watch is None else Waiting(watch)
+            results.append(collect(handle))
+        return results

@@ -41,6 +41,7 @@ from mlx_vlm_pipes.processing.settings import PixelSettings, read_json
 from mlx_vlm_pipes.processing.tokenizer import Tokenizer
 from mlx_vlm_pipes.processing.transforms import image_hash
 from mlx_vlm_pipes.processing.types import MediaRecord, ProcessedPrompt, PromptRequest
+from mlx_vlm_pipes.progress import Watch, noted
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -123,12 +124,13 @@ class TextProcessor:
         names = config.get("architectures") or [config.get("model_type")]
         self.architecture = str(names[0] if isinstance(names, list) else names)
 
-    def process(self, request: PromptRequest) -> ProcessedPrompt:
+    def process(self, request: PromptRequest, watch: Watch | None = None) -> ProcessedPrompt:
         """Tokens of a request.
 
         Raises: InputError for pictures, clips or malformed messages; ProcessorError for a chat
         template that is missing or fails.
         """
+        del watch  # of pictures, which there are none
         chat = None if self.is_raw(request) else conversation(request)
         media = chat or request
         if media.images or media.videos:
@@ -290,8 +292,8 @@ class VisionProcessor(TextProcessor, ABC):
     def arrays(self, media: Sequence[EncodedMedia]) -> dict[str, np.ndarray]:
         """All media, in token order, in the layout of the Hugging Face processor."""
 
-    def process(self, request: PromptRequest) -> ProcessedPrompt:
-        """Tokens and pixels of a request.
+    def process(self, request: PromptRequest, watch: Watch | None = None) -> ProcessedPrompt:
+        """Tokens and pixels of a request. watch: is told of each picture and clip that is read.
 
         Raises: InputError when placeholders and media differ in number, or messages are malformed;
         MediaError for a picture that cannot be read; ProcessorError for the chat template.
@@ -305,8 +307,14 @@ class VisionProcessor(TextProcessor, ABC):
         self.check(request, len(videos))
         order = self.place(text, len(images), len(videos))
         encoded = {
-            "image": [self.encode_image(source, request) for source in images],
-            "video": [self.encode_clip(source, request) for source in videos],
+            "image": [
+                self.encode_image(source, request)
+                for source in noted(images, watch, "reading pictures", "picture")
+            ],
+            "video": [
+                self.encode_clip(source, request)
+                for source in noted(videos, watch, "reading clips", "clip")
+            ],
         }
         queues = {kind: iter(items) for kind, items in encoded.items()}
         media = [next(queues[kind]) for kind, _, _ in order]
