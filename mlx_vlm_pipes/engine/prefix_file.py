@@ -10,7 +10,7 @@ A safetensors file whose metadata name what it is and whose it is:
     prompt                sha256 of tokens and pictures: the same for the same prompt
     content               sha256 of all the rest, every tensor's bytes included
 
-and whose tensors are `tokens` int64 [N], `pictures` int64 [I, 3] (begin, end, content hash),
+and whose tensors are `tokens` int64 [N], `images` int64 [I, 3] (begin, end, content hash),
 `cache.<layer>.<i>` [2, 1, KV heads, N, X], the arrays of kv_cache.storage, and `features.<i>`
 [M, E] of the i-th picture, one that occurs twice counted once. Everything in it is untrusted.
 """
@@ -40,7 +40,7 @@ from mlx_vlm_pipes.weights.safetensors import (
 )
 
 FORMAT, VERSION = "mlx_vlm_pipes.prefix", 1
-TOKENS, PICTURES, CACHE, FEATURES = "tokens", "pictures", "cache.", "features."
+TOKENS, IMAGES, CACHE, FEATURES = "tokens", "images", "cache.", "features."
 Shapes = Mapping[str, tuple[DType, tuple[int, ...]]]
 
 
@@ -70,8 +70,8 @@ class PrefixHeader:
         return self._rows(TOKENS)
 
     @property
-    def num_pictures(self) -> int:
-        return self._rows(PICTURES)
+    def num_images(self) -> int:
+        return self._rows(IMAGES)
 
     @property
     def nbytes(self) -> int:
@@ -212,7 +212,7 @@ def _whole_file(path: Path) -> Iterator[Path]:
 def prompt_digest(arrays: Mapping[str, HostArray]) -> str:
     """sha256 of a prompt's tokens and of its pictures' places and hashes."""
     state = hashlib.sha256(arrays[TOKENS].data.tobytes())
-    state.update(arrays[PICTURES].data.tobytes())
+    state.update(arrays[IMAGES].data.tobytes())
     return state.hexdigest()
 
 

@@ -24,7 +24,7 @@ from mlx_vlm_pipes.engine.identity import adapter_digest
 from mlx_vlm_pipes.engine.prefix_file import (
     CACHE,
     FEATURES,
-    PICTURES,
+    IMAGES,
     TOKENS,
     PrefixHeader,
     PrefixOwner,
@@ -46,14 +46,15 @@ from mlx_vlm_pipes.weights.safetensors import HostArray
 
 @dataclass(frozen=True)
 class SavedPrefix:
-    """A prefix in a file: its tokens, how many of its pictures' vision rows, bytes of the file.
+    """A prefix in a file. images: pictures, tiles and frames, as `Usage.images_encoded` counts.
 
-    adapter: the LoRA adapter that it belongs to, as it is named here; "" for the base model.
+    nbytes: of the tensors, about the size of the file. adapter: the LoRA adapter that it belongs
+    to, as it is named here; "" for the base model.
     """
 
     path: Path
     tokens: int
-    pictures: int
+    images: int
     nbytes: int
     adapter: str = ""
 
@@ -183,7 +184,7 @@ class PrefixFiles:
         count = header.num_tokens
         shapes = {
             TOKENS: (DType.int64, (count,)),
-            PICTURES: (DType.int64, (header.num_pictures, 3)),
+            IMAGES: (DType.int64, (header.num_images, 3)),
         }
         for i, array in enumerate(self._state.cache.format.empty(params, 1, count)):
             form = DType.from_mx(array.dtype), tuple(array.shape)
@@ -202,7 +203,7 @@ class PrefixFiles:
         other or the model.
         """
         model, tokens = self._state.model, arrays[TOKENS].data
-        pictures = [(begin, end, digest) for begin, end, digest in arrays[PICTURES].data.tolist()]
+        pictures = [(begin, end, digest) for begin, end, digest in arrays[IMAGES].data.tolist()]
         if not 1 <= len(tokens) <= model.max_seq_len:
             raise damaged(header.path, f"{len(tokens)} tokens of at most {model.max_seq_len}")
         if tokens.min() < 0 or tokens.max() >= model.vocab_size:
@@ -270,7 +271,7 @@ def _named(context: TextContext, layers: Sequence[Sequence[HostArray]]) -> dict[
         raise InputError("a picture without a content hash; let the processor make the context")
     arrays = {
         TOKENS: int64(context.tokens.prompt, -1),
-        PICTURES: int64(pictures, -1, 3),
+        IMAGES: int64(pictures, -1, 3),
     }
     for layer, own in enumerate(layers):
         arrays |= {f"{CACHE}{layer}.{i}": array for i, array in enumerate(own)}
