@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     # A list of pictures or clips, one of them alone, or none.
     Media: TypeAlias = Sequence[Any] | Image | np.ndarray | os.PathLike[str] | BinaryIO | None
 
-Prompt = str | Sequence[Mapping[str, Any]]
+Prompt = str | Sequence[Mapping[str, Any]] | ProcessedPrompt
 
 
 class BatchRequest(GenerateOptions, total=False):
@@ -125,13 +125,18 @@ class Pipeline:
     ) -> ProcessedPrompt:
         """Token ids (.input_ids) and pixels (.pixel_values, .pixel_values_videos) of a prompt.
 
-        prompt: text, wrapped as one user message, or chat messages. images: paths, URLs, PIL
-        images, numpy arrays or bytes, in a list or one alone. videos: a list of paths or lists of
-        frames, or one path or array alone.
+        prompt: text, wrapped as one user message, chat messages, or what this method has returned
+        (as all methods take it: a prompt is then read once for several uses). images: paths, URLs,
+        PIL images, numpy arrays or bytes, in a list or one alone. videos: a list of paths or lists
+        of frames, or one path or array alone.
         Raises: InputError for a prompt and media that do not fit each other.
         """
         images, videos, given = _media(images, videos, options)
         reading = read_options(given, PROMPT_OPTIONS)
+        if isinstance(prompt, ProcessedPrompt):
+            if _listed(images) or _listed(videos) or reading:
+                raise InputError("the prompt is read already; give media and options to encode")
+            return prompt
         return self.processor.process(
             PromptRequest(prompt, _listed(images), _listed(videos), **reading)
         )
@@ -205,6 +210,23 @@ class Pipeline:
         Answer i is the one that `generate` gives with `seed` + i; without a seed, and with a
         temperature, all differ. Raises: InputError for anything wrong with the request.
         """
+        handles = self.submit_n(prompt, n, images, videos, **options)
+        try:
+            return [collect(handle) for handle in handles]
+        finally:
+            for handle in handles:
+                handle.close()
+
+    @shows(OPTIONS)
+    def submit_n(
+        self,
+        prompt: Prompt,
+        n: int,
+        images: Media = (),
+        videos: Media = (),
+        **options: Unpack[GenerateOptions],
+    ) -> list[Handle]:
+        """Queue a request for n answers, as `generate_n` gives them, and return at once."""
         count = Option("", name="n", kind=int, low=1).read(n)
         images, videos, named = _media(images, videos, options)
         given = read_options(named, OPTIONS)
@@ -214,10 +236,11 @@ class Pipeline:
         try:
             for seed in seeds:
                 handles.append(self._start(processed, {**given, "seed": seed}))
-            return [collect(handle) for handle in handles]
-        finally:
+        except BaseException:
             for handle in handles:
                 handle.close()
+            raise
+        return handles
 
     @shows(OPTIONS)
     def generate_batch(

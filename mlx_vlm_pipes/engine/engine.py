@@ -88,9 +88,23 @@ class Engine:
         state = self.scheduler.state
         return make_plan(state, context, resident, state.memory_bytes)
 
+    @property
+    def running(self) -> int:
+        """Requests whose prompts are being read or whose answers are being made."""
+        return len(self.scheduler.prefilling) + len(self.scheduler.running)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for a row."""
+        return len(self.scheduler.waiting)
+
     def peak_memory_bytes(self) -> int:
         """The most memory that MLX held at once in this process."""
         return self.worker.call(mx.get_peak_memory)
+
+    def active_memory_bytes(self) -> int:
+        """The memory that MLX's arrays take now, in this process."""
+        return self.worker.call(mx.get_active_memory)
 
     def forget(self) -> None:
         """Empty the prefix and image caches."""
