@@ -19,6 +19,7 @@ from mlx_vlm_pipes.options import (
     Texts,
     read_options,
 )
+from mlx_vlm_pipes.prompt_cache import PromptCache
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -69,6 +70,12 @@ def build_parser() -> argparse.ArgumentParser:
         for option in options.values():
             if option.has_flag:
                 group.add_argument(*_flags(option), **_keywords(option))
+    prompt.add_argument(
+        "--prompt-cache",
+        "--prompt-cache-file",
+        metavar="FILE",
+        help="keep the prompt's cache in FILE: read if it fits, else computed and written",
+    )
     output = parser.add_argument_group("output")
     output.add_argument("--plan", action="store_true", help="say what it needs; run nothing")
     output.add_argument("--json", action="store_true", help="print one JSON object at the end")
@@ -148,7 +155,14 @@ def _run(args: argparse.Namespace) -> int:
     ) as pipe:
         if args.plan:
             return _print_plan(pipe.plan(prompt, images, args.video, **options), args)
-        return Answer(args).print(pipe, pipe.stream(prompt, images, args.video, **options))
+        cache = None
+        if args.prompt_cache is not None:
+            cache = PromptCache(pipe, args.prompt_cache, quiet=args.quiet)
+        chunks = pipe.stream(prompt, images, args.video, **options)
+        status = Answer(args).print(pipe, chunks if cache is None else cache.watch(chunks))
+        if cache is not None:
+            cache.keep(prompt, images, args.video, options)
+        return status
 
 
 def _asked(args: argparse.Namespace) -> str:

@@ -1,62 +1,69 @@
-"""`generate --prompt-cache FILE`: a prompt's prefix is read from a file, or left in it."""
+"""`generate --prompt-cache FILE`: what is cached of a prompt is read from a file, or left in it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mlx_vlm_pipes.command import terminable
+from mlx_vlm_pipes.command import say, terminable
 from mlx_vlm_pipes.errors import PrefixError
-from mlx_vlm_pipes.options import OPTIONS, PROMPT_OPTIONS, read_options
+from mlx_vlm_pipes.options import PROMPT_OPTIONS
 from mlx_vlm_pipes.paths import user_path
 
 if TYPE_CHECKING:
-    from mlx_vlm_pipes.engine.requests import Chunk
+    from mlx_vlm_pipes.engine.requests import Chunk, Usage
     from mlx_vlm_pipes.pipeline import Pipeline
 
-WORTH_KEEPING = 0.5  # of a prompt: a file that gave so much of it is left as it is
+ENOUGH = 0.5  # of a prompt's tokens: a file that gave so many is left as it is
 
 
-def stream_with_cache(  # noqa: PLR0913  # a request, and where its prefix lies
-    pipe: Pipeline,
-    file: str,
-    prompt: Any,
-    images: list[Any],
-    videos: list[Any],
-    options: dict[str, Any],
-    tell: Callable[[str], None],
-) -> Iterator[Chunk]:
-    """`pipe.stream`, with what a file holds of the prompt; else the file is written behind it.
+class PromptCache:
+    """A file with the prefix of a prompt; it need not be there yet.
 
-    Raises: InputError where something lies there that is no prefix, and as `Pipeline.stream`.
+    It is written anew where it gave less than half of a prompt: it was not there, is of another
+    model or of another prompt. Raises: PrefixError where something lies that is no whole prefix.
     """
-    path = user_path(file)
-    _read(pipe, path, tell)
-    cached = total = 0
-    for chunk in pipe.stream(prompt, images, videos, **options):
-        yield chunk
-        if chunk.usage is not None:
-            cached, total = chunk.usage.cached_tokens, chunk.usage.prompt_tokens
-    if cached >= WORTH_KEEPING * total:
-        return
-    given = read_options(options, OPTIONS)
-    reading = {name: value for name, value in given.items() if name in PROMPT_OPTIONS}
-    with terminable():
-        saved = pipe.save_prefix(
-            path, prompt, images, videos, adapter=given.get("adapter"), **reading
-        )
-    tell(f"prompt cache: {saved.tokens} tokens, {saved.nbytes / 1e6:.1f} MB written to {file}")
+
+    def __init__(self, pipe: Pipeline, file: str, *, quiet: bool) -> None:
+        """quiet: nothing is said of it."""
+        from mlx_vlm_pipes.engine.prefix_file import is_vacant, require_replaceable
+
+        self._pipe, self._file, self._path = pipe, file, user_path(file)
+        self._is_quiet = quiet
+        self._usage: Usage | None = None
+        require_replaceable(self._path)  # before anything is computed
+        if not is_vacant(self._path):
+            try:
+                pipe.load_prefix(self._path)
+            except PrefixError as error:
+                self._say(f"prompt cache not used: {error}")
+
+    def watch(self, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
+        """The same chunks; `keep` then knows what the file gave."""
+        for chunk in chunks:
+            self._usage = chunk.usage or self._usage
+            yield chunk
+
+    def keep(
+        self,
+        prompt: str,
+        images: Sequence[Any],
+        videos: Sequence[Any],
+        options: Mapping[str, Any],
+    ) -> None:
+        """Write the file, where it gave too little to an answer that is complete."""
+        if self._usage is None or _gave_enough(self._usage):
+            return
+        reading: Any = {name: value for name, value in options.items() if name in PROMPT_OPTIONS}
+        with terminable():
+            saved = self._pipe.save_prefix(self._path, prompt, images, videos, **reading)
+        size = f"{saved.nbytes / 1e6:.1f} MB"
+        self._say(f"prompt cache: {saved.tokens} tokens, {size} written to {self._file}")
+
+    def _say(self, line: str) -> None:
+        if not self._is_quiet:
+            say(line)
 
 
-def _read(pipe: Pipeline, path: Path, tell: Callable[[str], None]) -> None:
-    """Load the file where there is one that fits; one that does not will be written anew."""
-    from mlx_vlm_pipes.engine.prefix_file import is_vacant, require_replaceable
-
-    require_replaceable(path)  # before a token is computed
-    if is_vacant(path):
-        return
-    try:
-        pipe.load_prefix(path)
-    except PrefixError as error:
-        tell(f"prompt cache not used: {error}")
+def _gave_enough(usage: Usage) -> bool:
+    return usage.cached_tokens >= ENOUGH * usage.prompt_tokens

@@ -181,9 +181,14 @@ def write_prefix(path: Path, owner: PrefixOwner, arrays: Mapping[str, HostArray]
     return sum(array.data.nbytes for array in arrays.values())
 
 
+def is_vacant(path: Path) -> bool:
+    """Whether there is no such file yet, or an empty one. Raises: PrefixError as `is_there`."""
+    return not is_there(path, PrefixError) or (path.is_file() and path.stat().st_size == 0)
+
+
 def require_replaceable(path: Path) -> None:
     """Raises: PrefixError where something lies that save_prefix did not write."""
-    if not is_there(path, PrefixError) or (path.is_file() and path.stat().st_size == 0):
+    if is_vacant(path):
         return
     try:
         known = path.is_file() and read_safetensors_header(path).metadata.get("format") == FORMAT
