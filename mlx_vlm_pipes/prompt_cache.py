@@ -57,7 +57,7 @@ class PromptCache:
         reading: Any = {name: value for name, value in options.items() if name in PROMPT_OPTIONS}
         with terminable():
             saved = self._pipe.save_prefix(self._path, prompt, images, videos, **reading)
-        size = f"{saved.nbytes / 1e6:.1f} MB"
+        size = f"{saved.nbytes / 1e6:.3g} MB"
         self._say(f"prompt cache: {saved.tokens} tokens, {size} written to {self._file}")
 
     def _say(self, line: str) -> None:
