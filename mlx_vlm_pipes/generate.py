@@ -21,6 +21,7 @@ from mlx_vlm_pipes.arguments import (
 from mlx_vlm_pipes.command import INTERRUPTED, new_parser, put, put_json, run_command, say
 from mlx_vlm_pipes.errors import InputError
 from mlx_vlm_pipes.options import PROMPT_OPTIONS, SAMPLING_OPTIONS
+from mlx_vlm_pipes.prompt_cache import PromptCache
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -56,6 +57,12 @@ def build_parser() -> argparse.ArgumentParser:
         prompt, "a picture: path, http(s) URL, or - for standard input; may be repeated"
     )
     add_options(prompt, PROMPT_OPTIONS)
+    prompt.add_argument(
+        "--prompt-cache",
+        "--prompt-cache-file",
+        metavar="FILE",
+        help="keep the prompt's cache in FILE: read if it fits, else computed and written",
+    )
     add_options(parser.add_argument_group("answer"), SAMPLING_OPTIONS)
     output = parser.add_argument_group("output")
     output.add_argument("--plan", action="store_true", help="say what it needs; run nothing")
@@ -78,7 +85,14 @@ def _run(args: argparse.Namespace) -> int:
     with load_pipeline(args) as pipe:
         if args.plan:
             return _print_plan(pipe.plan(prompt, images, args.video, **options), args)
-        return Answer(args).print(pipe, pipe.stream(prompt, images, args.video, **options))
+        cache = None
+        if args.prompt_cache is not None:
+            cache = PromptCache(pipe, args.prompt_cache, quiet=args.quiet)
+        chunks = pipe.stream(prompt, images, args.video, **options)
+        status = Answer(args).print(pipe, chunks if cache is None else cache.watch(chunks))
+        if cache is not None:
+            cache.keep(prompt, images, args.video, options)
+        return status
 
 
 def _asked(args: argparse.Namespace) -> str:

@@ -14,6 +14,7 @@ from mlx_vlm_pipes.conversation import Conversation
 from mlx_vlm_pipes.engine.engine import Engine
 from mlx_vlm_pipes.engine.plan import Plan
 from mlx_vlm_pipes.engine.requests import Chunk, Handle, Timings, Usage
+from mlx_vlm_pipes.engine.saving import SavedPrefix
 from mlx_vlm_pipes.errors import ContextTooLong, InputError, shown
 from mlx_vlm_pipes.hf_config import lookup
 from mlx_vlm_pipes.interfaces import LogProbabilities, PipelineModelWithKVCache
@@ -31,6 +32,7 @@ from mlx_vlm_pipes.options import (
     shows,
     unfit,
 )
+from mlx_vlm_pipes.paths import user_path
 from mlx_vlm_pipes.processing.types import ProcessedPrompt, PromptRequest
 from mlx_vlm_pipes.progress import Bar, Waiting, Watch, bar, noted
 
@@ -294,6 +296,36 @@ class Pipeline:
         its own. Raises: InputError for options that `generate` refuses too.
         """
         return Conversation(self, options)
+
+    @shows(PROMPT_OPTIONS)
+    def save_prefix(
+        self,
+        path: str | os.PathLike[str],
+        prompt: Prompt,
+        images: Media = (),
+        videos: Media = (),
+        *,
+        adapter: str | None = None,
+        **options: Unpack[PromptOptions],
+    ) -> SavedPrefix:
+        """Write the cache of a prompt and of its pictures to a file, for `load_prefix`.
+
+        What is not cached is computed first. adapter: as for `generate`.
+        Raises: InputError for anything wrong with the request, for a file of another kind in its
+        place, and where it cannot be written; OutOfBudget for more than the engine keeps.
+        """
+        name = OPTIONS["adapter"].read(adapter)
+        processed = self.encode(prompt, images, videos, **options)
+        context = self._context(processed, {"max_tokens": 1, "adapter": name})
+        return self.engine.save_prefix(user_path(path), context, self.tokenizer.stream_decoder())
+
+    def load_prefix(self, path: str | os.PathLike[str]) -> SavedPrefix:
+        """Read a file of `save_prefix`: requests that begin with its tokens take them from there.
+
+        Raises: PrefixError for a file that is damaged, or of another model, adapter, dtype or
+        kv_bits; OutOfBudget for one that is larger than what the engine keeps.
+        """
+        return self.engine.load_prefix(user_path(path))
 
     def peak_memory_bytes(self) -> int:
         """The most memory that MLX held at once since the model was loaded."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import replace
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -12,6 +13,7 @@ from mlx_vlm_pipes.contexts import TextContext
 from mlx_vlm_pipes.engine.memory import set_limits
 from mlx_vlm_pipes.engine.plan import Plan, default_limits, make_plan
 from mlx_vlm_pipes.engine.requests import Handle, PromptLogits
+from mlx_vlm_pipes.engine.saving import PrefixFiles, SavedPrefix
 from mlx_vlm_pipes.engine.scheduler import Scheduler
 from mlx_vlm_pipes.engine.state import EngineConfig, EngineStats
 from mlx_vlm_pipes.engine.text import StreamDecoder
@@ -38,6 +40,7 @@ class Engine:
         self.worker, self.model, self.config = worker, model, config
         self.scheduler = Scheduler(model, config)
         scheduler = self.scheduler
+        self.prefix_files = PrefixFiles(worker, scheduler.state)
         worker.idle_work = scheduler.step
         worker.last_work = lambda: scheduler.fail_all(EngineClosed("the pipeline was closed"))
         self._finalizer = weakref.finalize(self, worker.stop)
@@ -85,6 +88,17 @@ class Engine:
             handle.close()
         return logits.whole()
 
+    def save_prefix(self, path: Path, context: TextContext, decoder: StreamDecoder) -> SavedPrefix:
+        """Write what is cached of a prompt to a file; one that is not cached is run for it.
+
+        Raises: as `PrefixFiles.save`.
+        """
+        return self.prefix_files.save(path, context, lambda: _finish(self.submit(context, decoder)))
+
+    def load_prefix(self, path: Path) -> SavedPrefix:
+        """Put a file of `save_prefix` into the caches. Raises: as `PrefixFiles.load`."""
+        return self.prefix_files.load(path)
+
     def plan(self, context: TextContext) -> Plan:
         """What a request would need on this engine; nothing is computed."""
         resident = self.worker.call(mx.get_active_memory)
@@ -122,3 +136,9 @@ class Engine:
     def close(self) -> None:
         """Stop the owning thread; running requests fail with EngineClosed."""
         self._finalizer()
+
+
+def _finish(handle: Handle) -> None:
+    """Wait for a request's end. Raises: what it failed with."""
+    for _ in handle:
+        pass
