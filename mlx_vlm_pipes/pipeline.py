@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,10 +11,10 @@ import numpy as np
 from mlx_vlm_pipes.contexts import SamplingParams, TextContext
 from mlx_vlm_pipes.engine.engine import Engine
 from mlx_vlm_pipes.engine.plan import Plan
-from mlx_vlm_pipes.engine.requests import Chunk, Handle, Timings, Usage
+from mlx_vlm_pipes.engine.requests import ChunkIterator, Handle
 from mlx_vlm_pipes.errors import ContextTooLong, InputError, shown
 from mlx_vlm_pipes.hf_config import lookup
-from mlx_vlm_pipes.interfaces import LogProbabilities, PipelineModelWithKVCache
+from mlx_vlm_pipes.interfaces import PipelineModelWithKVCache
 from mlx_vlm_pipes.options import (
     OPTIONS,
     PROMPT_OPTIONS,
@@ -30,6 +29,7 @@ from mlx_vlm_pipes.options import (
     unfit,
 )
 from mlx_vlm_pipes.processing.types import ProcessedPrompt, PromptRequest
+from mlx_vlm_pipes.result import GenerationResult, collect
 
 if TYPE_CHECKING:
     import os
@@ -54,22 +54,6 @@ class BatchRequest(GenerateOptions, total=False):
     messages: Sequence[Mapping[str, Any]]
     images: Media
     videos: Media
-
-
-@dataclass(frozen=True)
-class GenerationResult:
-    """A finished answer. finish_reason: "stop" or "length"; tokens include the end token."""
-
-    text: str
-    tokens: list[int]
-    finish_reason: str
-    usage: Usage
-    timings: Timings
-    logprobs: list[LogProbabilities] | None = None
-    prompt_logprobs: LogProbabilities | None = None
-
-    def __str__(self) -> str:
-        return self.text
 
 
 class Pipeline:
@@ -174,8 +158,8 @@ class Pipeline:
         images: Media = (),
         videos: Media = (),
         **options: Unpack[GenerateOptions],
-    ) -> Iterator[Chunk]:
-        """The answer as it is made; close the iterator to cancel."""
+    ) -> ChunkIterator:
+        """The answer as it is made; close the iterator to cancel. media: what the model saw."""
         return iter(self._submit(prompt, images, videos, options))
 
     @shows(OPTIONS)
@@ -293,7 +277,9 @@ class Pipeline:
     def _start(self, processed: ProcessedPrompt, given: Mapping[str, Any]) -> Handle:
         """Hand a processed prompt to the engine."""
         context = self._context(processed, given)
-        return self.engine.submit(context, self.tokenizer.stream_decoder())
+        handle = self.engine.submit(context, self.tokenizer.stream_decoder())
+        handle.media = tuple(processed.media)
+        return handle
 
     def _context(self, processed: ProcessedPrompt, given: Mapping[str, Any]) -> TextContext:
         """The engine's context; refuses what is too long before anything is computed."""
@@ -334,30 +320,6 @@ def sampling_params(options: Mapping[str, object]) -> SamplingParams:
     given = {name: value for name, value in options.items() if name in SAMPLING_OPTIONS}
     values = complete_options(given, SAMPLING_OPTIONS)
     return SamplingParams(**{o.field: values[name] for name, o in SAMPLING_OPTIONS.items()})
-
-
-def collect(handle: Handle) -> GenerationResult:
-    """Read a handle to its end. Raises: whatever the request failed with."""
-    texts, tokens, scores = [], [], []
-    last: Chunk | None = None
-    for chunk in handle:
-        texts.append(chunk.text)
-        if chunk.token is not None:
-            tokens.append(chunk.token)
-        if chunk.logprobs is not None:
-            scores.append(chunk.logprobs)
-        last = chunk
-    if last is None or last.usage is None or last.timings is None:
-        raise InputError("the request was cancelled before it ended")
-    return GenerationResult(
-        text="".join(texts),
-        tokens=tokens,
-        finish_reason=last.finish_reason or "stop",
-        usage=last.usage,
-        timings=last.timings,
-        logprobs=scores or None,
-        prompt_logprobs=last.prompt_logprobs,
-    )
 
 
 def _media(

@@ -22,6 +22,7 @@ from mlx_vlm_pipes.engine.worker import require_same_process
 from mlx_vlm_pipes.kv_cache import CacheRow
 from mlx_vlm_pipes.log_probabilities import LogProbabilities
 from mlx_vlm_pipes.options import unfit
+from mlx_vlm_pipes.processing.media import MediaRecord
 
 
 @dataclass(frozen=True)
@@ -84,11 +85,12 @@ class Handle:
 
     Safe from any thread. Readers share the chunks: each goes to one of them, the end to all. An
     exception in the request is raised where it is iterated. owner: what must live on until the
-    answer is complete.
+    answer is complete. media: what the model saw of each picture and clip.
     """
 
     def __init__(self) -> None:
         self.owner: object = None
+        self.media: tuple[MediaRecord, ...] = ()
         self._queue: queue.SimpleQueue[Chunk | BaseException | None] = queue.SimpleQueue()
         self._closed = threading.Event()
         self._done = False
@@ -162,6 +164,10 @@ class ChunkIterator(Iterator[Chunk]):
 
     def __init__(self, handle: Handle) -> None:
         self._handle = handle
+
+    @property
+    def media(self) -> tuple[MediaRecord, ...]:
+        return self._handle.media
 
     def __next__(self) -> Chunk:
         chunk = self._handle.next_chunk()

@@ -13,6 +13,7 @@ from mlx_vlm_pipes.contexts import ImageMetadata
 from mlx_vlm_pipes.errors import InputError
 from mlx_vlm_pipes.options import PROMPT_OPTIONS, default, unfit
 from mlx_vlm_pipes.processing.fetch import Access
+from mlx_vlm_pipes.processing.media import MediaRecord
 
 
 @dataclass(frozen=True)
@@ -56,24 +57,6 @@ class PromptRequest:
     @property
     def access(self) -> Access:
         return Access(self.local_files, self.allow_private)
-
-
-@dataclass(frozen=True)
-class MediaRecord:
-    """What the model saw of one picture or clip. Sizes are (width, height) in pixels.
-
-    grid: rows and columns of frames or patches, or time, rows and columns in patches.
-    start_idx, end_idx: half-open token range from its first to its last placeholder.
-    """
-
-    kind: str
-    source_size: tuple[int, int]
-    resized_size: tuple[int, int]
-    grid: tuple[int, ...]
-    num_frames: int
-    num_tokens: int
-    start_idx: int
-    end_idx: int
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mlx_vlm_pipes.architectures.llama3.facts import QWEN
 from mlx_vlm_pipes.config_limits import INDICES, size
-from mlx_vlm_pipes.facts import Composite, RoomFacts
+from mlx_vlm_pipes.facts import Composite, Coordinates, RoomFacts
 
 FACTS = RoomFacts(
     class_defaults={
@@ -30,6 +30,8 @@ FACTS = RoomFacts(
             flat=True,
         ),
     },
+    # no thousandths: technical report, arXiv 2502.13923; of the resized one: QwenLM/Qwen3-VL #931
+    coordinates=Coordinates.PIXELS,
     connectors=("merger.",),
     limits={
         "out_hidden_size": size(2**18), "depth": size(2**10), "num_heads": size(2**14),

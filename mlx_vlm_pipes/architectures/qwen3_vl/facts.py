@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mlx_vlm_pipes.architectures.llama3.facts import QWEN
 from mlx_vlm_pipes.config_limits import INDICES, size
-from mlx_vlm_pipes.facts import Composite, RoomFacts
+from mlx_vlm_pipes.facts import Composite, Coordinates, RoomFacts
 
 FACTS = RoomFacts(
     class_defaults={
@@ -27,6 +27,8 @@ FACTS = RoomFacts(
             },
         ),
     },
+    # QwenLM/Qwen3-VL, cookbooks/mobile_agent.ipynb: 0 to 1000 again, unlike Qwen2.5-VL
+    coordinates=Coordinates.THOUSANDTHS,
     connectors=("merger.", "deepstack_merger_list."),
     limits={
         "out_hidden_size": size(2**18), "depth": size(2**10), "num_heads": size(2**14),
