@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from mlx_vlm_pipes.engine.requests import Chunk, Handle, Timings, Usage
 from mlx_vlm_pipes.errors import InputError
 from mlx_vlm_pipes.interfaces import LogProbabilities
-from mlx_vlm_pipes.processing.media import MediaRecord
+from mlx_vlm_pipes.media.records import MediaRecord
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from mlx_vlm_pipes.engine.text import StreamDecoder, TextStream
 from mlx_vlm_pipes.engine.worker import require_same_process
 from mlx_vlm_pipes.kv_cache import CacheRow
 from mlx_vlm_pipes.log_probabilities import LogProbabilities
+from mlx_vlm_pipes.media.records import MediaRecord
 from mlx_vlm_pipes.options import unfit
-from mlx_vlm_pipes.processing.media import MediaRecord
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,9 @@ from mlx_vlm_pipes.contexts import (
 )
 from mlx_vlm_pipes.errors import InputError, ProcessorError, shown
 from mlx_vlm_pipes.facts import RoomFacts
+from mlx_vlm_pipes.media.previews import KeptPreviews
+from mlx_vlm_pipes.media.records import MediaRecord
 from mlx_vlm_pipes.processing.images import Picture, load_picture
-from mlx_vlm_pipes.processing.media import MediaRecord
 from mlx_vlm_pipes.processing.messages import (
     KINDS,
     Message,
@@ -36,7 +37,6 @@ from mlx_vlm_pipes.processing.messages import (
     conversation,
     user_texts,
 )
-from mlx_vlm_pipes.processing.previews import KeptPreviews
 from mlx_vlm_pipes.processing.settings import PixelSettings, read_json
 from mlx_vlm_pipes.processing.tokenizer import Tokenizer
 from mlx_vlm_pipes.processing.transforms import image_hash

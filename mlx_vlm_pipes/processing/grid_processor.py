@@ -13,6 +13,7 @@ import numpy as np
 
 from mlx_vlm_pipes.errors import ProcessorError
 from mlx_vlm_pipes.hf_config import AutoConfig, HuggingFaceConfig, require_vision_config
+from mlx_vlm_pipes.media.records import Tiles
 from mlx_vlm_pipes.processing.base import (
     EncodedMedia,
     MediaTokens,
@@ -20,7 +21,6 @@ from mlx_vlm_pipes.processing.base import (
     check_num_tokens,
 )
 from mlx_vlm_pipes.processing.grids import Grid, GridImage
-from mlx_vlm_pipes.processing.media import Tiles, clip_record, picture_record
 from mlx_vlm_pipes.processing.patches import (
     ClipSettings,
     PatchDefaults,
@@ -28,6 +28,7 @@ from mlx_vlm_pipes.processing.patches import (
     capped_size,
     fit,
 )
+from mlx_vlm_pipes.processing.records import clip_record, picture_record
 from mlx_vlm_pipes.processing.settings import ProcessorFiles
 from mlx_vlm_pipes.processing.transforms import cut_clip, image_hash, to_array
 from mlx_vlm_pipes.processing.types import PromptRequest

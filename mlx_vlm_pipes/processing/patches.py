@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from mlx_vlm_pipes.errors import InputError
-from mlx_vlm_pipes.processing.media import Cap
+from mlx_vlm_pipes.media.records import Cap
 from mlx_vlm_pipes.processing.settings import PixelSettings, Settings
 from mlx_vlm_pipes.processing.transforms import resize
 from mlx_vlm_pipes.processing.types import PromptRequest

@@ -11,9 +11,9 @@ import numpy as np
 
 from mlx_vlm_pipes.contexts import ImageMetadata
 from mlx_vlm_pipes.errors import InputError
+from mlx_vlm_pipes.media.records import MediaRecord
 from mlx_vlm_pipes.options import PROMPT_OPTIONS, default, unfit
 from mlx_vlm_pipes.processing.fetch import Access
-from mlx_vlm_pipes.processing.media import MediaRecord
 
 
 @dataclass(frozen=True)

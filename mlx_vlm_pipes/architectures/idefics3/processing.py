@@ -18,14 +18,15 @@ from mlx_vlm_pipes.architectures.idefics3.facts import FACTS
 from mlx_vlm_pipes.architectures.idefics3.sizes import FrameSizes
 from mlx_vlm_pipes.errors import InputError, ProcessorError
 from mlx_vlm_pipes.hf_config import HuggingFaceConfig
+from mlx_vlm_pipes.media.records import Cap, Tiles
 from mlx_vlm_pipes.processing.base import (
     EncodedMedia,
     MediaTokens,
     VisionProcessor,
     check_num_tokens,
 )
-from mlx_vlm_pipes.processing.media import Cap, Tiles, clip_record, picture_record
 from mlx_vlm_pipes.processing.messages import Message
+from mlx_vlm_pipes.processing.records import clip_record, picture_record
 from mlx_vlm_pipes.processing.settings import (
     HALF,
     PixelSettings,

@@ -19,13 +19,14 @@ from mlx_vlm_pipes.architectures.internvl.facts import FACTS
 from mlx_vlm_pipes.architectures.internvl.sizes import TileSizes, is_original
 from mlx_vlm_pipes.errors import ProcessorError
 from mlx_vlm_pipes.hf_config import HuggingFaceConfig
+from mlx_vlm_pipes.media.records import Cap, Tiles
 from mlx_vlm_pipes.processing.base import (
     EncodedMedia,
     MediaTokens,
     VisionProcessor,
     check_num_tokens,
 )
-from mlx_vlm_pipes.processing.media import Cap, Tiles, clip_record, picture_record
+from mlx_vlm_pipes.processing.records import clip_record, picture_record
 from mlx_vlm_pipes.processing.settings import (
     CLIP_MEAN,
     CLIP_STD,

@@ -15,13 +15,14 @@ from mlx_vlm_pipes.architectures.pixtral.facts import FACTS
 from mlx_vlm_pipes.architectures.pixtral.sizes import PatchSizes
 from mlx_vlm_pipes.errors import InputError
 from mlx_vlm_pipes.hf_config import HuggingFaceConfig
+from mlx_vlm_pipes.media.records import Cap, Tiles
 from mlx_vlm_pipes.processing.base import (
     EncodedMedia,
     MediaTokens,
     VisionProcessor,
     check_num_tokens,
 )
-from mlx_vlm_pipes.processing.media import Cap, Tiles, picture_record
+from mlx_vlm_pipes.processing.records import picture_record
 from mlx_vlm_pipes.processing.settings import (
     CLIP_MEAN,
     CLIP_STD,

@@ -11,8 +11,8 @@ from PIL import Image, ImageOps
 
 from mlx_vlm_pipes.errors import InputError
 from mlx_vlm_pipes.facts import Coordinates
-from mlx_vlm_pipes.processing.media import Cap, MediaRecord, Tiles
-from mlx_vlm_pipes.processing.previews import MAX_FRAMES, MAX_PIXELS, KeptPreviews, Preview
+from mlx_vlm_pipes.media.previews import MAX_FRAMES, MAX_PIXELS, KeptPreviews, Preview
+from mlx_vlm_pipes.media.records import Cap, MediaRecord, Tiles
 from mlx_vlm_pipes.processing.types import ProcessedPrompt, PromptRequest
 from tests.fixtures_helper import FIXTURES
 from tests.processing.folders import picture
