@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mlx_vlm_pipes.contexts import SamplingParams, TextContext
+from mlx_vlm_pipes.display.view import View
 from mlx_vlm_pipes.engine.engine import Engine
 from mlx_vlm_pipes.engine.plan import Plan
 from mlx_vlm_pipes.engine.requests import ChunkIterator, Handle
@@ -84,6 +85,20 @@ class Pipeline:
             f"{self.max_seq_len} tokens, adapters: {', '.join(model.adapters) or 'none'})"
         )
 
+    def _repr_html_(self) -> str:
+        from mlx_vlm_pipes.display.html import said_bytes, table_html
+
+        model, config = self.model, self.engine.config
+        rows = {
+            "weights": f"{said_bytes(model.weight_bytes)}, computing in {model.dtype.name}",
+            "device": str(model.device),
+            "context": f"{self.max_seq_len} tokens",
+            "KV cache": f"up to {said_bytes(config.kv_bytes)} for all requests",
+            "adapters": ", ".join(model.adapters) or "none",
+            "checkpoint": str(self.processor.folder),
+        }
+        return table_html(lookup(model.huggingface_config, "model_type"), rows)
+
     @property
     def config(self) -> Any:
         """The architecture's config, finalised."""
@@ -117,6 +132,20 @@ class Pipeline:
         return self.processor.process(
             PromptRequest(prompt, _listed(images), _listed(videos), **reading)
         )
+
+    @shows(PROMPT_OPTIONS)
+    def show(
+        self,
+        images: Media = (),
+        videos: Media = (),
+        prompt: Prompt = "",
+        **options: Unpack[PromptOptions],
+    ) -> View:
+        """What the model would see of pictures and clips; nothing runs. Arguments as `encode`.
+
+        A notebook shows it; `.picture` is a PIL image of it, `.save(path)` writes that.
+        """
+        return View(self.encode(prompt, images, videos, **options).media)
 
     @shows(PROMPT_OPTIONS)
     def logits(

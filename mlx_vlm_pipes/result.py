@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from mlx_vlm_pipes.engine.requests import Chunk, Handle, Timings, Usage
+from mlx_vlm_pipes.display.boxes import Box, given_boxes, written_boxes
+from mlx_vlm_pipes.display.view import View, shown_answer
+from mlx_vlm_pipes.engine.requests import Chunk, Handle, Timings, Usage, figures
 from mlx_vlm_pipes.errors import InputError
 from mlx_vlm_pipes.interfaces import LogProbabilities
 from mlx_vlm_pipes.media.records import MediaRecord
@@ -28,6 +32,34 @@ class GenerationResult:
 
     def __str__(self) -> str:
         return self.text
+
+    def __repr__(self) -> str:
+        seen = f", {len(self.media)} media" if self.media else ""
+        told = f"{len(self.tokens)} tokens, {self.finish_reason}{seen}"
+        return f"GenerationResult({self.text!r}, {told})"
+
+    @property
+    def boxes(self) -> list[Box]:
+        """Boxes and points that the answer holds, in the form that the model's family writes.
+
+        `media[i].to_source(box.values)` gives their places in the picture.
+        """
+        return written_boxes(self.text, self.media)
+
+    def show(self, boxes: Sequence[Any] | None = None, image: int = 0) -> View:
+        """The pictures as the model saw them, with boxes, and the answer; to look at, or to save.
+
+        boxes: in the model's coordinates, on picture number `image`: numbers (x, y, x, y), points
+        (x, y), or dicts with bbox_2d and label; None for those of the answer, where there is one
+        picture. Raises: InputError for what is no box, and for a picture that is not there.
+        """
+        note = figures(self.finish_reason, self.usage, self.timings)
+        if boxes is None:
+            return shown_answer(self.text, self.media, note)
+        return View(self.media, given_boxes(boxes), image, self.text.lstrip(), note)
+
+    def _repr_html_(self) -> str:
+        return self.show()._repr_html_()
 
 
 def collect(handle: Handle) -> GenerationResult:

@@ -65,6 +65,20 @@ class Chunk:
     prompt_logprobs: LogProbabilities | None = None
 
 
+def figures(reason: str | None, usage: Usage, timings: Timings) -> str:
+    """What a request was and took, in one line."""
+    kinds = [f"{usage.image_tokens} image"] if usage.image_tokens else []
+    kinds += [f"{usage.cached_tokens} cached"] if usage.cached_tokens else []
+    of_them = f" ({', '.join(kinds)})" if kinds else ""
+    seconds, more = timings.generation_s, max(usage.completion_tokens - 1, 0)
+    rate = f", {more / seconds:.0f} a second" if more and seconds > 0 else ""
+    ended = "cut at its length limit" if reason == "length" else f"ended by {reason}"
+    return (
+        f"{usage.prompt_tokens} prompt tokens{of_them} in {timings.prompt_s:.2f} s · "
+        f"{usage.completion_tokens} new tokens{rate} · {ended}"
+    )
+
+
 @dataclass
 class Clock:
     """When things happened to a request, by time.perf_counter()."""
@@ -115,6 +129,35 @@ class Handle:
 
     def __iter__(self) -> ChunkIterator:
         return ChunkIterator(self)
+
+    def _ipython_display_(self) -> None:
+        """Show the answer in a cell as it comes; its chunks can be read afterwards as before."""
+        from mlx_vlm_pipes.display.live import Cell
+
+        cell, chunks, note = Cell(self.media), [], "interrupted"
+        try:
+            while (chunk := self.next_chunk()) is not None:
+                chunks.append(chunk)
+                cell.add(chunk.text)
+            last = chunks[-1] if chunks else None
+            if last is not None and last.usage is not None and last.timings is not None:
+                note = figures(last.finish_reason, last.usage, last.timings)
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            cell.finish(note)
+            self._put_back(chunks)
+
+    def _put_back(self, chunks: list[Chunk]) -> None:
+        """Let what was read be read again, in front of what is to come."""
+        rest: list[Chunk | BaseException | None] = []
+        with contextlib.suppress(queue.Empty):
+            while True:
+                rest.append(self._queue.get(block=False))
+        self._done = False
+        for item in (*chunks, *rest):
+            self._queue.put(item)
 
     async def __aiter__(self) -> AsyncIterator[Chunk]:
         require_same_process(self._process)
@@ -177,6 +220,9 @@ class ChunkIterator(Iterator[Chunk]):
 
     def close(self) -> None:
         self._handle.close()
+
+    def _ipython_display_(self) -> None:
+        self._handle._ipython_display_()
 
     def __del__(self) -> None:
         self._handle.close()

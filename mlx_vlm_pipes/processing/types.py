@@ -73,6 +73,14 @@ class ProcessedPrompt:
     media: list[MediaRecord]
     arrays: Callable[[], dict[str, np.ndarray]] = field(default=dict, repr=False)
 
+    def __repr__(self) -> str:
+        return f"ProcessedPrompt({len(self.input_ids)} tokens, {len(self.media)} media)"
+
+    def _repr_html_(self) -> str:
+        from mlx_vlm_pipes.display.html import prompt_html
+
+        return prompt_html(self.text, len(self.input_ids), self.media)
+
     @cached_property
     def hf_arrays(self) -> dict[str, np.ndarray]:
         return self.arrays()

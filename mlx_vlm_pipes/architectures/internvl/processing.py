@@ -151,7 +151,7 @@ class InternVLProcessor(VisionProcessor):
         tokens = self.tiles.tokens
         check_num_tokens(tokens * len(array), clip.source_size)
         lines = [f"Frame{i + 1}: {self.run_text(tokens)}" for i in range(len(array))]
-        cap = Cap("tile side", side) if max(clip.source_size) > side else None
+        cap = Cap("image_size", side) if max(clip.source_size) > side else None
         return EncodedMedia(
             replacement="\n".join(lines),
             token_id=self.image_token_id,
