@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mlx_vlm_pipes.contexts import SamplingParams, TextContext
 from mlx_vlm_pipes.conversation import Conversation
+from mlx_vlm_pipes.display.view import View
 from mlx_vlm_pipes.engine.engine import Engine
 from mlx_vlm_pipes.engine.plan import Plan
-from mlx_vlm_pipes.engine.requests import Chunk, Handle, Timings, Usage
+from mlx_vlm_pipes.engine.requests import ChunkIterator, Handle
 from mlx_vlm_pipes.engine.saving import SavedPrefix
 from mlx_vlm_pipes.errors import ContextTooLong, InputError, shown
+from mlx_vlm_pipes.given_media import listed, named_media
 from mlx_vlm_pipes.hf_config import lookup
-from mlx_vlm_pipes.interfaces import LogProbabilities, PipelineModelWithKVCache
-from mlx_vlm_pipes.media import listed, named_media
+from mlx_vlm_pipes.interfaces import PipelineModelWithKVCache
 from mlx_vlm_pipes.options import (
     OPTIONS,
     PROMPT_OPTIONS,
@@ -34,12 +34,15 @@ from mlx_vlm_pipes.options import (
 )
 from mlx_vlm_pipes.paths import user_path
 from mlx_vlm_pipes.processing.types import ProcessedPrompt, PromptRequest
-from mlx_vlm_pipes.progress import Bar, Waiting, Watch, bar, noted
+from mlx_vlm_pipes.progress import Bar, Watch, bar
+from mlx_vlm_pipes.result import GenerationResult, collect, collect_all
 
 if TYPE_CHECKING:
+    import os
+
     from typing_extensions import Self, Unpack
 
-    from mlx_vlm_pipes.media import Media
+    from mlx_vlm_pipes.given_media import Media
     from mlx_vlm_pipes.processing.base import TextProcessor
     from mlx_vlm_pipes.processing.tokenizer import Tokenizer
 
@@ -53,22 +56,6 @@ class BatchRequest(GenerateOptions, total=False):
     messages: Sequence[Mapping[str, Any]]
     images: Media
     videos: Media
-
-
-@dataclass(frozen=True)
-class GenerationResult:
-    """A finished answer. finish_reason: "stop" or "length"; tokens include the end token."""
-
-    text: str
-    tokens: list[int]
-    finish_reason: str
-    usage: Usage
-    timings: Timings
-    logprobs: list[LogProbabilities] | None = None
-    prompt_logprobs: LogProbabilities | None = None
-
-    def __str__(self) -> str:
-        return self.text
 
 
 class Pipeline:
@@ -104,6 +91,20 @@ class Pipeline:
             f"{model.weight_bytes / 1e6:.3g} MB of weights, {model.dtype.name}, {model.device}, "
             f"{self.max_seq_len} tokens, adapters: {', '.join(model.adapters) or 'none'})"
         )
+
+    def _repr_html_(self) -> str:
+        from mlx_vlm_pipes.display.html import said_bytes, table_html
+
+        model, config = self.model, self.engine.config
+        rows = {
+            "weights": f"{said_bytes(model.weight_bytes)}, computing in {model.dtype.name}",
+            "device": str(model.device),
+            "context": f"{self.max_seq_len} tokens",
+            "KV cache": f"up to {said_bytes(config.kv_bytes)} for all requests",
+            "adapters": ", ".join(model.adapters) or "none",
+            "checkpoint": str(self.processor.folder),
+        }
+        return table_html(lookup(model.huggingface_config, "model_type"), rows)
 
     @property
     def config(self) -> Any:
@@ -143,6 +144,20 @@ class Pipeline:
         asked = PromptRequest(prompt, listed(images), listed(videos), **reading)
         with bar(is_on=self.has_bars) as watch:
             return self.processor.process(asked, watch)
+
+    @shows(PROMPT_OPTIONS)
+    def show(
+        self,
+        images: Media = (),
+        videos: Media = (),
+        prompt: Prompt = "",
+        **options: Unpack[PromptOptions],
+    ) -> View:
+        """What the model would see of pictures and clips; nothing runs. Arguments as `encode`.
+
+        A notebook shows it; `.picture` is a PIL image of it, `.save(path)` writes that.
+        """
+        return View(self.encode(prompt, images, videos, **options).media)
 
     @shows(PROMPT_OPTIONS)
     def logits(
@@ -185,8 +200,8 @@ class Pipeline:
         images: Media = (),
         videos: Media = (),
         **options: Unpack[GenerateOptions],
-    ) -> Iterator[Chunk]:
-        """The answer as it is made; close the iterator to cancel."""
+    ) -> ChunkIterator:
+        """The answer as it is made; close the iterator to cancel. media: what the model saw."""
         return iter(self._submit(prompt, images, videos, options, self._new_watch()))
 
     @shows(OPTIONS)
@@ -381,7 +396,9 @@ class Pipeline:
         """Hand a processed prompt to the engine."""
         context = self._context(processed, given)
         decoder = self.tokenizer.stream_decoder(kept=kept)
-        return self.engine.submit(context, decoder, watch)
+        handle = self.engine.submit(context, decoder, watch)
+        handle.media = tuple(processed.media)
+        return handle
 
     def _context(self, processed: ProcessedPrompt, given: Mapping[str, Any]) -> TextContext:
         """The engine's context; refuses what is too long before anything is computed."""
@@ -423,37 +440,3 @@ def sampling_params(options: Mapping[str, object]) -> SamplingParams:
     given = {name: value for name, value in options.items() if name in SAMPLING_OPTIONS}
     values = complete_options(given, SAMPLING_OPTIONS)
     return SamplingParams(**{o.field: values[name] for name, o in SAMPLING_OPTIONS.items()})
-
-
-def collect(handle: Handle) -> GenerationResult:
-    """Read a handle to its end. Raises: whatever the request failed with."""
-    texts, tokens, scores = [], [], []
-    last: Chunk | None = None
-    for chunk in handle:
-        texts.append(chunk.text)
-        if chunk.token is not None:
-            tokens.append(chunk.token)
-        if chunk.logprobs is not None:
-            scores.append(chunk.logprobs)
-        last = chunk
-    if last is None or last.usage is None or last.timings is None:
-        raise InputError("the request was cancelled before it ended")
-    return GenerationResult(
-        text="".join(texts),
-        tokens=tokens,
-        finish_reason=last.finish_reason or "stop",
-        usage=last.usage,
-        timings=last.timings,
-        logprobs=scores or None,
-        prompt_logprobs=last.prompt_logprobs,
-    )
-
-
-def collect_all(handles: Sequence[Handle], *, has_bar: bool) -> list[GenerationResult]:
-    """Read handles to their ends, in order. Raises: as `collect`."""
-    with bar(is_on=has_bar) as watch:
-        results = []
-        for handle in noted(handles, watch, "answering", "request"):
-            handle.watch = None if watch is None else Waiting(watch)
-            results.append(collect(handle))
-        return results

@@ -14,6 +14,7 @@ import numpy as np
 from mlx_vlm_pipes.contexts import TextContext
 from mlx_vlm_pipes.errors import ProcessorError
 from mlx_vlm_pipes.hf_config import AutoConfig, HuggingFaceConfig, require_vision_config
+from mlx_vlm_pipes.media.records import Tiles
 from mlx_vlm_pipes.processing.base import (
     ContextFields,
     EncodedMedia,
@@ -22,7 +23,14 @@ from mlx_vlm_pipes.processing.base import (
     check_num_tokens,
 )
 from mlx_vlm_pipes.processing.grids import Grid, GridImage, UntimedContext
-from mlx_vlm_pipes.processing.patches import ClipSettings, PatchDefaults, PatchSettings, fit
+from mlx_vlm_pipes.processing.patches import (
+    ClipSettings,
+    PatchDefaults,
+    PatchSettings,
+    capped_size,
+    fit,
+)
+from mlx_vlm_pipes.processing.records import clip_record, picture_record
 from mlx_vlm_pipes.processing.settings import ProcessorFiles
 from mlx_vlm_pipes.processing.transforms import cut_clip, image_hash, to_array
 from mlx_vlm_pipes.processing.types import ProcessedPrompt, PromptRequest
@@ -95,19 +103,24 @@ class GridProcessor(VisionProcessor):
 
     def encode_image(self, source: Any, request: PromptRequest) -> EncodedMedia:
         settings = self.image_settings.limited(request)
-        image = self.load(source, request, settings.pixels)
+        picture = self.load(source, request, settings.pixels)
+        image = picture.image
         resized = fit(image, image.size, settings)
         frames = np.repeat(to_array(resized, settings.pixels)[None], settings.step, axis=0)
         made = self.grid_image(*cut(frames, settings, image.size))
+        cap = capped_size(image.size, settings)[1] if settings.pixels.do_resize else None
+        tiles = Tiles(1, 1, resized.size, self._token_grid(made.grid_thw))
         return EncodedMedia(
-            kind="image",
             replacement=self.image_token * made.end_idx,
             token_id=self.image_token_id,
             images=[made],
-            source_size=image.size,
-            resized_size=resized.size,
-            grid=made.grid_thw,
+            record=picture_record(picture, resized, made.grid_thw, tiles, cap),
         )
+
+    def _token_grid(self, grid: Grid) -> tuple[int, int]:
+        """Rows and columns of tokens of each step of a grid in patches."""
+        merge = self.image_settings.merge
+        return grid[1] // merge, grid[2] // merge
 
     def cut_clip(self, clip: Clip, settings: PatchSettings) -> tuple[np.ndarray, Grid]:
         """Patches of prepared frames, and their grid."""
@@ -119,14 +132,10 @@ class GridProcessor(VisionProcessor):
     ) -> EncodedMedia:
         """grid: of the whole clip, which may be several images, one behind the other."""
         return EncodedMedia(
-            kind="video",
             replacement=replacement,
             token_id=self.video_token_id,
             images=images,
-            source_size=clip.source_size,
-            resized_size=clip.frames[0].size,
-            grid=grid,
-            num_frames=len(clip.frames),
+            record=clip_record(clip, grid, self._token_grid(grid), None),
         )
 
     def grid_hash(self, patches: np.ndarray, grid: Grid, more: str = "") -> int:

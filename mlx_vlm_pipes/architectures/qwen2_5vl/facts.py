@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mlx_vlm_pipes.architectures.grid_facts import LIMITS, MROPE_TEXT, TOKEN_IDS
 from mlx_vlm_pipes.config_limits import INDICES, size
-from mlx_vlm_pipes.facts import Composite, RoomFacts
+from mlx_vlm_pipes.facts import Composite, Coordinates, RoomFacts
 
 FACTS = RoomFacts(
     class_defaults={
@@ -22,6 +22,8 @@ FACTS = RoomFacts(
             flat=True,
         ),
     },
+    # no thousandths: technical report, arXiv 2502.13923; of the resized one: QwenLM/Qwen3-VL #931
+    coordinates=Coordinates.PIXELS,
     connectors=("merger.",),
     limits={
         **LIMITS, "out_hidden_size": size(2**18), "in_chans": size(2**6),

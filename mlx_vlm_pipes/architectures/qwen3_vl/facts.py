@@ -5,7 +5,7 @@ from __future__ import annotations
 from mlx_vlm_pipes.architectures.grid_facts import LIMITS, TOKEN_IDS
 from mlx_vlm_pipes.architectures.llama3.facts import QWEN
 from mlx_vlm_pipes.config_limits import INDICES, size
-from mlx_vlm_pipes.facts import Composite, RoomFacts
+from mlx_vlm_pipes.facts import Composite, Coordinates, RoomFacts
 
 FACTS = RoomFacts(
     class_defaults={
@@ -25,6 +25,8 @@ FACTS = RoomFacts(
             {**TOKEN_IDS, "vision_end_token_id": 151653},
         ),
     },
+    # QwenLM/Qwen3-VL, cookbooks/mobile_agent.ipynb: 0 to 1000 again, unlike Qwen2.5-VL
+    coordinates=Coordinates.THOUSANDTHS,
     connectors=("merger.", "deepstack_merger_list."),
     limits={
         **LIMITS, "out_hidden_size": size(2**18), "num_position_embeddings": size(2**24),
