@@ -3,7 +3,8 @@
 Python blocks of a page share their names, and run in an empty folder that holds FILES. Hub ids
 stand for MODELS. A block of `text` behind a block is what that one prints; lines behind `$ ` in a
 `console` block are commands, the others what they print. Times and sizes may differ, and a line
-`...` stands for any lines. Blocks titled with another package's name need it, and are slow.
+`...` stands for any lines; lines behind `> ` are typed into a chat. Blocks titled with another
+package's name need it, and are slow. A server runs for the rest of its page, on a port of its own.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -43,7 +45,9 @@ MODELS = {
     "Qwen/Qwen2.5-VL-3B-Instruct": EXAMPLES / "models" / "tiny-qwen2_5vl",
     "OpenGVLab/InternVL3-2B-hf": EXAMPLES / "models" / "tiny-internvl",
     "mistral-community/pixtral-12b": EXAMPLES / "models" / "tiny-pixtral",
+    "Qwen/Qwen2-VL-2B-Instruct": FIXTURES / "qwen2vl",
     "Qwen/Qwen3-VL-4B-Instruct": FIXTURES / "qwen3vl",
+    "Qwen/Qwen3-4B": Path("text-model"),
     "mlx-community/Llama-3.2-1B-Instruct-4bit": FIXTURES / "llama-tied",
 }
 # what stands for the reader's own files; ADAPTERS are written beside them
@@ -63,6 +67,15 @@ NOT_RUN = (
     r"python (-m )?(tools|tests|benchmarks)\S+.*", r"python -m mlx_vlm_pipes.check --device.*",
     r"python -m mlx_vlm\.\w+ .*",  # another package's; test_other_packages_answer_as_shown
 )  # fmt: skip
+SERVED = "127.0.0.1:8080"
+# A template that reads what Qwen3's reads, for the text model of the fixtures.
+TEMPLATE = """\
+{% if tools %}Tools: {% for tool in tools %}\
+{{ tool.function.name }} ({{ tool.function.description }})\
+{% endfor %}{{ "\\n" }}{% endif %}\
+{% for message in messages %}{{ message.role }}: {{ message.content }}
+{% endfor %}{% if add_generation_prompt %}assistant:\
+{% if enable_thinking is not defined or enable_thinking %} <think>{% endif %}{% endif %}"""
 PEERS = {"mlx-vlm": "mlx_vlm", "mlx-lm": "mlx_lm", "transformers": "transformers"}
 FIGURES = re.compile(r"\d[\d.,]*(?=( ?(s|ms|MB|GB|tokens/s)\b))")
 
@@ -90,8 +103,9 @@ def blocks(page: Path) -> Iterator[Block]:
         end = found.end()
 
 
-def with_local_models(code: str) -> str:
-    for name, folder in MODELS.items():
+def with_local_models(code: str, *, own: bool = True) -> str:
+    """The code with folders in place of hub ids; own: False where the names are a server's."""
+    for name, folder in MODELS.items() if own else ():
         code = code.replace(name, str(folder))
     return code
 
@@ -110,11 +124,14 @@ class Reader:
         self._page = page
         self._names: dict[str, Any] = {"__name__": "__main__"}
         self._printed: str | None = None
+        self._server: subprocess.Popen[str] | None = None
+        self._address = SERVED
 
     def read(self) -> None:
         for block in blocks(self._page):
             where = f"{self._page.name}:{block.line}"
-            if block.language == "python" and block.title in PEERS:
+            missing = block.title == "openai" and find_spec("openai") is None
+            if block.language == "python" and (block.title in PEERS or missing):
                 self._printed = None
             elif block.language == "python":
                 self._printed = self._run_python(block, where)
@@ -129,10 +146,14 @@ class Reader:
         for value in self._names.values():
             if isinstance(value, Pipeline):
                 value.close()
+        if self._server is not None:
+            self._server.terminate()
+            self._server.communicate(timeout=60)
 
     def _run_python(self, block: Block, where: str) -> str:
         out = io.StringIO()
-        code = "\n" * (block.line - 1) + with_local_models(block.code)
+        code = "\n" * (block.line - 1) + with_local_models(block.code, own=self._server is None)
+        code = code.replace(SERVED, self._address)
         with contextlib.redirect_stdout(out):
             exec(compile(code, where, "exec"), self._names)
         return out.getvalue()
@@ -141,13 +162,37 @@ class Reader:
         """Commands of a `sh` block, or commands and what they print of a `console` block."""
         code = block.code.replace("\\\n", " ")
         if block.language == "sh":
-            self._printed = "".join(run_line(line, where) for line in code.splitlines())
+            served = [line for line in code.splitlines() if "mlx_vlm_pipes.serve" in line]
+            self._printed = "".join(
+                run_line(line, where) for line in code.splitlines() if line not in served
+            )
+            for line in served:
+                self._serve(line)
             return
         for part in re.split(r"^\$ ", code, flags=re.MULTILINE)[1:]:
             line, _, shown = part.partition("\n")
             if can_run(line):
-                printed = run_line(line, where)
+                typed = re.findall(r"^> (.*)\n", shown, re.MULTILINE)
+                printed = run_command(line, where, "\n".join(typed))
+                if typed:  # a chat whose input is no terminal leaves signs and blank lines out
+                    shown = re.sub(r"^(> .*)?\n", "", shown, flags=re.MULTILINE)
+                    printed = re.sub(r"^\n", "", printed, flags=re.MULTILINE)
                 assert matches(shown, printed), f"{where}: {line} printed\n{printed}"
+
+    def _serve(self, line: str) -> None:
+        """Start the server, on any port, with the model that stands for the one it names."""
+        name, model = next((name, path) for name, path in MODELS.items() if name in line)
+        words = [sys.executable, *shlex.split(line)[1:], "--port", "0"]
+        self._server = subprocess.Popen(
+            [word if word != name else f"{name}={model}" for word in words],
+            stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+        assert self._server.stderr is not None
+        for said in self._server.stderr:
+            if found := re.search(r"listening on http://([\d.:]+)/", said):
+                self._address = found[1]
+            if said.startswith("ready"):
+                return
 
 
 def can_run(command: str) -> bool:
@@ -161,8 +206,8 @@ def run_line(line: str, where: str) -> str:
     return "".join(run_command(c, where) for c in commands if can_run(c))
 
 
-def run_command(command: str, where: str) -> str:
-    """One of our commands in this process, with what `echo` pipes into it."""
+def run_command(command: str, where: str, typed: str = "") -> str:
+    """One of our commands in this process, with what `echo` pipes into it, or what is typed."""
     before, _, command = command.rpartition(" | ")
     words = shlex.split(with_local_models(command))
     if words[:2] == ["python", "-m"]:
@@ -170,9 +215,9 @@ def run_command(command: str, where: str) -> str:
     name, *arguments = words
     assert name.startswith(("mlx_vlm_pipes", "mlx-vlm-pipes")), f"{where}: {name} is not ours"
     module = "mlx_vlm_pipes.__main__" if name in ("mlx_vlm_pipes", "mlx-vlm-pipes") else name
-    typed = shlex.split(before)[1:]
+    text = before.removeprefix("echo ") or typed
     out = io.StringIO()
-    stdin, sys.stdin = sys.stdin, io.TextIOWrapper(io.BytesIO(" ".join(typed).encode()))
+    stdin, sys.stdin = sys.stdin, io.TextIOWrapper(io.BytesIO(text.encode()))
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
             status = import_module(module).main(arguments)
@@ -206,11 +251,24 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / name).symlink_to(file)
     for name in ADAPTERS:
         write_adapter(tmp_path / name)
+    text_model = MODELS["Qwen/Qwen3-4B"]
+    shutil.copytree(FIXTURES / "qwen3", tmp_path / text_model)
+    (tmp_path / text_model / "chat_template.jinja").write_text(TEMPLATE)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(
+            page,
+            id=str(page.relative_to(ROOT)),
+            marks=[pytest.mark.slow] if page.name == "server.md" else [],
+        )
+        for page in PAGES
+    ],
+)
 def test_every_block_runs(page: Path, desk: Path) -> None:
     reader = Reader(page)
     try:

@@ -75,7 +75,8 @@ class Published:
     """A published model. text: width, MLP, layers, heads, KV heads, vocabulary, head width.
 
     billions: parameters as its card says them. vision: the tower's part of config.json.
-    processor: keys of the processor files. outer: keys beside the two parts.
+    processor: keys of the processor files. outer: keys beside the two parts. names: the fixture
+    that has the same tensors, where that is another one (its own has no head).
     """
 
     fixture: str
@@ -84,6 +85,7 @@ class Published:
     vision: Facts
     processor: Facts
     outer: Facts
+    names: str = ""
 
 
 def smolvlm(billions: float, text: Any, vision: Facts, scale: int, edge: int) -> Published:
@@ -92,6 +94,17 @@ def smolvlm(billions: float, text: Any, vision: Facts, scale: int, edge: int) ->
     pictures = {"size": {"longest_edge": edge}, "max_image_size": {"longest_edge": tile}}
     processor = {"image_seq_len": tokens, "image_processor": pictures}
     return Published("smolvlm", billions, text, vision, processor, {"scale_factor": scale})
+
+
+def qwen2(billions: float, text: Any, *, tied: bool) -> Published:
+    vision = {
+        "depth": 32, "embed_dim": 1280, "hidden_size": text[0], "num_heads": 16, "mlp_ratio": 4,
+        "patch_size": 14, "spatial_patch_size": 14,
+    }  # fmt: skip
+    processor = {"patch_size": 14, "min_pixels": 3136, "max_pixels": 12845056}
+    rope = {"type": "mrope", "mrope_section": [16, 24, 24]}
+    outer = {"tie_word_embeddings": tied, "rope_scaling": rope}
+    return Published("qwen2vl", billions, text, vision, processor, outer, "qwen2vl-v5")
 
 
 def qwen2_5(billions: float, text: Any, *, tied: bool) -> Published:
@@ -143,6 +156,8 @@ MODELS = {
     "OpenGVLab/InternVL3-1B-hf": internvl(0.94, (896, 4864, 24, 14, 2, 151674, 64)),
     "OpenGVLab/InternVL3-2B-hf": internvl(2.09, (1536, 8960, 28, 12, 2, 151674, 128)),
     "OpenGVLab/InternVL3-8B-hf": internvl(7.94, (3584, 18944, 28, 28, 4, 151674, 128)),
+    "Qwen/Qwen2-VL-2B-Instruct": qwen2(2.21, (1536, 8960, 28, 12, 2, 151936, 128), tied=True),
+    "Qwen/Qwen2-VL-7B-Instruct": qwen2(8.29, (3584, 18944, 28, 28, 4, 152064, 128), tied=False),
     "Qwen/Qwen2.5-VL-3B-Instruct": qwen2_5(3.75, (2048, 11008, 36, 16, 2, 151936, 128), tied=True),
     "Qwen/Qwen2.5-VL-7B-Instruct": qwen2_5(8.29, (3584, 18944, 28, 28, 4, 152064, 128), tied=False),
     "Qwen/Qwen3-VL-2B-Instruct": qwen3(
@@ -263,7 +278,7 @@ def sizes_of(model: Published, folder: Path) -> Sizes:
 
 def tensor_names(model: Published) -> StateDict:
     """The fixture's tensors as stand-ins: which there are (biases, a head) is read from names."""
-    folder = ROOT / "tests" / "fixtures" / model.fixture
+    folder = ROOT / "tests" / "fixtures" / (model.names or model.fixture)
     parsed, infos = read_config(folder), read_header(folder / "model.safetensors").tensors
     encoding = ModelConfig(
         model_path=str(folder), quantization_encoding="float32", huggingface_config=parsed
