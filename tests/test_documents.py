@@ -310,7 +310,7 @@ def test_other_packages_answer_as_shown(block: Block, desk: Path) -> None:
 def test_mlx_vlm_s_command_says_what_is_shown(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("mlx_vlm")
     monkeypatch.chdir(ROOT)
-    command, shown = code.removeprefix("$ python").split("\n", 1)
+    command, shown = code.replace("\\\n", " ").removeprefix("$ python").split("\n", 1)
     done = subprocess.run(
         [sys.executable, *shlex.split(command)], capture_output=True, text=True, check=True
     )
