@@ -5,6 +5,7 @@ stand for MODELS. A block of `text` behind a block is what that one prints; line
 `console` block are commands, the others what they print. Times and sizes may differ, and a line
 `...` stands for any lines; lines behind `> ` are typed into a chat. Blocks titled with another
 package's name need it, and are slow. A server runs for the rest of its page, on a port of its own.
+A picture of docs/assets that a page's code writes is the stored one.
 """
 
 from __future__ import annotations
@@ -142,6 +143,9 @@ class Reader:
             else:
                 assert block.language in ("text", "json", "toml", "bibtex"), f"{where}: language?"
 
+        for name in re.findall(r"\]\(\.\./assets/(\w+\.png)\)", self._page.read_text("utf-8")):
+            assert_same_picture(Path(name), ROOT / "docs" / "assets" / name)
+
     def close(self) -> None:
         for value in self._names.values():
             if isinstance(value, Pipeline):
@@ -193,6 +197,15 @@ class Reader:
                 self._address = found[1]
             if said.startswith("ready"):
                 return
+
+
+def assert_same_picture(drawn: Path, stored: Path) -> None:
+    """Within what another version of the font's renderer does."""
+    from PIL import Image
+
+    pair = [np.asarray(Image.open(path).convert("RGB"), np.float32) for path in (drawn, stored)]
+    assert pair[0].shape == pair[1].shape, f"{stored.name}: {pair[0].shape}"
+    assert np.abs(pair[0] - pair[1]).mean() < 2, stored.name
 
 
 def can_run(command: str) -> bool:

@@ -36,6 +36,7 @@ from mlx_vlm_pipes.options import (  # noqa: E402
 )
 
 MARK = re.compile(r"^<!-- from the code: (\w+) -->$", re.MULTILINE)
+PICTURE = re.compile(r"\]\(((?:\.\./)*)\.\./examples/images/")
 FIRST = ("load", "Pipeline", "GenerationResult")
 KINDS = (
     ("How a prompt is read", PromptOptions),
@@ -45,14 +46,18 @@ KINDS = (
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """mkdocs: a page's text with its parts from the code."""
+    """mkdocs: a page's text with its parts from the code; examples/ is a folder of the site."""
+    markdown = PICTURE.sub(r"](\1examples/images/", markdown)
     return MARK.sub(lambda found: PARTS[found[1]](), markdown)
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """mkdocs: the notebooks beside the pages that are there."""
+    """mkdocs: the notebooks and the pictures of examples/ beside the pages that are there."""
     from mkdocs.structure.files import File
 
+    for path in sorted((ROOT / "examples" / "images").iterdir()):
+        uri = f"examples/images/{path.name}"
+        files.append(File.generated(config, uri, abs_src_path=str(path)))
     for path in notebooks():
         uri = f"notebooks/{path.stem}.md"
         files.append(File.generated(config, uri, content=notebook_page(path)))
