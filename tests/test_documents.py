@@ -328,3 +328,23 @@ def test_mlx_vlm_s_command_says_what_is_shown(code: str, monkeypatch: pytest.Mon
         [sys.executable, *shlex.split(command)], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == shown.strip()
+
+
+@pytest.mark.slow
+@pytest.mark.reference
+def test_transformers_answers_as_readme_says() -> None:
+    """30 tokens, and our answer."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("torch")
+    name, picture = str(BUNDLED), str(EXAMPLES / "images" / "shapes.png")
+    asked = [{"type": "image", "path": picture}, {"type": "text", "text": "Describe the picture."}]
+    theirs = transformers.pipeline("image-text-to-text", model=name, dtype="float32")
+    (said,) = theirs(
+        text=[{"role": "user", "content": asked}], max_new_tokens=20, return_full_text=False
+    )
+    prompt = theirs.processor.apply_chat_template(
+        [{"role": "user", "content": asked}],
+        tokenize=True, return_dict=True, add_generation_prompt=True,
+    )  # fmt: skip
+    assert said["generated_text"].strip() == "a large red circle above a small blue square"
+    assert np.asarray(prompt["input_ids"]).size == 30
