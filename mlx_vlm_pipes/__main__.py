@@ -15,6 +15,7 @@ COMMANDS = {
     "generate": "answer a prompt about pictures and clips",
     "chat": "talk about pictures and clips in the terminal",
     "convert": "write a model folder in another type, quantised, or with an adapter in it",
+    "bench": "measure how fast a model is on this machine",
     "serve": "answer OpenAI's clients over HTTP",
     "check": "say what a model, or this machine, is good for",
 }
