@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mlx_vlm_pipes.conversation import Conversation
     from mlx_vlm_pipes.engine.plan import Plan
     from mlx_vlm_pipes.engine.requests import Chunk, Handle, Timings, Usage
+    from mlx_vlm_pipes.engine.saving import SavedPrefix
     from mlx_vlm_pipes.engine.state import EngineConfig
     from mlx_vlm_pipes.errors import (
         CheckpointError,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
         OutOfBudget,
         PipesError,
         PipesWarning,
+        PrefixError,
         ProcessorError,
         UnknownAdapter,
         UnsupportedModel,
@@ -42,8 +44,8 @@ __all__ = [
     "Conversation", "EngineClosed", "EngineConfig", "GenerateOptions", "GenerationResult", "Handle",
     "ImageTokenMismatch", "InputError", "KVCacheConfig", "MediaError", "ModelConfig",
     "OutOfBudget", "Pipeline", "PipelineConfig", "PipesError", "PipesWarning", "Plan",
-    "ProcessorError", "SamplingParams", "Timings", "UnknownAdapter", "UnsupportedModel",
-    "Usage", "WeightsError", "load",
+    "PrefixError", "ProcessorError", "SamplingParams", "SavedPrefix", "Timings", "UnknownAdapter",
+    "UnsupportedModel", "Usage", "WeightsError", "load",
 ]  # fmt: skip
 
 _HOMES = {
@@ -60,6 +62,7 @@ _HOMES = {
     "PipelineConfig": "config",
     "Plan": "engine.plan",
     "SamplingParams": "contexts",
+    "SavedPrefix": "engine.saving",
     "Timings": "engine.requests",
     "Usage": "engine.requests",
     "load": "loading",

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 from typing import TYPE_CHECKING, Any
 
 from mlx_vlm_pipes.options import ALIASES, ELSEWHERE, OPTIONS, Option, Texts, read_options
+from mlx_vlm_pipes.paths import user_path
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -13,6 +15,7 @@ if TYPE_CHECKING:
     from mlx_vlm_pipes.engine.requests import Timings, Usage
     from mlx_vlm_pipes.pipeline import Pipeline
 
+MAX_TOOLS_BYTES = 8 * 2**20
 BUNDLED_NOTE = "using the bundled model (it knows coloured shapes); --model takes others"
 
 
@@ -66,11 +69,16 @@ def add_options(group: argparse._ArgumentGroup, options: Mapping[str, Option]) -
     for option in options.values():
         if option.has_flag:
             group.add_argument(*_flags(option), **_keywords(option))
+    if "chat_template_kwargs" in options:
+        group.add_argument(
+            "--enable-thinking", "--no-enable-thinking", nargs=0, default=argparse.SUPPRESS,
+            action=_Thinking, help="for templates that read it: whether to think first",
+        )  # fmt: skip
 
 
 def refuse_foreign_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of other programs end the command with what there is instead (ELSEWHERE)."""
-    for name in sorted(ELSEWHERE.keys() - {"adapter_path"}):
+    for name in sorted(ELSEWHERE.keys() - {"adapter_path", "enable_thinking"}):
         parser.add_argument(_flag(name), nargs="*", action=_Elsewhere, help=argparse.SUPPRESS)
 
 
@@ -107,6 +115,59 @@ class _Elsewhere(argparse.Action):
         parser.error(f"{self.option_strings[0]}: {ELSEWHERE[self.dest]}")
 
 
+class _Thinking(argparse.Action):
+    """`enable_thinking` among the variables of the chat template."""
+
+    def __call__(
+        self, parser: object, namespace: argparse.Namespace, values: object, flag: str | None = None
+    ) -> None:
+        _join(namespace, {"enable_thinking": flag == "--enable-thinking"})
+
+
+class _Variables(argparse.Action):
+    """An object in JSON: variables of the chat template; several flags add up."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        *_: object,
+    ) -> None:
+        try:
+            given = json.loads(values)
+        except (ValueError, RecursionError):
+            given = None
+        if not isinstance(given, dict):
+            parser.error(
+                f"{self.option_strings[0]}: expected JSON as '{{\"enable_thinking\": false}}'"
+            )
+        _join(namespace, given)
+
+
+def _join(namespace: argparse.Namespace, more: dict[str, Any]) -> None:
+    before = getattr(namespace, "chat_template_kwargs", {})
+    namespace.chat_template_kwargs = {**before, **more}
+
+
+def _tools(name: str) -> list[Any]:
+    """The tools in a JSON file: a list of descriptions, or one.
+
+    Raises: argparse.ArgumentTypeError for a file that cannot be read, or is no JSON.
+    """
+    try:
+        with user_path(name).open("rb") as file:
+            data = file.read(MAX_TOOLS_BYTES + 1)
+        if len(data) > MAX_TOOLS_BYTES:
+            raise argparse.ArgumentTypeError(f"{name} has more than {MAX_TOOLS_BYTES} bytes")
+        value = json.loads(data)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{name} cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError):
+        raise argparse.ArgumentTypeError(f"{name} is no JSON; expected a list of tools") from None
+    return value if isinstance(value, list) else [value]
+
+
 def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
@@ -124,6 +185,11 @@ def _keywords(option: Option) -> dict[str, Any]:
         return {**shared, "action": "store_true"}
     if option.kind == Texts:
         return {**shared, "action": "append", "help": f"{option.help}; may be repeated"}
+    if option.name == "tools":
+        described = "what the answer may call: a list of descriptions, as OpenAI's API takes it"
+        return {**shared, "type": _tools, "metavar": "FILE.json", "help": described}
+    if option.name == "chat_template_kwargs":
+        return {**shared, "action": _Variables, "metavar": "JSON"}
     if option.default is not None:
         shared["help"] += f" (default {option.default})"
     return {**shared, "type": option.kind}

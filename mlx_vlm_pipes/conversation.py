@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from mlx_vlm_pipes.errors import InputError, clip
-from mlx_vlm_pipes.media import listed, named_media
+from mlx_vlm_pipes.given_media import listed, named_media
 from mlx_vlm_pipes.options import OPTIONS, GenerateOptions, own_names, read_options, shows, unfit
 from mlx_vlm_pipes.paths import user_path
 from mlx_vlm_pipes.processing.fetch import Access
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from mlx_vlm_pipes.engine.plan import Plan
     from mlx_vlm_pipes.engine.requests import Chunk, Handle
-    from mlx_vlm_pipes.media import Media
+    from mlx_vlm_pipes.given_media import Media
 
 Message = dict[str, Any]
 FORMAT, VERSION = "mlx_vlm_pipes conversation", 1
