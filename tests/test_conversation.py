@@ -53,6 +53,27 @@ def test_a_template_that_changes_an_earlier_turn_is_read_again_from_there() -> N
     assert 0 < second.usage.cached_tokens <= first.usage.prompt_tokens
 
 
+def test_options_of_the_conversation_reach_every_turn() -> None:
+    def weather(city: str) -> str:
+        """How it is outside.
+
+        Args:
+            city: where.
+        """
+        return city
+
+    options = {"tools": [weather], "chat_template_kwargs": {"enable_thinking": False}}
+    with load(FIXTURES / "qwen3") as pipe:
+        chat = pipe.chat(max_tokens=3, **options)
+        for _ in range(2):
+            result = chat.send("Hi")
+            alone = pipe.generate(chat.history[:-1], max_tokens=3, **options)
+            plain = pipe.generate(chat.history[:-1], max_tokens=3)
+            assert result.tokens == alone.tokens
+            assert result.usage.prompt_tokens == alone.usage.prompt_tokens
+            assert result.usage.prompt_tokens > plain.usage.prompt_tokens
+
+
 def test_the_history_is_what_generate_takes(pipe: Pipeline) -> None:
     chat = pipe.chat(system="Be brief.", max_tokens=12)
     result = chat.send("Describe the picture.", images=SHAPES, temperature=0.5, seed=3)
@@ -100,6 +121,17 @@ def test_a_stream_that_is_left_keeps_what_was_said(pipe: Pipeline) -> None:
     chat.stream("And now?")  # dropped before its first word
     assert len(chat.history) == 2
     assert chat.send("And now?").text
+
+
+def test_an_answer_shown_in_a_cell_is_part_of_the_conversation(
+    pipe: Pipeline, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chat = pipe.chat()
+    stream = chat.stream("Describe the picture.", images=SHAPES)
+    assert [record.num_tokens for record in stream.media] == [16]
+    stream._ipython_display_()
+    assert WANTED in capsys.readouterr().out
+    assert chat.history[-1]["content"] == WANTED
 
 
 def test_ctrl_c_keeps_what_was_said(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:

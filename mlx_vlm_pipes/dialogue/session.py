@@ -66,7 +66,7 @@ class Session:
     """What a line typed by the user does. has_limit: whether --max-length made the model's own."""
 
     def __init__(
-        self, pipe: Pipeline, chat: Conversation[Any], lines: Lines, *, has_limit: bool
+        self, pipe: Pipeline, chat: Conversation, lines: Lines, *, has_limit: bool
     ) -> None:
         self._pipe, self._chat, self._lines, self._has_limit = pipe, chat, lines, has_limit
         self._waiting: list[Waiting] = []
