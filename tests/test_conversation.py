@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from mlx_vlm_pipes import InputError, MediaError, Pipeline, load
+from mlx_vlm_pipes.processing.chat_template import ChatTemplate
 from tests.fixtures_helper import FIXTURES
 
 ROOT = Path(__file__).parent.parent
@@ -43,17 +44,29 @@ def test_a_turn_computes_only_what_is_new(name: str) -> None:
     assert second.tokens == alone.tokens
 
 
-def test_a_template_that_changes_an_earlier_turn_is_read_again_from_there() -> None:
-    """Qwen3's leaves out the thinking of earlier answers."""
+def use_template(pipe: Pipeline, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("chat_template", "tool_template"):
+        monkeypatch.setattr(pipe.tokenizer, name, ChatTemplate(source, "here"))
+
+
+def test_a_template_that_changes_an_earlier_turn_is_read_again_from_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As those do that leave out the thinking of earlier answers."""
+    source = (
+        "{% for m in messages %}{{ m.role }}: "
+        "{{ m.content[3:] if m.role == 'assistant' else m.content }}\n{% endfor %}assistant: "
+    )
     with load(FIXTURES / "qwen3") as pipe:
-        chat = pipe.chat(max_tokens=4)
-        first = chat.send("Hi")
-        chat.history[-1]["content"] = "<think>\nwell\n</think>\n\nHello"
-        second = chat.send("And?")
+        use_template(pipe, source, monkeypatch)
+        chat = pipe.chat(max_tokens=6, ignore_eos=True)
+        first, second = chat.send("Hi"), chat.send("And?")
+        alone = pipe.generate(chat.history[:-1], max_tokens=6, ignore_eos=True)
     assert 0 < second.usage.cached_tokens <= first.usage.prompt_tokens
+    assert second.tokens == alone.tokens
 
 
-def test_options_of_the_conversation_reach_every_turn() -> None:
+def test_options_of_the_conversation_reach_every_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     def weather(city: str) -> str:
         """How it is outside.
 
@@ -62,16 +75,16 @@ def test_options_of_the_conversation_reach_every_turn() -> None:
         """
         return city
 
+    source = "{{ tools | tojson }}{{ enable_thinking }}{% for m in messages %}{{ m }}{% endfor %}"
     options = {"tools": [weather], "chat_template_kwargs": {"enable_thinking": False}}
     with load(FIXTURES / "qwen3") as pipe:
+        use_template(pipe, source, monkeypatch)
         chat = pipe.chat(max_tokens=3, **options)
         for _ in range(2):
             result = chat.send("Hi")
-            alone = pipe.generate(chat.history[:-1], max_tokens=3, **options)
-            plain = pipe.generate(chat.history[:-1], max_tokens=3)
-            assert result.tokens == alone.tokens
-            assert result.usage.prompt_tokens == alone.usage.prompt_tokens
-            assert result.usage.prompt_tokens > plain.usage.prompt_tokens
+            messages = chat.history[:-1]
+            assert result.usage.prompt_tokens == len(pipe.encode(messages, **options).input_ids)
+    assert '"weather"' in pipe.encode(messages, **options).text
 
 
 def test_the_history_is_what_generate_takes(pipe: Pipeline) -> None:
