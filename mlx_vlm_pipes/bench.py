@@ -12,6 +12,7 @@ from mlx_vlm_pipes.arguments import BUNDLED_NOTE, add_model_options, load_pipeli
 from mlx_vlm_pipes.command import new_parser, put, put_json, run_command, say
 from mlx_vlm_pipes.errors import InputError
 from mlx_vlm_pipes.options import Option
+from mlx_vlm_pipes.progress import bar
 
 if TYPE_CHECKING:
     from mlx_vlm_pipes.pipeline import Pipeline
@@ -72,21 +73,14 @@ def _run(args: argparse.Namespace) -> int:
     plot = None if args.plot is None else plot_path(args.plot)
     if args.model is None:
         say(BUNDLED_NOTE)
-    from tqdm import tqdm
-
     from mlx_vlm_pipes.doctor.device.parts import machine_facts
     from mlx_vlm_pipes.speed.bench import run_bench
     from mlx_vlm_pipes.speed.table import table_lines
 
     with load_pipeline(args) as pipe:
-        # tqdm draws on a terminal only
-        with tqdm(total=grid.num_steps, disable=None, leave=False) as bar:
-
-            def show(doing: str) -> None:
-                bar.set_description(doing, refresh=False)
-                bar.update()
-
-            report = run_bench(pipe, grid, show)
+        has_bar, pipe.has_bars = pipe.has_bars, False  # one for the whole, none for its parts
+        with bar(is_on=has_bar) as watch:
+            report = run_bench(pipe, grid, watch)
         facts = {**_model_facts(args.model, pipe), "machine": machine_facts()}
     title = f"{facts['model']}, {facts['dtype']} on {facts['device']}"
     rounds = "one round" if grid.rounds == 1 else f"medians of {grid.rounds} rounds"

@@ -83,8 +83,9 @@ def test_options_of_the_conversation_reach_every_turn(monkeypatch: pytest.Monkey
         for _ in range(2):
             result = chat.send("Hi")
             messages = chat.history[:-1]
-            assert result.usage.prompt_tokens == len(pipe.encode(messages, **options).input_ids)
-    assert '"weather"' in pipe.encode(messages, **options).text
+            prompt = pipe.encode(messages, **options)
+            assert '"weather"' in prompt.text
+            assert result.usage.prompt_tokens == len(prompt.input_ids)
 
 
 def test_the_history_is_what_generate_takes(pipe: Pipeline) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from mlx_vlm_pipes.errors import PipesError
 from mlx_vlm_pipes.pipeline import Pipeline
 from mlx_vlm_pipes.processing.base import VisionProcessor
+from mlx_vlm_pipes.progress import Watch, noted
 from mlx_vlm_pipes.speed.stopwatch import (
     QUESTION,
     cold_answer,
@@ -22,7 +23,6 @@ from mlx_vlm_pipes.speed.stopwatch import (
     tower_seconds,
 )
 
-Show = Callable[[str], object]
 Figures = dict[str, float]
 
 
@@ -38,11 +38,6 @@ class Grid:
     pictures: Sequence[tuple[int, int]] = ((256, 256), (512, 512), (1024, 768))
     new_tokens: int = 32
     rounds: int = 3
-
-    @property
-    def num_steps(self) -> int:
-        cells = len(self.prompt_tokens) + len(self.rows) + len(self.pictures)
-        return (self.rounds + 1) * cells
 
 
 @dataclass
@@ -91,10 +86,11 @@ class Report:
         }
 
 
-def run_bench(pipe: Pipeline, grid: Grid, show: Show) -> Report:
+def run_bench(pipe: Pipeline, grid: Grid, watch: Watch | None = None) -> Report:
     """Measure every cell once to warm up, then round by round, so that all share what disturbs.
 
-    show: told what comes next. A cell that the model cannot hold is skipped, with the reason.
+    watch: told how many measurements are done. A cell that the model cannot hold is skipped, with
+    the reason.
     """
     cells = [*_prompt_cells(pipe, grid), *_row_cells(pipe, grid)]
     skipped = {}
@@ -102,18 +98,17 @@ def run_bench(pipe: Pipeline, grid: Grid, show: Show) -> Report:
         cells += [_picture_cell(pipe, size) for size in grid.pictures]
     elif grid.pictures:
         skipped["pictures"] = "a text model"
-    for i in range(grid.rounds + 1):
-        for cell in cells:
-            show(f"{cell.table}, {cell.name[1]}")
-            if cell.refusal:
-                continue
-            try:
-                figures = cell.measure()
-            except PipesError as error:
-                cell.refusal = str(error)
-                continue
-            if i:
-                cell.samples.append(figures)
+    turns = [(i, cell) for i in range(grid.rounds + 1) for cell in cells]
+    for i, cell in noted(turns, watch, "measuring", "step"):
+        if cell.refusal:
+            continue
+        try:
+            figures = cell.measure()
+        except PipesError as error:
+            cell.refusal = str(error)
+            continue
+        if i:
+            cell.samples.append(figures)
     return Report(grid, cells, skipped, pipe.peak_memory_bytes())
 
 
