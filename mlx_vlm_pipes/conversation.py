@@ -190,7 +190,7 @@ class Conversation:
             raise InputError(f"{clip(path, 200)}: cannot be written ({reason})") from None
 
     def load(self, path: str | os.PathLike[str]) -> Self:
-        """Take the history of a file that `save` wrote, in place of this one.
+        """Take the history that `save` wrote, its system message too, in place of this one.
 
         Raises: InputError for a file that is no such thing; the history then stays as it was.
         """

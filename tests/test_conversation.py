@@ -25,8 +25,11 @@ def pipe() -> Iterator[Pipeline]:
         yield pipe
 
 
+EXAMPLES = ("tiny-internvl", "tiny-pixtral", "tiny-qwen2_5vl")
+
+
 @pytest.mark.parametrize(
-    "name", ["tiny-idefics3", "tiny-internvl", "tiny-pixtral", "tiny-qwen2_5vl"]
+    "name", ["tiny-idefics3", *(pytest.param(name, marks=pytest.mark.slow) for name in EXAMPLES)]
 )
 def test_a_turn_computes_only_what_is_new(name: str) -> None:
     """The prompt of the second turn begins with all of the first, its picture and its answer."""
@@ -212,6 +215,7 @@ def test_saved_and_loaded(pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.Mo
     assert list(tmp_path.iterdir()) == [file]
 
 
+@pytest.mark.slow
 def test_clips_are_saved_too(tmp_path: Path) -> None:
     frames = [np.full((56, 56, 3), shade, np.uint8) for shade in (0, 128, 255, 128)]
     with load(ROOT / "examples/models/tiny-qwen2_5vl") as pipe:
