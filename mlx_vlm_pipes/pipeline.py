@@ -312,7 +312,7 @@ class Pipeline:
         return self.engine.plan(self._context(processed, given))
 
     @shows(OPTIONS)
-    def chat(self, **options: Unpack[GenerateOptions]) -> Conversation[GenerationResult]:
+    def chat(self, **options: Unpack[GenerateOptions]) -> Conversation:
         """A conversation, which remembers its turns: `.send(text, images=...)`, `.stream(...)`.
 
         system stands before its turns, the other options hold for each of them, unless a turn has
