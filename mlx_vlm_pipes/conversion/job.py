@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from mlx_vlm_pipes.conversion.card import Report, model_card
@@ -21,20 +20,21 @@ from mlx_vlm_pipes.engine.memory import machine_memory
 from mlx_vlm_pipes.errors import InputError
 from mlx_vlm_pipes.loading import resolve_folder
 from mlx_vlm_pipes.paths import user_path
+from mlx_vlm_pipes.progress import Work, bar, is_wanted
 
-Progress = Callable[[int, int], None]
 MEASURABLE_SHARE = 0.6  # of the machine's memory, for the source's bytes
 
 
-def convert(options: ConvertOptions, progress: Progress | None = None) -> Report:
+def convert(options: ConvertOptions, *, progress: bool | None = None) -> Report:
     """Write `options.out`; it appears only when it is whole.
 
-    Args: progress, called with (bytes of the source done, all its bytes).
+    Args: progress, whether a bar is shown meanwhile, as for `load`.
     Raises: InputError for options that contradict each other or the source, CheckpointError for
     a source or an adapter that cannot be read.
     """
     base = options.settings()
-    folder = resolve_folder(options.model, options.revision)
+    has_bar = is_wanted(progress)
+    folder = resolve_folder(options.model, options.revision, progress=has_bar)
     source = open_source(folder)
     _refuse_twice(source, options)
     adapter = None if options.lora is None else source.read_adapter(options.lora)
@@ -42,7 +42,7 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> Report
     transfer = Transfer(source, options, recipe, adapter)
     total, name = source.num_bytes, source.room.name
     with whole_folder(options.out) as partial:
-        _write_weights(transfer, partial, progress)
+        _write_weights(transfer, partial, has_bar=has_bar)
         tally = transfer.tally
         if base is not None and not tally.packed:
             raise InputError(
@@ -50,7 +50,9 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> Report
             )
         copy_processor(folder, partial)
         write_json(partial / "config.json", written_config(source, tally.packed, options.dtype))
-        measured = _measure(folder, partial, options, total) if options.measure else None
+        measured = None
+        if options.measure:
+            measured = _measure(folder, partial, options, total, has_bar=has_bar)
         report = _report(options, name, total, tally, measured)
         (partial / "README.md").write_text(model_card(report, options), encoding="utf-8")
     return report
@@ -66,24 +68,25 @@ def _refuse_twice(source: Source, options: ConvertOptions) -> None:
         raise InputError("--dequantize: the source is not quantised (or expanded at load anyway)")
 
 
-def _write_weights(transfer: Transfer, partial: Path, progress: Progress | None) -> None:
+def _write_weights(transfer: Transfer, partial: Path, *, has_bar: bool) -> None:
     writer = ShardWriter(partial, transfer.options.shard_bytes)
     total = transfer.source.num_bytes
-    for name, array in transfer.run():
-        writer.add(name, array)
-        if progress is not None:
-            progress(transfer.tally.read, total)
-    writer.close()
+    with bar(is_on=has_bar) as watch:
+        for name, array in transfer.run():
+            writer.add(name, array)
+            if watch is not None:
+                watch.note(Work("converting", transfer.tally.read, total, "B"))
+        writer.close()
 
 
 def _measure(
-    source: Path, result: Path, options: ConvertOptions, source_bytes: int
+    source: Path, result: Path, options: ConvertOptions, source_bytes: int, *, has_bar: bool
 ) -> Difference | None:
     """None where the source is too large to be run here."""
     if source_bytes > MEASURABLE_SHARE * machine_memory():
         return None
-    expected, with_image = text_logits(source, options.lora)
-    found, _ = text_logits(result)
+    expected, with_image = text_logits(source, options.lora, progress=has_bar)
+    found, _ = text_logits(result, progress=has_bar)
     return compare(expected, found, with_image=with_image)
 
 
