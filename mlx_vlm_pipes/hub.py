@@ -239,7 +239,7 @@ def explain(error: BaseException, place: Repository) -> Exception:
     text = clip(" ".join(str(cause).split()), 100)
     return _Unreachable(
         f"{host} cannot be reached, or the connection broke ({type(cause).__name__}: {text})",
-        "check the network and run it again, a download goes on where it stopped",
+        "check the network and run it again, files that are whole are kept",
     )
 
 

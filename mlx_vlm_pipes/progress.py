@@ -208,6 +208,6 @@ def erase(drawn: Any) -> None:
 
 def _columns() -> int:
     try:
-        return os.get_terminal_size(sys.stderr.fileno()).columns
+        return os.get_terminal_size(sys.stderr.fileno()).columns or MAX_COLUMNS
     except (OSError, ValueError):  # no terminal, or none that knows
         return MAX_COLUMNS
