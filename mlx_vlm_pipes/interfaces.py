@@ -260,13 +260,15 @@ class TextSide(Protocol):
 class PipelineModelWithKVCache(PipelineModel[ContextT]):
     """A model whose attention reads a KV cache; `kv_params` says of what shape.
 
-    model_config: the room's config, finalised. language: its text side. weight_bytes: what
-    its weights take in memory, adapters included. merged_adapter: the LoRA adapter, if any, that
+    model_config: the room's config, finalised. language: its text side. networks: tower and text
+    side with their weights, by which saved prefixes know the model. weight_bytes: what its
+    weights take in memory, adapters included. merged_adapter: the LoRA adapter, if any, that
     changes the vision tower, whose weights it is merged into.
     """
 
     model_config: Any
     language: TextSide
+    networks: Sequence[Model] = ()
     weight_bytes: int = 0
     merged_adapter: str = ""
 

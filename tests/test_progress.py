@@ -115,7 +115,7 @@ def test_bars_are_shown_on_a_terminal_and_gone_with_the_answer() -> None:
     assert [line.partition(" ")[0] for line in left] == ["using", "a", "prompt:", "answer:", ""]
     assert max(len(part) for part in plain.split("\r") if "%|" in part) <= 76
     assert "%|" not in read
-    assert [line[:2] for line in screen(read)] == ["", '{"', "a ", ""]
+    assert [line[:2] for line in screen(read)] == ["", "us", '{"', "a ", ""]
     assert "answering:   0%" in batch
     assert screen(batch) == ["", ""]
 

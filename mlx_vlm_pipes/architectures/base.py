@@ -137,7 +137,8 @@ class CheckpointModel(LogProbabilitiesMixin, PipelineModelWithKVCache[ContextT])
         loads = [module.parameters() for module in (tower, decoder) if module is not None]
         arrays = cast("list[tuple[str, mx.array]]", tree_flatten(loads))
         self.weight_bytes = sum(array.nbytes for _, array in arrays)
-        return [*parts, Model(self.language, loaded.weights)]
+        self.networks = [*parts, Model(self.language, loaded.weights)]
+        return [*self.networks]
 
     def lora_fields(self, contexts: Sequence[TextContext]) -> dict[str, Buffer]:
         """The LoRA inputs that the contexts' model_name asks for; none where none is loaded.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import replace
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -12,11 +13,12 @@ from mlx_vlm_pipes.contexts import TextContext
 from mlx_vlm_pipes.engine.memory import set_limits
 from mlx_vlm_pipes.engine.plan import Plan, default_limits, make_plan
 from mlx_vlm_pipes.engine.requests import Handle, PromptLogits
+from mlx_vlm_pipes.engine.saving import PrefixFiles, SavedPrefix
 from mlx_vlm_pipes.engine.scheduler import Scheduler
 from mlx_vlm_pipes.engine.state import EngineConfig, EngineStats
 from mlx_vlm_pipes.engine.text import StreamDecoder
 from mlx_vlm_pipes.engine.worker import OwnerThread
-from mlx_vlm_pipes.errors import EngineClosed
+from mlx_vlm_pipes.errors import EngineClosed, InputError
 from mlx_vlm_pipes.interfaces import PipelineModelWithKVCache
 from mlx_vlm_pipes.progress import Watch
 
@@ -38,6 +40,7 @@ class Engine:
         self.worker, self.model, self.config = worker, model, config
         self.scheduler = Scheduler(model, config)
         scheduler = self.scheduler
+        self.prefix_files = PrefixFiles(worker, scheduler.state)
         worker.idle_work = scheduler.step
         worker.last_work = lambda: scheduler.fail_all(EngineClosed("the pipeline was closed"))
         self._finalizer = weakref.finalize(self, worker.stop)
@@ -52,8 +55,11 @@ class Engine:
     ) -> Handle:
         """Queue a request; safe from any thread. watch: is told how far its prompt has come.
 
-        Raises: InputError for bad sampling values, OutOfBudget for what can never fit.
+        Raises: InputError for bad sampling values and for requests of logits processors,
+        OutOfBudget for what can never fit.
         """
+        if self.worker.is_current:
+            raise InputError("a logits processor asks the model that waits for it; ask another one")
 
         def queue() -> Handle:
             handle = self.scheduler.submit(context, decoder)
@@ -81,6 +87,17 @@ class Engine:
         finally:
             handle.close()
         return logits.whole()
+
+    def save_prefix(self, path: Path, context: TextContext, decoder: StreamDecoder) -> SavedPrefix:
+        """Write what is cached of a prompt to a file; one that is not cached is run for it.
+
+        Raises: as `PrefixFiles.save`.
+        """
+        return self.prefix_files.save(path, context, lambda: _finish(self.submit(context, decoder)))
+
+    def load_prefix(self, path: Path) -> SavedPrefix:
+        """Put a file of `save_prefix` into the caches. Raises: as `PrefixFiles.load`."""
+        return self.prefix_files.load(path)
 
     def plan(self, context: TextContext) -> Plan:
         """What a request would need on this engine; nothing is computed."""
@@ -119,3 +136,9 @@ class Engine:
     def close(self) -> None:
         """Stop the owning thread; running requests fail with EngineClosed."""
         self._finalizer()
+
+
+def _finish(handle: Handle) -> None:
+    """Wait for a request's end. Raises: what it failed with."""
+    for _ in handle:
+        pass

@@ -16,11 +16,12 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_vlm_pipes.contexts import TextContext
-from mlx_vlm_pipes.engine.sampling import RowSampler
+from mlx_vlm_pipes.engine.row_sampler import RowSampler
 from mlx_vlm_pipes.engine.text import StreamDecoder, TextStream
 from mlx_vlm_pipes.engine.worker import require_same_process
 from mlx_vlm_pipes.kv_cache import CacheRow
 from mlx_vlm_pipes.log_probabilities import LogProbabilities
+from mlx_vlm_pipes.media.records import MediaRecord
 from mlx_vlm_pipes.options import unfit
 from mlx_vlm_pipes.progress import WAIT_S, Watch, Work
 
@@ -65,6 +66,20 @@ class Chunk:
     prompt_logprobs: LogProbabilities | None = None
 
 
+def figures(reason: str | None, usage: Usage, timings: Timings) -> str:
+    """What a request was and took, in one line."""
+    kinds = [f"{usage.image_tokens} image"] if usage.image_tokens else []
+    kinds += [f"{usage.cached_tokens} cached"] if usage.cached_tokens else []
+    of_them = f" ({', '.join(kinds)})" if kinds else ""
+    seconds, more = timings.generation_s, max(usage.completion_tokens - 1, 0)
+    rate = f", {more / seconds:.0f} a second" if more and seconds > 0 else ""
+    ended = "cut at its length limit" if reason == "length" else f"ended by {reason}"
+    return (
+        f"{usage.prompt_tokens} prompt tokens{of_them} in {timings.prompt_s:.2f} s · "
+        f"{usage.completion_tokens} new tokens{rate} · {ended}"
+    )
+
+
 @dataclass
 class Clock:
     """When things happened to a request, by time.perf_counter()."""
@@ -86,12 +101,13 @@ class Handle:
     Safe from any thread. Readers share the chunks: each goes to one of them, the end to all. An
     exception in the request is raised where it is iterated. owner: what must live on until the
     answer is complete. watch: is told of the work on the prompt, by whoever waits for the first
-    chunk, and closed before that is handed out.
+    chunk, and closed before that is handed out. media: what the model saw of each picture and clip.
     """
 
     def __init__(self) -> None:
         self.owner: object = None
         self.watch: Watch | None = None
+        self.media: tuple[MediaRecord, ...] = ()
         self._noted: Work | None = None
         self._queue: queue.SimpleQueue[Chunk | Work | BaseException | None] = queue.SimpleQueue()
         self._closed = threading.Event()
@@ -124,6 +140,35 @@ class Handle:
 
     def __iter__(self) -> ChunkIterator:
         return ChunkIterator(self)
+
+    def _ipython_display_(self) -> None:
+        """Show the answer in a cell as it comes; its chunks can be read afterwards as before."""
+        from mlx_vlm_pipes.display.live import Cell
+
+        cell, chunks, note = Cell(self.media), [], "interrupted"
+        try:
+            while (chunk := self.next_chunk()) is not None:
+                chunks.append(chunk)
+                cell.add(chunk.text)
+            last = chunks[-1] if chunks else None
+            if last is not None and last.usage is not None and last.timings is not None:
+                note = figures(last.finish_reason, last.usage, last.timings)
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            cell.finish(note)
+            self._put_back(chunks)
+
+    def _put_back(self, chunks: list[Chunk]) -> None:
+        """Let what was read be read again, in front of what is to come."""
+        rest: list[Chunk | Work | BaseException | None] = []
+        with contextlib.suppress(queue.Empty):
+            while True:
+                rest.append(self._queue.get(block=False))
+        self._done = False
+        for item in (*chunks, *rest):
+            self._queue.put(item)
 
     async def __aiter__(self) -> AsyncIterator[Chunk]:
         require_same_process(self._process)
@@ -202,6 +247,10 @@ class ChunkIterator(Iterator[Chunk]):
     def __init__(self, handle: Handle) -> None:
         self._handle = handle
 
+    @property
+    def media(self) -> tuple[MediaRecord, ...]:
+        return self._handle.media
+
     def __next__(self) -> Chunk:
         chunk = self._handle.next_chunk()
         if chunk is None:
@@ -210,6 +259,9 @@ class ChunkIterator(Iterator[Chunk]):
 
     def close(self) -> None:
         self._handle.close()
+
+    def _ipython_display_(self) -> None:
+        self._handle._ipython_display_()
 
     def __del__(self) -> None:
         self._handle.close()
@@ -325,6 +377,7 @@ def new_job(
         raise unfit("logprobs", context.log_probabilities, expected)
     params = context.sampling_params
     ends = [] if context.ignore_eos else sorted(context.eos_tracker.eos_token_ids)
-    sampler = RowSampler(params, context.tokens.prompt, vocab_size, ends)
+    prompt, processors = context.tokens.prompt, context.logits_processors
+    sampler = RowSampler(params, prompt, vocab_size, ends, processors)
     stops = (*params.stop, *context.eos_tracker.eos_stop_strings)
     return Job(context, Handle(), sampler, TextStream(decoder, stops), keys, capacity)
