@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from mlx_vlm_pipes.conversion.card import Report, model_card
@@ -20,20 +21,22 @@ from mlx_vlm_pipes.engine.memory import machine_memory
 from mlx_vlm_pipes.errors import InputError
 from mlx_vlm_pipes.loading import resolve_folder
 from mlx_vlm_pipes.paths import user_path
-from mlx_vlm_pipes.progress import Work, bar, is_wanted
+from mlx_vlm_pipes.progress import Watch, Work, bar, is_wanted
 
+Progress = Callable[[int, int], None]
 MEASURABLE_SHARE = 0.6  # of the machine's memory, for the source's bytes
 
 
-def convert(options: ConvertOptions, *, progress: bool | None = None) -> Report:
+def convert(options: ConvertOptions, progress: Progress | None = None) -> Report:
     """Write `options.out`; it appears only when it is whole.
 
-    Args: progress, whether a bar is shown meanwhile, as for `load`.
+    Args: progress, called with (bytes of the source done, all its bytes), in place of the bars
+    that a terminal shows.
     Raises: InputError for options that contradict each other or the source, CheckpointError for
     a source or an adapter that cannot be read.
     """
     base = options.settings()
-    has_bar = is_wanted(progress)
+    has_bar = progress is None and is_wanted(None)
     folder = resolve_folder(options.model, options.revision, progress=has_bar)
     source = open_source(folder)
     _refuse_twice(source, options)
@@ -42,7 +45,8 @@ def convert(options: ConvertOptions, *, progress: bool | None = None) -> Report:
     transfer = Transfer(source, options, recipe, adapter)
     total, name = source.num_bytes, source.room.name
     with whole_folder(options.out) as partial:
-        _write_weights(transfer, partial, has_bar=has_bar)
+        with bar(is_on=has_bar) as watch:
+            _write_weights(transfer, partial, progress or _noting(watch))
         tally = transfer.tally
         if base is not None and not tally.packed:
             raise InputError(
@@ -68,15 +72,21 @@ def _refuse_twice(source: Source, options: ConvertOptions) -> None:
         raise InputError("--dequantize: the source is not quantised (or expanded at load anyway)")
 
 
-def _write_weights(transfer: Transfer, partial: Path, *, has_bar: bool) -> None:
+def _write_weights(transfer: Transfer, partial: Path, progress: Progress) -> None:
     writer = ShardWriter(partial, transfer.options.shard_bytes)
     total = transfer.source.num_bytes
-    with bar(is_on=has_bar) as watch:
-        for name, array in transfer.run():
-            writer.add(name, array)
-            if watch is not None:
-                watch.note(Work("converting", transfer.tally.read, total, "B"))
-        writer.close()
+    for name, array in transfer.run():
+        writer.add(name, array)
+        progress(transfer.tally.read, total)
+    writer.close()
+
+
+def _noting(watch: Watch | None) -> Progress:
+    def note(done: int, total: int) -> None:
+        if watch is not None:
+            watch.note(Work("converting", done, total, "B"))
+
+    return note
 
 
 def _measure(
