@@ -21,7 +21,7 @@ from mlx_vlm_pipes.engine.memory import machine_memory
 from mlx_vlm_pipes.errors import InputError
 from mlx_vlm_pipes.loading import resolve_folder
 from mlx_vlm_pipes.paths import user_path
-from mlx_vlm_pipes.progress import Watch, Work, bar, is_wanted
+from mlx_vlm_pipes.progress import Watch, Work, bar, hidden, is_wanted
 
 Progress = Callable[[int, int], None]
 MEASURABLE_SHARE = 0.6  # of the machine's memory, for the source's bytes
@@ -54,9 +54,8 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> Report
             )
         copy_processor(folder, partial)
         write_json(partial / "config.json", written_config(source, tally.packed, options.dtype))
-        measured = None
-        if options.measure:
-            measured = _measure(folder, partial, options, total, has_bar=has_bar)
+        with hidden(is_hidden=not has_bar):
+            measured = _measure(folder, partial, options, total) if options.measure else None
         report = _report(options, name, total, tally, measured)
         (partial / "README.md").write_text(model_card(report, options), encoding="utf-8")
     return report
@@ -90,13 +89,13 @@ def _noting(watch: Watch | None) -> Progress:
 
 
 def _measure(
-    source: Path, result: Path, options: ConvertOptions, source_bytes: int, *, has_bar: bool
+    source: Path, result: Path, options: ConvertOptions, source_bytes: int
 ) -> Difference | None:
     """None where the source is too large to be run here."""
     if source_bytes > MEASURABLE_SHARE * machine_memory():
         return None
-    expected, with_image = text_logits(source, options.lora, progress=has_bar)
-    found, _ = text_logits(result, progress=has_bar)
+    expected, with_image = text_logits(source, options.lora)
+    found, _ = text_logits(result)
     return compare(expected, found, with_image=with_image)
 
 

@@ -38,16 +38,14 @@ def probe_image() -> np.ndarray:
     return picture.clip(0, 255).astype(np.uint8)
 
 
-def text_logits(
-    folder: Path, adapter: str | Path | None = None, *, progress: bool | None = None
-) -> tuple[np.ndarray, bool]:
+def text_logits(folder: Path, adapter: str | Path | None = None) -> tuple[np.ndarray, bool]:
     """Logits float32 [n, V] of a model at the probe's text positions, and whether it saw a picture.
 
     Loads the model and lets it go.
     """
     from mlx_vlm_pipes.loading import load
 
-    pipe = load(folder, adapter=adapter, progress=progress)
+    pipe = load(folder, adapter=adapter)
     try:
         images: list[Any] = [probe_image()] if hasattr(pipe.processor, "encode_image") else []
         options: dict[str, Any] = {}
