@@ -50,6 +50,9 @@ def download(name: str, revision: str | None, *, has_bar: bool) -> Path:
     Where the hub cannot be reached, a copy in the cache is taken, and a warning says so.
     Raises: CheckpointNotFound, one line for each reason.
     """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # in a notebook without widgets tqdm.auto asks for them
+        import huggingface_hub.utils  # noqa: F401  # first imported here
     owner, repo, *rest = name.split("/", 2)
     place = Repository(f"{owner}/{repo}", revision, has_bar)
     try:

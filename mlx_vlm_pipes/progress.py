@@ -20,6 +20,7 @@ from typing import Any, Protocol, TypeVar
 DELAY_S = 0.5  # what is done sooner gets no bar
 MAX_COLUMNS = 80
 WAIT_S = 0.25  # how often whoever waits looks after the bar
+NOTE_S, CLOCK_S = 0.1, 1.0  # between two drawings, with news and without
 
 ItemT = TypeVar("ItemT")
 
@@ -67,7 +68,7 @@ class Bar:
     def __init__(self) -> None:
         self._work: Work | None = None
         self._drawn: Any = None
-        self._begun = 0.0
+        self._begun = self._drawn_at = 0.0
         self._is_closed = False
         self._lock = threading.Lock()
 
@@ -79,23 +80,28 @@ class Bar:
                 self._erase()
                 self._begun = time.monotonic()
             self._work = work
-            self._draw(work)
+            self._draw(work, NOTE_S)
 
     def wait(self) -> None:
         with self._lock:
             if self._work is not None and not self._is_closed:
-                self._draw(self._work)
+                self._draw(self._work, CLOCK_S)
 
     def close(self) -> None:
         with self._lock:
             self._is_closed = True
             self._erase()
 
-    def _draw(self, work: Work) -> None:
+    def _draw(self, work: Work, interval_s: float) -> None:
+        """Draw it, but not again within `interval_s`."""
+        now = time.monotonic()
         if self._drawn is None:
-            if time.monotonic() - self._begun < DELAY_S or not _LINE.acquire(blocking=False):
+            if now - self._begun < DELAY_S or not _LINE.acquire(blocking=False):
                 return
             self._drawn = _new_bar(work)
+        elif now - self._drawn_at < interval_s:
+            return
+        self._drawn_at = now
         self._drawn.total = work.total
         self._drawn.n = work.done
         self._drawn.refresh()
@@ -175,12 +181,14 @@ def _is_notebook() -> bool:
 
 
 def _new_bar(work: Work) -> Any:
+    arguments = {"total": work.total, "initial": work.done, "desc": work.what, **style(work.unit)}
     if _is_notebook() and importlib.util.find_spec("ipywidgets") is None:
         from tqdm import tqdm  # tqdm.auto would warn that it cannot draw a widget
-    else:
-        from tqdm.auto import tqdm
 
-    return tqdm(total=work.total, initial=work.done, desc=work.what, **style(work.unit))
+        return tqdm(**arguments, file=sys.stdout)  # standard error is printed on red there
+    from tqdm.auto import tqdm
+
+    return tqdm(**arguments)
 
 
 def style(unit: str) -> dict[str, Any]:

@@ -170,6 +170,9 @@ def test_what_is_soon_done_draws_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
         assert not made
         now[0] += 0.2
         watch.wait()
+        watch.note(Work("second", 1, 4, "token"))  # too soon to be drawn again
+        assert made[0].n == 0
+        now[0] += 0.2
         watch.note(Work("second", 3, 4, "token"))
         assert [(line.work.what, line.n) for line in made] == [("second", 3)]
         other.note(Work("third", 0, 1, "B"))
