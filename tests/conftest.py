@@ -1,4 +1,4 @@
-"""Settings of the whole suite: real float32, no network, no colours, no bars, one device (device.py)."""
+"""Settings of the whole suite: real float32, no network, colours or bars, one device (device.py)."""
 
 import os
 
