@@ -1,4 +1,4 @@
-"""Settings of the whole suite: real float32, no network, colours or bars, one device (device.py)."""
+"""Settings of the whole suite: real float32, one device (device.py), no network, colours, bars."""
 
 import os
 
