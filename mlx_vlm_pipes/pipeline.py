@@ -221,7 +221,7 @@ class Pipeline:
         **options: Unpack[GenerateOptions],
     ) -> Handle:
         """Queue a request and return at once; iterate the handle with `for` or `async for`."""
-        return self._submit(prompt, images, videos, options)
+        return self._submit(prompt, images, videos, options, self._new_watch())
 
     @shows(OPTIONS)
     def generate_n(
