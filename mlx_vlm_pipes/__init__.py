@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mlx_vlm_pipes.config import KVCacheConfig, ModelConfig, PipelineConfig
     from mlx_vlm_pipes.contexts import SamplingParams
+    from mlx_vlm_pipes.conversation import Conversation
     from mlx_vlm_pipes.engine.plan import Plan
     from mlx_vlm_pipes.engine.requests import Chunk, Handle, Timings, Usage
     from mlx_vlm_pipes.engine.saving import SavedPrefix
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "CheckpointError", "CheckpointNotFound", "Chunk", "ConfigError", "ContextTooLong",
-    "EngineClosed", "EngineConfig", "GenerateOptions", "GenerationResult", "Handle",
+    "Conversation", "EngineClosed", "EngineConfig", "GenerateOptions", "GenerationResult", "Handle",
     "ImageTokenMismatch", "InputError", "KVCacheConfig", "MediaError", "ModelConfig",
     "OutOfBudget", "Pipeline", "PipelineConfig", "PipesError", "PipesWarning", "Plan",
     "PrefixError", "ProcessorError", "SamplingParams", "SavedPrefix", "Timings", "UnknownAdapter",
@@ -50,6 +51,7 @@ __all__ = [
 _HOMES = {
     **dict.fromkeys(__all__, "errors"),  # all that have no other below
     "Chunk": "engine.requests",
+    "Conversation": "conversation",
     "EngineConfig": "engine.state",
     "GenerateOptions": "options",
     "GenerationResult": "pipeline",

@@ -154,6 +154,33 @@ def test_the_package_runs_as_a_module() -> None:
     assert answer.stdout.strip() == WANTED
 
 
+def test_tools_and_variables_of_the_template_as_flags(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    tools = tmp_path / "tools.json"
+    tools.write_text('[{"name": "f"}]')
+
+    def options(*flags: str) -> dict[str, object]:
+        return given_options(build_parser().parse_args(flags))
+
+    assert options("--tools", str(tools), "--no-enable-thinking") == {
+        "tools": ({"name": "f"},), "chat_template_kwargs": {"enable_thinking": False},
+    }  # fmt: skip
+    both = options("--enable-thinking", "--chat-template-config", '{"x": [1]}')
+    assert both == {"chat_template_kwargs": {"enable_thinking": True, "x": [1]}}
+    tools.write_text("[")
+    for flags, line in {
+        ("--tools", str(tools)): "is no JSON; expected a list of tools",
+        ("--tools", str(tmp_path / "none")): "cannot be read (No such file or directory)",
+        ("--chat-template-kwargs", "5"): """expected JSON as '{"enable_thinking": false}'""",
+    }.items():
+        with pytest.raises(SystemExit):
+            options(*flags)
+        assert line in capsys.readouterr().err
+    assert main(["--prompt", "Hello", "--enable-thinking"]) == 2
+    assert "does not read enable_thinking; leave it out" in capsys.readouterr().err
+
+
 def test_a_prompt_cache_is_written_once_and_read_after(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

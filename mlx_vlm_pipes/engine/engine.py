@@ -12,14 +12,15 @@ import numpy as np
 from mlx_vlm_pipes.contexts import TextContext
 from mlx_vlm_pipes.engine.memory import set_limits
 from mlx_vlm_pipes.engine.plan import Plan, default_limits, make_plan
-from mlx_vlm_pipes.engine.requests import Handle
+from mlx_vlm_pipes.engine.requests import Handle, PromptLogits
 from mlx_vlm_pipes.engine.saving import PrefixFiles, SavedPrefix
 from mlx_vlm_pipes.engine.scheduler import Scheduler
 from mlx_vlm_pipes.engine.state import EngineConfig, EngineStats
 from mlx_vlm_pipes.engine.text import StreamDecoder
 from mlx_vlm_pipes.engine.worker import OwnerThread
-from mlx_vlm_pipes.errors import EngineClosed
+from mlx_vlm_pipes.errors import EngineClosed, InputError
 from mlx_vlm_pipes.interfaces import PipelineModelWithKVCache
+from mlx_vlm_pipes.progress import Watch
 
 
 class Engine:
@@ -49,22 +50,38 @@ class Engine:
         """A snapshot of the counters."""
         return replace(self.scheduler.stats)
 
-    def submit(self, context: TextContext, decoder: StreamDecoder) -> Handle:
-        """Queue a request; safe from any thread.
+    def submit(
+        self, context: TextContext, decoder: StreamDecoder, watch: Watch | None = None
+    ) -> Handle:
+        """Queue a request; safe from any thread. watch: is told how far its prompt has come.
 
-        Raises: InputError for bad sampling values, OutOfBudget for what can never fit.
+        Raises: InputError for bad sampling values and for requests of logits processors,
+        OutOfBudget for what can never fit.
         """
-        handle = self.worker.call(lambda: self.scheduler.submit(context, decoder))
-        handle.owner = self
-        return handle
+        if self.worker.is_current:
+            raise InputError("a logits processor asks the model that waits for it; ask another one")
 
-    def prompt_logits(self, context: TextContext) -> np.ndarray:
+        def queue() -> Handle:
+            handle = self.scheduler.submit(context, decoder)
+            handle.owner, handle.watch = self, watch
+            return handle
+
+        return self.worker.call(queue)
+
+    def prompt_logits(self, context: TextContext, watch: Watch | None = None) -> np.ndarray:
         """float32 [T, V]: logits at every prompt position, slice by slice beside what runs.
 
+        watch: is told how far it has come.
         Raises: InputError for token ids beyond the vocabulary, OutOfBudget for a prompt that can
         never fit.
         """
-        handle, logits = self.worker.call(lambda: self.scheduler.submit_logits(context))
+
+        def queue() -> tuple[Handle, PromptLogits]:
+            handle, logits = self.scheduler.submit_logits(context)
+            handle.watch = watch
+            return handle, logits
+
+        handle, logits = self.worker.call(queue)
         try:
             handle.next_chunk()  # there are none: it waits for the end
         finally:

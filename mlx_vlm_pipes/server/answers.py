@@ -29,12 +29,17 @@ class Question:
     options: dict[str, Any]
     reading: dict[str, Any]
     n: int = 1
+    keep_tokens: tuple[str, ...] = ()
 
 
 @dataclass
 class Answers:
-    """The handles of a question, in order: all answers to the first prompt, then the next."""
+    """The handles of a question, in order: all answers to the first prompt, then the next.
 
+    prompts: as they were read, one for each.
+    """
+
+    prompts: list[ProcessedPrompt] = field(default_factory=list)
     handles: list[Handle] = field(default_factory=list)
 
     async def pieces(self) -> AsyncIterator[tuple[int, Chunk]]:
@@ -82,7 +87,9 @@ async def ask(pipe: Pipeline, question: Question, settings: ServerSettings) -> A
 
 def _submit(pipe: Pipeline, question: Question, settings: ServerSettings, answers: Answers) -> None:
     for prompt, options in prepared(pipe, question, settings):
-        answers.handles += pipe.submit_n(prompt, question.n, **options)
+        answers.prompts.append(prompt)
+        kept = question.keep_tokens
+        answers.handles += pipe.submit_n(prompt, question.n, keep_tokens=kept, **options)
 
 
 def prepared(

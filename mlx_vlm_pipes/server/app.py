@@ -127,13 +127,12 @@ class Server:
     async def _events(
         self, asked: Asked, answers: Answers, place: ExitStack
     ) -> AsyncIterator[bytes]:
-        """The dialect's events and [DONE]; a failure is the last event, without [DONE]."""
+        """The dialect's events; a failure is the last one."""
         with place:
             try:
                 async with aclosing(asked.answer.streamed(answers)) as events:  # pyright: ignore[reportArgumentType]
                     async for part in events:
                         yield part
-                yield event("[DONE]")
             except Exception as error:
                 yield event(_refusal(error, asked.param).body())
             finally:
@@ -144,7 +143,7 @@ class Server:
 async def _chat(server: Server, request: Request) -> Response:
     def read(body: dict[str, Any]) -> Asked:
         model, pipe = server.models.ready(body.get("model"))
-        question, form = read_chat(body, server.settings)
+        question, form = read_chat(body, pipe.tokenizer, server.settings)
         answer = ChatAnswer(model.name, form, pipe.tokenizer)
         return Asked(pipe, question, answer, form.stream, PROMPT)
 
@@ -166,7 +165,7 @@ async def _plan(server: Server, request: Request) -> Response:
     with server.gate.admitted():
         body = await read_object(request, server.settings)
         _, pipe = server.models.ready(body.get("model"))
-        question, _ = read_chat(body, server.settings)
+        question, _ = read_chat(body, pipe.tokenizer, server.settings)
 
         def plan() -> dict[str, Any]:
             ((prompt, options),) = prepared(pipe, question, server.settings)

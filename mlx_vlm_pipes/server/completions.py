@@ -16,6 +16,7 @@ from mlx_vlm_pipes.server.errors import bad_request
 from mlx_vlm_pipes.server.events import event
 from mlx_vlm_pipes.server.fields import MAX_N, count, option_values, refuse_unknown, switch
 from mlx_vlm_pipes.server.told import Told, text_logprobs, timings_of, usage_of
+from mlx_vlm_pipes.server.tools import Manner
 
 PROMPT = "prompt"
 KNOWN = frozenset({"prompt", "model", "stream", "stream_options", "n", "logprobs", "echo"})
@@ -42,7 +43,7 @@ def read_completion(body: Mapping[str, Any]) -> tuple[Question, Form, list[str]]
     options = option_values(body)
     if top is not None:
         options["logprobs"] = max(top, 1)
-    form = Form(switch(body, "stream"), wants_usage(body), n * len(prompts), top)
+    form = Form(switch(body, "stream"), wants_usage(body), n * len(prompts), top, Manner())
     echoed = [text if switch(body, "echo") else "" for text in prompts for _ in range(n)]
     return Question(lambda: prompts, options, {"raw": True}, n), form, echoed
 
@@ -72,17 +73,18 @@ class TextAnswer:
         return {**self._head(), "choices": choices, **self._figures()}
 
     async def streamed(self, answers: Answers) -> AsyncIterator[bytes]:
-        """text_completion events, without the closing [DONE]."""
+        """text_completion events and [DONE]."""
         for index, text in enumerate(self.echoed):
             if text:
                 yield self._event([self._choice(index, text, [], None)])
         async for index, chunk in answers.pieces():
-            text = self.told[index].add(chunk)
+            text = "".join(piece.text for piece in self.told[index].add(chunk))
             scores = [] if chunk.logprobs is None else [chunk.logprobs]
             if text or scores or chunk.finish_reason:
                 yield self._event([self._choice(index, text, scores, chunk.finish_reason)])
         if self.form.with_usage:
             yield event({**self._head(), "choices": [], **self._figures()})
+        yield event("[DONE]")
 
     def _event(self, choices: list[dict[str, Any]]) -> bytes:
         usage = {"usage": None} if self.form.with_usage else {}

@@ -43,8 +43,16 @@ class EventStream(Response):
             await asyncio.gather(work, gone, return_exceptions=True)
 
     async def _send(self, send: Send) -> None:
+        loop, work = asyncio.get_running_loop(), asyncio.current_task()
+        assert work is not None
+
         async def put(message: dict[str, Any]) -> None:
-            await asyncio.wait_for(send(message), self._stall_s)
+            # asyncio.wait_for may swallow the cancelling of a client that has gone (until 3.12)
+            stalled = loop.call_later(self._stall_s, work.cancel)
+            try:
+                await send(message)
+            finally:
+                stalled.cancel()
 
         async with aclosing(_pinged(self._events)) as events:  # pyright: ignore[reportArgumentType]
             await put({

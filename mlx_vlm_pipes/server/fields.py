@@ -32,6 +32,7 @@ NAMES = {
     "num_frames": "num_frames",
     "min_pixels": "min_pixels",
     "max_pixels": "max_pixels",
+    "chat_template_kwargs": "chat_template_kwargs",
 }
 # They change nothing of the answer, or nothing that this server does otherwise.
 IGNORED = frozenset({

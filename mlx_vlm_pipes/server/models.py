@@ -69,6 +69,7 @@ class Models:
         with self._lock:
             if model.pipe is None:
                 model.pipe = model.open()
+                model.pipe.has_bars = False  # requests come side by side: no line is one's own
             return model.pipe
 
     def ready(self, name: object) -> tuple[Model, Pipeline]:

@@ -2,40 +2,92 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mlx_vlm_pipes.engine.requests import Chunk, Timings, Usage
 from mlx_vlm_pipes.log_probabilities import LogProbabilities
 from mlx_vlm_pipes.processing.tokenizer import Tokenizer
+from mlx_vlm_pipes.speech import Kind, Piece, Speech
+
+
+@dataclass
+class Call:
+    """A call of a tool. arguments: a JSON text, as far as it has come."""
+
+    id: str
+    name: str
+    arguments: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """OpenAI's tool call."""
+        function = {"name": self.name, "arguments": self.arguments}
+        return {"id": self.id, "type": "function", "function": function}
 
 
 @dataclass
 class Told:
     """One answer as far as it has come.
 
-    is_trimmed: leave out spaces before its first word, which some models write in every chat, in
-    streams and in whole answers alike.
+    speech: what takes its text apart. is_trimmed: leave out spaces before its first word, which
+    some models write in every chat, in streams and in whole answers alike. calls: ids, names and
+    JSON texts of the arguments.
     """
 
+    speech: Speech = field(default_factory=Speech)
     is_trimmed: bool = True
+    reasoning: str = ""
+    calls: list[Call] = field(default_factory=list)
     text: str = ""
     reason: str | None = None
     usage: Usage | None = None
     timings: Timings | None = None
     scores: list[LogProbabilities] = field(default_factory=list)
 
-    def add(self, chunk: Chunk) -> str:
-        """Take a chunk in. Returns: the text that it adds."""
+    def add(self, chunk: Chunk) -> list[Piece]:
+        """Take a chunk in. Returns: what it adds."""
         is_first = self.is_trimmed and not self.text
-        piece = chunk.text.lstrip() if is_first else chunk.text
-        self.text += piece
+        pieces = self.speech.add(chunk.text)
+        if chunk.finish_reason is not None:
+            pieces += self.speech.finish()
+        if is_first:
+            pieces = _trimmed(pieces)
+        for piece in pieces:
+            self._take(piece)
         if chunk.logprobs is not None:
             self.scores.append(chunk.logprobs)
         if chunk.finish_reason is not None:
             self.reason, self.usage, self.timings = chunk.finish_reason, chunk.usage, chunk.timings
-        return piece
+        return pieces
+
+    @property
+    def openai_reason(self) -> str | None:
+        """finish_reason of a chat: "stop", "length", or "tool_calls" where it ended with some."""
+        return "tool_calls" if self.calls and self.reason == "stop" else self.reason
+
+    def _take(self, piece: Piece) -> None:
+        if piece.kind is Kind.TEXT:
+            self.text += piece.text
+        elif piece.kind is Kind.REASONING:
+            self.reasoning += piece.text
+        elif piece.kind is Kind.CALL:
+            self.calls.append(Call(f"call_{uuid.uuid4().hex[:24]}", piece.text))
+        else:
+            self.calls[piece.call].arguments += piece.text
+
+
+def _trimmed(pieces: list[Piece]) -> list[Piece]:
+    """Without the space before the first word of the text."""
+    out, is_begun = [], False
+    for piece in pieces:
+        if piece.kind is Kind.TEXT and not is_begun:
+            piece = replace(piece, text=piece.text.lstrip())
+            is_begun = bool(piece.text)
+        if piece.text:
+            out.append(piece)
+    return out
 
 
 def usage_of(answers: Iterable[Told], n: int) -> dict[str, Any]:
