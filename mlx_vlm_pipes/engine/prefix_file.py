@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -31,7 +31,7 @@ import numpy as np
 from mlx_vlm_pipes.dtypes import DType
 from mlx_vlm_pipes.encoding import COMPUTE_TYPES
 from mlx_vlm_pipes.errors import InputError, PrefixError, WeightsError, clip
-from mlx_vlm_pipes.paths import is_there
+from mlx_vlm_pipes.paths import is_there, unfinished_path
 from mlx_vlm_pipes.weights.safetensors import (
     Header,
     HostArray,
@@ -41,6 +41,7 @@ from mlx_vlm_pipes.weights.safetensors import (
 
 FORMAT, VERSION = "mlx_vlm_pipes.prefix", 1
 TOKENS, IMAGES, CACHE, FEATURES = "tokens", "images", "cache.", "features."
+_WRITING = threading.Lock()  # one thread at a time: the hidden names are the process's
 Shapes = Mapping[str, tuple[DType, tuple[int, ...]]]
 
 
@@ -203,15 +204,16 @@ def require_replaceable(path: Path) -> None:
 @contextmanager
 def _whole_file(path: Path) -> Iterator[Path]:
     """A hidden name beside `path` to write to; it becomes `path` at the end, or disappears."""
-    partial = path.parent / f".{path.name}.incomplete-{os.getpid()}"
-    try:
-        yield partial
-        partial.replace(path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror})") from None
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
+    with _WRITING:
+        partial = unfinished_path(path)
+        try:
+            yield partial
+            partial.replace(path)
+        except OSError as error:
+            raise InputError(f"{path}: cannot be written ({error.strerror})") from None
+        finally:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
 
 
 def prompt_digest(arrays: Mapping[str, HostArray]) -> str:

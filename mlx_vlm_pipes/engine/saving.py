@@ -76,7 +76,7 @@ class PrefixFiles:
         require_replaceable(path)
         self._require_caching()
         # before the prompt is run: the context then has a token more
-        keys, owner = self._worker.call(lambda: (self._keys(context), self._owner(context)))
+        keys, owner = self._keys(context), self._owner(context)
         layers = self._worker.call(lambda: self._cached(keys))
         if layers is None:
             self._require_budget(len(keys), "the prompt")
@@ -128,7 +128,8 @@ class PrefixFiles:
             group = kv_group_size(params.head_dim, params.group_size)
             kept = f"{params.bits} bits in groups of {group}"
         kind = str(lookup(model.huggingface_config, "model_type"))
-        return PrefixOwner(kind, model.dtype.name, kept, self._state.model_digest, "", "", 0)
+        digest = self._worker.call(lambda: self._state.model_digest)
+        return PrefixOwner(kind, model.dtype.name, kept, digest, "", "", 0)
 
     # ---- loading
 
@@ -140,7 +141,7 @@ class PrefixFiles:
         """
         self._require_caching()
         header = read_prefix_header(path)
-        adapter = self._worker.call(lambda: self._fitting(header))
+        adapter = self._fitting(header)
         header.require_shapes(self._worker.call(lambda: self._shapes(header)))
         self._require_budget(header.num_tokens, str(path))
         arrays = header.read()
@@ -159,24 +160,25 @@ class PrefixFiles:
             ("dtype", owner.dtype, here.dtype, "load with that dtype"),
             ("a KV cache of", owner.cache, here.cache, "load with those kv_bits"),
         )
-        for what, saved, loaded, remedy in pairs:
-            if saved != loaded:
+        for what, saved, own, remedy in pairs:
+            if saved != own:
                 raise PrefixError(
-                    f"{header.path}: saved with {what} {clip(saved)}, this pipeline has {loaded}; "
+                    f"{header.path}: saved with {what} {clip(saved)}, this pipeline has {own}; "
                     f"{remedy} or save the prefix again"
                 )
-        if owner.model != here.model:
+        loaded = ("", *model.adapters)
+        adapter = next((n for n in loaded if adapter_digest(model, n) == owner.adapter), None)
+        if adapter is None:
+            raise PrefixError(
+                f"{header.path}: saved with the adapter '{clip(owner.adapter_name)}'; loaded are: "
+                f"{', '.join(model.adapters) or 'none'}; load it or save the prefix again"
+            )
+        if owner.model != here.model:  # a tower with an adapter merged into it is another one
             raise PrefixError(
                 f"{header.path}: saved with another {here.model_type} model (its weights or its "
                 "config.json differ); load that model or save the prefix again"
             )
-        for name in ("", *model.adapters):
-            if adapter_digest(model, name) == owner.adapter:
-                return name
-        raise PrefixError(
-            f"{header.path}: saved with the adapter '{clip(owner.adapter_name)}'; loaded are: "
-            f"{', '.join(model.adapters) or 'none'}; load it or save the prefix again"
-        )
+        return adapter
 
     def _shapes(self, header: PrefixHeader) -> Shapes:
         """The tensors that a prefix of so many tokens has; how many vision rows the file says."""

@@ -331,6 +331,7 @@ def test_a_file_appears_whole_or_not_at_all(
         partial.write_bytes(b"half")
         raise KeyboardInterrupt
 
+    (tmp_path / ".a.prefix.incomplete-99999999").write_bytes(b"of a process that was killed")
     with monkeypatch.context() as patch:
         patch.setattr(prefix_file, "write_host_arrays", fail)
         with pytest.raises(KeyboardInterrupt):
