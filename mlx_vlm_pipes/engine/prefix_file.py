@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -65,6 +66,7 @@ class PrefixHeader:
     path: Path
     owner: PrefixOwner
     header: Header
+    stamp: tuple[int, ...]  # of the file that the header was read from
 
     @property
     def num_tokens(self) -> int:
@@ -103,10 +105,15 @@ class PrefixHeader:
             raise damaged(self.path, f"tensor '{clip(wrong[0])}' is not as the model has it")
 
     def read(self) -> dict[str, HostArray]:
-        """All tensors. Raises: PrefixError unless they are what was written."""
+        """All tensors.
+
+        Raises: PrefixError unless they are what was written; for a file that was replaced since.
+        """
         arrays = {}
         try:
             with self.path.open("rb") as file:
+                if _stamp(os.fstat(file.fileno())) != self.stamp:
+                    raise PrefixError(f"{self.path}: replaced while it was read; load it again")
                 _skip_header(file)
                 for info in self.header.tensors.values():  # in the order of their data
                     raw = file.read(info.nbytes)
@@ -129,6 +136,10 @@ def _unreadable(path: Path, error: OSError) -> PrefixError:
     return PrefixError(f"{path}: cannot be read ({error.strerror or error})")
 
 
+def _stamp(stat: os.stat_result) -> tuple[int, ...]:
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
 def _skip_header(file: BinaryIO) -> None:
     length = int.from_bytes(file.read(8), "little")
     file.seek(8 + length)
@@ -141,7 +152,10 @@ def read_prefix_header(path: Path) -> PrefixHeader:
     if not path.is_file():
         raise PrefixError(f"{clip(path, 200)}: not a file; expected one of save_prefix")
     try:
+        stamp = _stamp(path.stat())
         header = read_safetensors_header(path)
+    except OSError as error:
+        raise _unreadable(path, error) from None
     except WeightsError as error:
         reason = str(error).removeprefix(f"{path}: ").partition(";")[0]
         raise PrefixError(f"{path}: not a whole prefix file ({reason})") from None
@@ -156,7 +170,7 @@ def read_prefix_header(path: Path) -> PrefixHeader:
         )
     texts = {name: said.get(name, "") for name in PrefixOwner.__annotations__}
     table = _count(path, said, "rope_table")
-    return PrefixHeader(path, PrefixOwner(**{**texts, "rope_table": table}), header)
+    return PrefixHeader(path, PrefixOwner(**{**texts, "rope_table": table}), header, stamp)
 
 
 def _count(path: Path, metadata: Mapping[str, str], name: str) -> int:
