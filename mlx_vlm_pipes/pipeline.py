@@ -339,8 +339,9 @@ class Pipeline:
         """
         name = OPTIONS["adapter"].read(adapter)
         processed = self.encode(prompt, images, videos, **options)
-        context = self._context(processed, {"max_tokens": 1, "adapter": name})
-        return self.engine.save_prefix(user_path(path), context, self.tokenizer.stream_decoder())
+        context = self._context(processed, {"adapter": name})
+        with bar(is_on=self.has_bars) as watch:
+            return self.engine.save_prefix(user_path(path), context, watch)
 
     def load_prefix(self, path: str | os.PathLike[str]) -> SavedPrefix:
         """Read a file of `save_prefix`: requests that begin with its tokens take them from there.
