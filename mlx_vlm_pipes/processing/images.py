@@ -78,7 +78,7 @@ def load_picture(source: Any, access: Access = ANYWHERE, *, convert: bool = True
         return Picture(rgb, orientation)
     image = open_image(read_bytes(source, access), name)
     orientation = _orientation(image, name)  # decoding a TIFF turns it and drops the tag
-    rgb = to_rgb(image if convert else _decoded(image, name).convert("RGB"), name)
+    rgb = to_rgb(image, name) if convert else _decoded(image, name).convert("RGB")
     return Picture(rgb, orientation)
 
 
