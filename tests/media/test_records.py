@@ -195,22 +195,21 @@ def test_clips(name: str) -> None:
     assert {end - start for start, end in listed.tile_spans} == {rows * columns}
 
 
-def test_previews_are_bounded() -> None:
-    large = Preview([Image.new("RGB", (3000, 2000))])
-    assert large.images[0].size == (1000, 667)
+def test_previews_are_references_until_there_are_too_many() -> None:
+    small, large = Image.new("RGB", (10, 10)), Image.new("RGB", (3000, 2000))
+    assert Preview([large]).images[0] is large
     many = Preview([Image.new("RGB", (512, 512))] * 200)
     assert len(many.images) == MAX_FRAMES
     assert (many.places[0], many.places[-1]) == (0, 199)
-    assert many.num_bytes <= 3.1 * MAX_PIXELS
-    small = Image.new("RGB", (9, 9))
-    assert Preview([small]).images[0] is small
-    kept = KeptPreviews(limit_bytes=3 * 243)
-    held = [Preview([small]) for _ in range(3)]
-    for _ in range(9):
-        kept.add(Preview([small]))  # what nobody holds makes nothing go
+    many.shrink()
+    assert many.num_pixels <= MAX_PIXELS
+    kept = KeptPreviews(limit_pixels=MAX_PIXELS + 200)
+    for _ in range(99):
+        kept.add(Preview([large]))  # what nobody holds makes nothing go
+    held = [Preview([large]), Preview([small]), Preview([small])]
     for one in held:
         kept.add(one)
-    assert all(preview.images for preview in held)
-    last = Preview([small])
+    assert [one.images[0].size for one in held] == [(1000, 667), (10, 10), (10, 10)]
+    last = Preview([Image.new("RGB", (1024, 1024))])
     kept.add(last)
-    assert [len(preview.images) for preview in (*held, last)] == [0, 1, 1, 1]
+    assert [len(one.images) for one in (*held, last)] == [0, 1, 1, 1]
