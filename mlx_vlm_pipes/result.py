@@ -12,6 +12,7 @@ from mlx_vlm_pipes.engine.requests import Chunk, Handle, Timings, Usage, figures
 from mlx_vlm_pipes.errors import InputError
 from mlx_vlm_pipes.interfaces import LogProbabilities
 from mlx_vlm_pipes.media.records import MediaRecord
+from mlx_vlm_pipes.progress import Waiting, bar, noted
 
 
 @dataclass(frozen=True)
@@ -85,3 +86,13 @@ def collect(handle: Handle) -> GenerationResult:
         prompt_logprobs=last.prompt_logprobs,
         media=handle.media,
     )
+
+
+def collect_all(handles: Sequence[Handle], *, has_bar: bool) -> list[GenerationResult]:
+    """Read handles to their ends, in order. Raises: as `collect`."""
+    with bar(is_on=has_bar) as watch:
+        results = []
+        for handle in noted(handles, watch, "answering", "request"):
+            handle.watch = None if watch is None else Waiting(watch)
+            results.append(collect(handle))
+        return results

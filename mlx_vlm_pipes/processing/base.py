@@ -28,6 +28,7 @@ from mlx_vlm_pipes.errors import InputError, ProcessorError, shown
 from mlx_vlm_pipes.facts import RoomFacts
 from mlx_vlm_pipes.media.previews import KeptPreviews
 from mlx_vlm_pipes.media.records import MediaRecord
+from mlx_vlm_pipes.options import LogitsProcessor
 from mlx_vlm_pipes.processing.images import Picture, load_picture
 from mlx_vlm_pipes.processing.messages import (
     KINDS,
@@ -35,12 +36,14 @@ from mlx_vlm_pipes.processing.messages import (
     as_lists,
     as_texts,
     conversation,
+    tool_call_forms,
     user_texts,
 )
 from mlx_vlm_pipes.processing.settings import PixelSettings, read_json
 from mlx_vlm_pipes.processing.tokenizer import Tokenizer
 from mlx_vlm_pipes.processing.transforms import image_hash
 from mlx_vlm_pipes.processing.types import ProcessedPrompt, PromptRequest
+from mlx_vlm_pipes.progress import Watch, noted
 
 MODEL_OPTIONS = ("min_pixels", "max_pixels")  # of a PromptRequest; not every model takes them
 MAX_RETRY_SECONDS = 0.5  # a template that fails this slowly gets no second form to try
@@ -59,6 +62,7 @@ class ContextFields(TypedDict):
     log_probabilities: int
     log_probabilities_echo: bool
     model_name: str
+    logits_processors: Sequence[LogitsProcessor]
 
 
 @dataclass(frozen=True)
@@ -123,12 +127,13 @@ class TextProcessor:
         names = config.get("architectures") or [config.get("model_type")]
         self.architecture = str(names[0] if isinstance(names, list) else names)
 
-    def process(self, request: PromptRequest) -> ProcessedPrompt:
+    def process(self, request: PromptRequest, watch: Watch | None = None) -> ProcessedPrompt:
         """Tokens of a request.
 
         Raises: InputError for pictures, clips or malformed messages; ProcessorError for a chat
         template that is missing or fails.
         """
+        del watch  # of pictures, which there are none
         chat = None if self.is_raw(request) else conversation(request)
         media = chat or request
         if media.images or media.videos:
@@ -157,6 +162,7 @@ class TextProcessor:
         log_probabilities: int = 0,
         log_probabilities_echo: bool = False,
         model_name: str = "",
+        logits_processors: Sequence[LogitsProcessor] = (),
     ) -> TextContext:
         """The engine's context of a processed prompt.
 
@@ -180,6 +186,7 @@ class TextProcessor:
                 "log_probabilities": log_probabilities,
                 "log_probabilities_echo": log_probabilities_echo,
                 "model_name": model_name,
+                "logits_processors": logits_processors,
             },
         )
 
@@ -193,6 +200,8 @@ class TextProcessor:
             raise InputError("raw takes a text prompt, not messages")
         if request.raw and request.system is not None:
             raise InputError("raw takes no system prompt; write it into the text")
+        if request.raw and request.template_variables:
+            raise InputError("raw uses no chat template: no tools, no chat_template_kwargs")
         return request.raw
 
     def refuse_options(self, request: PromptRequest) -> None:
@@ -219,7 +228,7 @@ class TextProcessor:
         failures: list[ProcessorError] = []
         deadline = time.monotonic() + MAX_RETRY_SECONDS
         lossy: str | None = None
-        for messages in forms:
+        for messages in (form for content in forms for form in tool_call_forms(content)):
             try:
                 text = self.tokenizer.apply_chat_template(messages, template_variables=variables)
             except ProcessorError as error:
@@ -287,8 +296,8 @@ class VisionProcessor(TextProcessor, ABC):
     def arrays(self, media: Sequence[EncodedMedia]) -> dict[str, np.ndarray]:
         """All media, in token order, in the layout of the Hugging Face processor."""
 
-    def process(self, request: PromptRequest) -> ProcessedPrompt:
-        """Tokens and pixels of a request.
+    def process(self, request: PromptRequest, watch: Watch | None = None) -> ProcessedPrompt:
+        """Tokens and pixels of a request. watch: is told of each picture and clip that is read.
 
         Raises: InputError when placeholders and media differ in number, or messages are malformed;
         MediaError for a picture that cannot be read; ProcessorError for the chat template.
@@ -302,8 +311,14 @@ class VisionProcessor(TextProcessor, ABC):
         self.check(request, len(videos))
         order = self.place(text, len(images), len(videos))
         encoded = {
-            "image": [self.encode_image(source, request) for source in images],
-            "video": [self.encode_clip(source, request) for source in videos],
+            "image": [
+                self.encode_image(source, request)
+                for source in noted(images, watch, "reading pictures", "picture")
+            ],
+            "video": [
+                self.encode_clip(source, request)
+                for source in noted(videos, watch, "reading clips", "clip")
+            ],
         }
         queues = {kind: iter(items) for kind, items in encoded.items()}
         media = [next(queues[kind]) for kind, _, _ in order]

@@ -13,6 +13,7 @@ from mlx_vlm_pipes.contexts import ImageMetadata
 from mlx_vlm_pipes.errors import InputError
 from mlx_vlm_pipes.media.records import MediaRecord
 from mlx_vlm_pipes.options import PROMPT_OPTIONS, default, unfit
+from mlx_vlm_pipes.processing.chat_template import OWN_NAMES
 from mlx_vlm_pipes.processing.fetch import Access
 
 
@@ -27,7 +28,7 @@ class PromptRequest:
     min_pixels, max_pixels: limits of one picture or frame, of models that take any size.
     num_frames: how many frames to take from a video file, instead of `fps`. local_files: whether
     text may name files. allow_private: whether URLs may lead to this machine or its network.
-    template_variables: further names that the chat template reads (`tools`, `enable_thinking`).
+    tools, chat_template_kwargs: what else the chat template reads, in plain JSON types.
     Raises: InputError for a prompt that is neither text nor messages, for images or videos that
     are no list or tuple, and for an option out of its bounds.
     """
@@ -43,7 +44,8 @@ class PromptRequest:
     num_frames: int | None = default("num_frames")
     local_files: bool = default("local_files")
     allow_private: bool = default("allow_private")
-    template_variables: Mapping[str, Any] | None = None
+    tools: Sequence[Mapping[str, Any]] | None = default("tools")
+    chat_template_kwargs: Mapping[str, Any] | None = default("chat_template_kwargs")
 
     def __post_init__(self) -> None:
         if not isinstance(self.prompt, Sequence) or isinstance(self.prompt, (bytes, bytearray)):
@@ -53,6 +55,15 @@ class PromptRequest:
                 raise InputError(f"{name} is a {type(value).__name__}; expected a list")
         for name, option in PROMPT_OPTIONS.items():
             option.read(vars(self)[name])
+        for name in self.chat_template_kwargs or ():
+            if name in OWN_NAMES:
+                raise InputError(f"chat_template_kwargs: no {name} there; {OWN_NAMES[name]}")
+
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        """What the chat template is given besides messages and special tokens."""
+        tools = {} if self.tools is None else {"tools": self.tools}
+        return {**(self.chat_template_kwargs or {}), **tools}
 
     @property
     def access(self) -> Access:

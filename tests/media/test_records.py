@@ -23,7 +23,8 @@ PATCH, MERGE = 8, 2  # of the Qwen fixtures
 UNITS = {
     "idefics3": lambda size: (1, 1), "smolvlm": lambda size: (1, 1), "pixtral": lambda size: (1, 1),
     "internvl-qwen2": lambda size: (1000, 1000), "internvl-chat": lambda size: (1000, 1000),
-    "qwen25vl": lambda size: size, "qwen3vl": lambda size: (1000, 1000),
+    "qwen2vl": lambda size: (1000, 1000), "qwen25vl": lambda size: size,
+    "qwen3vl": lambda size: (1000, 1000),
 }  # fmt: skip
 GIF = Path(__file__).parent.parent.parent / "examples" / "images" / "moving_circle.gif"
 
@@ -153,6 +154,23 @@ def test_turned_pictures(orientation: int, kind: str) -> None:
 )
 def test_caps(name: str, size: tuple[int, int], cap: Cap | None) -> None:
     assert seen(name, picture(*size)).media[0].cap == cap
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "cap"),
+    [
+        ("qwen25vl", (200, 200), Cap("max_pixels", 5120)),  # of each frame
+        ("qwen25vl", (64, 48), None),
+        ("qwen3vl", (200, 200), Cap("max_pixels", 4096)),  # of the four together
+        ("qwen3vl", (32, 32), None),
+        ("smolvlm", (200, 200), Cap("max_image_size", 64)),
+        ("smolvlm", (64, 48), None),
+        ("internvl-qwen2", (200, 200), Cap("image_size", 28)),
+    ],
+)
+def test_caps_of_clips(name: str, size: tuple[int, int], cap: Cap | None) -> None:
+    clip = [picture(*size, i) for i in range(4)]
+    assert seen(name, videos=[clip]).media[0].cap == cap
 
 
 @pytest.mark.parametrize("name", UNITS)
