@@ -72,6 +72,13 @@ def test_an_answer_grows_in_its_cell(pipe: Pipeline, screen: Screen, method: str
     assert collect(again).text.strip() == ANSWER
 
 
+def test_a_turn_of_a_chat_grows_too_and_is_kept(pipe: Pipeline, screen: Screen) -> None:
+    chat = pipe.chat()
+    chat.stream(QUESTION, images=SHAPES)._ipython_display_()
+    assert screen.outputs[-1][-1]["text/plain"] == ANSWER
+    assert chat.history[-1]["content"].strip() == ANSWER
+
+
 def test_boxes_of_the_answer_are_drawn_at_the_end(screen: Screen) -> None:
     with load(SHAPES.parent.parent / "models" / "tiny-internvl") as internvl:
         media = tuple(internvl.encode(QUESTION, SHAPES).media)
