@@ -277,12 +277,6 @@ class AnswerStream(Iterator["Chunk"]):
     def __del__(self) -> None:
         self.close()
 
-    def _ipython_display_(self) -> None:
-        """Show the answer in a notebook's cell as it comes, and keep it in the history."""
-        from mlx_vlm_pipes.engine.requests import show_in_cell
-
-        show_in_cell(self._handle.media, lambda: next(self, None))
-
     def _end(self, answer: str | None) -> None:
         self._handle.close()
         settle, self._settle = self._settle, None

@@ -87,7 +87,7 @@ def show_in_cell(media: Sequence[MediaRecord], take: Callable[[], Chunk | None])
     """
     from mlx_vlm_pipes.display.live import Cell
 
-    cell, note = Cell(media), "interrupted"
+    cell, note = Cell(media), "ended early"
     try:
         while (chunk := take()) is not None:
             cell.add(chunk.text)

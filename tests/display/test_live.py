@@ -72,13 +72,6 @@ def test_an_answer_grows_in_its_cell(pipe: Pipeline, screen: Screen, method: str
     assert collect(again).text.strip() == ANSWER
 
 
-def test_a_turn_of_a_chat_grows_too_and_is_kept(pipe: Pipeline, screen: Screen) -> None:
-    chat = pipe.chat()
-    chat.stream(QUESTION, images=SHAPES)._ipython_display_()
-    assert screen.outputs[-1][-1]["text/plain"] == ANSWER
-    assert chat.history[-1]["content"].strip() == ANSWER
-
-
 def test_boxes_of_the_answer_are_drawn_at_the_end(screen: Screen) -> None:
     with load(SHAPES.parent.parent / "models" / "tiny-internvl") as internvl:
         media = tuple(internvl.encode(QUESTION, SHAPES).media)
@@ -109,7 +102,7 @@ def test_failures_are_raised_and_the_cell_says_how_far_it_came(
     with pytest.raises(KeyboardInterrupt):
         handle._ipython_display_()
     assert handle.is_closed
-    assert Checker(screen.outputs[-1][-1]["text/html"]).text.endswith("interrupted")
+    assert Checker(screen.outputs[-1][-1]["text/html"]).text.endswith("ended early")
 
 
 def test_a_terminal_gets_the_text(pipe: Pipeline, capsys: pytest.CaptureFixture[str]) -> None:
