@@ -23,7 +23,10 @@ MAX_LABEL = 60  # characters
 NUMBER = r"\s*(\d+(?:\.\d+)?)\s*"
 PAIRS = re.compile(rf"\({NUMBER},{NUMBER}\),\s*\({NUMBER},{NUMBER}\)")
 LISTS = re.compile(rf"\[{NUMBER},{NUMBER},{NUMBER},{NUMBER}\]")
-NESTED = re.compile(r"\[(?:\s*\[[\d\s.,]{7,80}\]\s*,?)+\s*\]")
+INNER = r"\[[\d\s.,]{7,80}\]"
+NESTED = re.compile(
+    rf"\[\s*{INNER}(?:\s*,\s*{INNER})*\s*\]"
+)  # one way to match: no text takes long
 OBJECT = re.compile(r"\{[^{}]{0,2000}\}")
 MARKS = re.compile(r"<\|?/?(?:object_ref|box|ref)(?:_start|_end)?\|?>")
 

@@ -1,5 +1,7 @@
 """Boxes as people give them and as models write them."""
 
+import time
+
 import pytest
 
 from mlx_vlm_pipes.display.boxes import Box, drawn_boxes, given_boxes, written_boxes
@@ -49,6 +51,22 @@ def test_who_writes_boxes_and_on_what_they_are_drawn() -> None:
         drawn_boxes(text, [record(), record()]) == drawn_boxes(text, [record(kind="video")]) == []
     )
     assert len(written_boxes("[[1, 2, 3, 4]]" * 999, [record()])) == 200
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" + "[1, 2, 3, 4]  ,  " * 3000,
+        "{" * 50000,
+        "(1,2),(" * 9000,
+        '{"a": 1 ' * 9000,
+        "[[" * 9000,
+    ],
+)
+def test_no_answer_takes_long(text: str) -> None:
+    begun = time.perf_counter()
+    assert written_boxes(text, [record()]) == []
+    assert time.perf_counter() - begun < 1
 
 
 def test_given_boxes() -> None:
