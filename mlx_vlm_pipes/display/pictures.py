@@ -5,6 +5,7 @@ Letters are Pillow's own font. All sizes in pixels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -108,11 +109,16 @@ def caption(record: MediaRecord) -> str:
     if tiles.rows * tiles.columns > 1:
         whole = " and the whole" if tiles.overview else ""
         parts.append(f"{_rows(tiles.rows, tiles.columns)} tiles of {_by(tiles.size)}{whole}")
-    each = " each" if record.num_parts > 1 else ""
+    each = _each(record) if record.num_parts > 1 else ""
     parts.append(f"{_rows(*tiles.tokens)} tokens{each}")
     where = f"{record.num_tokens} in all, " if each else ""
     parts.append(f"{where}at {record.start_idx} to {record.end_idx} of the prompt")
     return "; ".join(parts)
+
+
+def _each(record: MediaRecord) -> str:
+    frames = math.ceil(record.num_frames / record.num_parts)
+    return f" for {frames} frames each" if frames > 1 else " each"
 
 
 def distortion(record: MediaRecord) -> str:

@@ -2,6 +2,7 @@
 
 import time
 
+import numpy as np
 import pytest
 
 from mlx_vlm_pipes.display.boxes import Box, drawn_boxes, given_boxes, written_boxes
@@ -73,6 +74,7 @@ def test_given_boxes() -> None:
     named = {"bbox_2d": [1, 2, 3, 4], "label": "cat"}
     expected = [Box((1, 2, 3, 4)), Box((0.5, 2)), Box((1, 2, 3, 4), "cat")]
     assert given_boxes([(1, 2, 3, 4), [0.5, 2], named]) == expected
+    assert given_boxes(np.array([[1, 2, 3, 4]])) == given_boxes([np.array([1, 2, 3, 4])])
     assert given_boxes([Box((1, 2), "x")]) == [Box((1, 2), "x")]
     for wrong in ((1, 2, 3), "1234", {"label": "cat"}, (1, 2, 3, float("nan")), (1, 2, 3, "4")):
         with pytest.raises(InputError, match=r"a box is .*; expected 4 numbers"):

@@ -3,7 +3,9 @@
 import base64
 import io
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
+from typing import Any
 
 import numpy as np
 import pytest
@@ -53,12 +55,13 @@ class Checker(HTMLParser):
         self.text += data
 
 
-def record(image: Image.Image | None = None, **fields: object) -> MediaRecord:
+def record(image: Image.Image | None = None, **fields: Any) -> MediaRecord:
     image = image or picture(64, 32)
-    tiles = Tiles(1, 2, (32, 32), (4, 4), overview=True)
-    shown = Preview([image])
-    given = {"num_tokens": 48, "start_idx": 3, "end_idx": 60, "preview": shown, **fields}
-    return MediaRecord("image", (640, 320), image.size, (1, 2), tiles, **given)  # pyright: ignore[reportArgumentType]  # drawn fields
+    made = MediaRecord(
+        "image", (640, 320), image.size, (1, 2), Tiles(1, 2, (32, 32), (4, 4), overview=True),
+        num_tokens=48, start_idx=3, end_idx=60, preview=Preview([image]),
+    )  # fmt: skip
+    return replace(made, **fields)
 
 
 def test_nothing_from_outside_is_markup() -> None:
@@ -87,6 +90,11 @@ def test_captions_say_what_the_record_says() -> None:
     assert "4 rows of 4 tokens each; 48 in all, at 3 to 60 of the prompt" in text
     turned = Checker(View([record(orientation=6)])._repr_html_()).text
     assert "640 × 320 pixels, turned clockwise, resized to 64 × 32, 4 times too wide" in turned
+    clip = record(kind="video", grid=(2, 4, 4), num_frames=3, total_frames=9, times_s=(0, 1, 2))
+    clip = replace(clip, tiles=Tiles(1, 1, (64, 32), (4, 6)))
+    text = Checker(View([clip])._repr_html_()).text
+    assert "3 of 9 frames of 640 × 320 pixels" in text
+    assert "4 rows of 6 tokens for 2 frames each; 48 in all" in text
     lost = record()
     lost.preview.forget()
     assert "the picture is not kept any more" in Checker(View([lost])._repr_html_()).text

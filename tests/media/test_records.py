@@ -112,7 +112,7 @@ def test_numbers_that_are_known() -> None:
         assert record.to_source(box) == (1500, 2000, 3000, 4000)
         assert record.to_model((1500, 2000, 3000, 4000)) == box
         assert record.to_source(box[:2]) == (1500, 2000)
-    for wrong in ((1, 2, 3), (1, math.nan), ()):
+    for wrong in ((1, 2, 3), (1, math.nan), (), "ab", 5):
         with pytest.raises(InputError, match="expected the 2 numbers of a point or 4 of a box"):
             qwen.to_source(wrong)
 
