@@ -63,11 +63,12 @@ class KeptPreviews:
                 self._make_room()
 
     def _make_room(self) -> None:
+        """Down to three quarters of the limit: the next call is then not the next picture's."""
         alive = [found for found in (reference() for reference in self._held) if found is not None]
         self._pixels = sum(preview.num_pixels for preview in alive)
         for lessen in (Preview.shrink, Preview.forget):
             for preview in alive:
-                if self._pixels <= self._limit:
+                if self._pixels <= 3 * self._limit // 4:
                     break
                 before = preview.num_pixels
                 lessen(preview)

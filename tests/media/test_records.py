@@ -221,13 +221,14 @@ def test_previews_are_references_until_there_are_too_many() -> None:
     assert (many.places[0], many.places[-1]) == (0, 199)
     many.shrink()
     assert many.num_pixels <= MAX_PIXELS
-    kept = KeptPreviews(limit_pixels=MAX_PIXELS + 200)
+    kept = KeptPreviews(limit_pixels=4 * MAX_PIXELS)
     for _ in range(99):
         kept.add(Preview([large]))  # what nobody holds makes nothing go
-    held = [Preview([large]), Preview([small]), Preview([small])]
+    held = [Preview([large]), *(Preview([small]) for _ in range(5))]
     for one in held:
         kept.add(one)
-    assert [one.images[0].size for one in held] == [(1000, 667), (10, 10), (10, 10)]
-    last = Preview([Image.new("RGB", (1024, 1024))])
-    kept.add(last)
-    assert [len(one.images) for one in (*held, last)] == [0, 1, 1, 1]
+    assert [one.images[0].size for one in held] == [(1000, 667), *[(10, 10)] * 5]
+    last = [Preview([Image.new("RGB", (1024, 1024))]) for _ in range(4)]
+    for one in last:
+        kept.add(one)
+    assert [len(one.images) for one in (*held, *last)] == [0] * 7 + [1] * 3
