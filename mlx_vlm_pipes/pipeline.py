@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import uuid
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from mlx_vlm_pipes.engine.requests import ChunkIterator, Handle
 from mlx_vlm_pipes.engine.saving import SavedPrefix
 from mlx_vlm_pipes.errors import ContextTooLong, InputError, shown
 from mlx_vlm_pipes.given_media import listed, named_media
+from mlx_vlm_pipes.grammar import Grammars
 from mlx_vlm_pipes.hf_config import lookup
 from mlx_vlm_pipes.interfaces import PipelineModelWithKVCache
 from mlx_vlm_pipes.options import (
@@ -114,6 +116,12 @@ class Pipeline:
     @property
     def tokenizer(self) -> Tokenizer:
         return self.processor.tokenizer
+
+    @functools.cached_property
+    def grammars(self) -> Grammars:
+        """The forms that answers may be asked for."""
+        ends = sorted(self.processor.eos_token_ids)
+        return Grammars(self.tokenizer, self.model.vocab_size, ends)
 
     @property
     def max_seq_len(self) -> int:
@@ -404,7 +412,10 @@ class Pipeline:
         """The engine's context; refuses what is too long before anything is computed."""
         self._check_length(processed, given.get("max_tokens", 0))
         options = complete_options(given, OPTIONS)
-        return self.processor.new_context(
+        grammar = self.grammars.make(options)
+        if grammar is not None and options["ignore_eos"]:
+            raise InputError("ignore_eos: an answer of a form ends with the form; leave it out")
+        context = self.processor.new_context(
             processed,
             max_length=self.max_seq_len,
             sampling_params=sampling_params(options),
@@ -414,6 +425,8 @@ class Pipeline:
             model_name=self._adapter(options["adapter"]),
             logits_processors=options["logits_processors"] or (),
         )
+        context.constraint = None if grammar is None else grammar.start()
+        return context
 
     def _adapter(self, name: str | None) -> str:
         """The adapter of a request: the one named; the only one loaded; "base" means none."""
