@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mlx_vlm_pipes.pipeline import Pipeline
 
 MAX_TOOLS_BYTES = 8 * 2**20
-BUNDLED_NOTE = "the bundled model (tiny-idefics3: coloured shapes only); --model takes others"
+BUNDLED_NOTE = "using the bundled model (it knows coloured shapes); --model takes others"
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:

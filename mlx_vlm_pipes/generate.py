@@ -19,8 +19,10 @@ from mlx_vlm_pipes.arguments import (
     refuse_foreign_flags,
 )
 from mlx_vlm_pipes.command import INTERRUPTED, new_parser, put, put_json, run_command, say
+from mlx_vlm_pipes.display.view import picture_kind, shown_answer
 from mlx_vlm_pipes.errors import InputError
 from mlx_vlm_pipes.options import PROMPT_OPTIONS, SAMPLING_OPTIONS
+from mlx_vlm_pipes.prompt_cache import PromptCache
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -56,9 +58,19 @@ def build_parser() -> argparse.ArgumentParser:
         prompt, "a picture: path, http(s) URL, or - for standard input; may be repeated"
     )
     add_options(prompt, PROMPT_OPTIONS)
+    prompt.add_argument(
+        "--prompt-cache",
+        "--prompt-cache-file",
+        metavar="FILE",
+        help="keep the prompt's cache in FILE: read if it fits, else computed and written",
+    )
     add_options(parser.add_argument_group("answer"), SAMPLING_OPTIONS)
     output = parser.add_argument_group("output")
     output.add_argument("--plan", action="store_true", help="say what it needs; run nothing")
+    output.add_argument(
+        "--show", metavar="FILE.png",
+        help="write what the model saw: tiles, limits, boxes of the answer, frames with times",
+    )  # fmt: skip
     output.add_argument("--json", action="store_true", help="print one JSON object at the end")
     output.add_argument("--quiet", action="store_true", help="the answer only, no figures")
     refuse_foreign_flags(parser)
@@ -72,13 +84,32 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     options = given_options(args)  # before the model is loaded: a mistake is told at once
+    _check_show(args)
     prompt, images = _asked(args), [_picture(name) for name in args.image]
     if args.model is None and not args.quiet:
-        say(f"using {BUNDLED_NOTE}")
+        say(BUNDLED_NOTE)
     with load_pipeline(args) as pipe:
         if args.plan:
             return _print_plan(pipe.plan(prompt, images, args.video, **options), args)
-        return Answer(args).print(pipe, pipe.stream(prompt, images, args.video, **options))
+        cache = None
+        if args.prompt_cache is not None:
+            cache = PromptCache(pipe, args.prompt_cache, quiet=args.quiet)
+        answer, chunks = Answer(args), pipe.stream(prompt, images, args.video, **options)
+        status = answer.print(pipe, chunks if cache is None else cache.watch(chunks))
+        if cache is not None:
+            cache.keep(prompt, images, args.video, options)
+        if args.show:
+            shown_answer(answer.text, chunks.media).save(args.show)
+        return status
+
+
+def _check_show(args: argparse.Namespace) -> None:
+    """Raises: InputError for a --show that nothing can be written for."""
+    if args.show is None:
+        return
+    picture_kind(args.show)
+    if args.plan or not (args.image or args.video):
+        raise InputError("--show: there is no picture to show; give --image or --video, no --plan")
 
 
 def _asked(args: argparse.Namespace) -> str:
@@ -120,7 +151,7 @@ class Answer:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self._is_json, self._is_quiet = args.json, args.quiet
-        self._text = ""
+        self.text = ""
         self._tokens: list[int] = []
         self._began = time.perf_counter()
 
@@ -148,8 +179,8 @@ class Answer:
 
     def _add(self, chunk: Chunk) -> None:
         # Idefics3 answers begin with a space, as in transformers: the tokens keep it
-        text = chunk.text if self._text else chunk.text.lstrip()
-        self._text += text
+        text = chunk.text if self.text else chunk.text.lstrip()
+        self.text += text
         if chunk.token is not None:
             self._tokens.append(chunk.token)
         if not self._is_json:
@@ -168,7 +199,7 @@ class Answer:
         self, last: Chunk, usage: Usage, timings: Timings, memory: int
     ) -> dict[str, object]:
         return {
-            "text": self._text,
+            "text": self.text,
             "tokens": self._tokens,
             "finish_reason": last.finish_reason,
             "prompt_tokens": usage.prompt_tokens,

@@ -11,6 +11,7 @@ import numpy as np
 
 from mlx_vlm_pipes.contexts import ImageMetadata
 from mlx_vlm_pipes.errors import InputError
+from mlx_vlm_pipes.media.records import MediaRecord
 from mlx_vlm_pipes.options import PROMPT_OPTIONS, default, unfit
 from mlx_vlm_pipes.processing.chat_template import OWN_NAMES
 from mlx_vlm_pipes.processing.fetch import Access
@@ -69,24 +70,6 @@ class PromptRequest:
         return Access(self.local_files, self.allow_private)
 
 
-@dataclass(frozen=True)
-class MediaRecord:
-    """What the model saw of one picture or clip. Sizes are (width, height) in pixels.
-
-    grid: rows and columns of frames or patches, or time, rows and columns in patches.
-    start_idx, end_idx: half-open token range from its first to its last placeholder.
-    """
-
-    kind: str
-    source_size: tuple[int, int]
-    resized_size: tuple[int, int]
-    grid: tuple[int, ...]
-    num_frames: int
-    num_tokens: int
-    start_idx: int
-    end_idx: int
-
-
 @dataclass
 class ProcessedPrompt:
     """Token ids with placeholders expanded, and the pictures that belong to them.
@@ -100,6 +83,14 @@ class ProcessedPrompt:
     images: list[ImageMetadata]
     media: list[MediaRecord]
     arrays: Callable[[], dict[str, np.ndarray]] = field(default=dict, repr=False)
+
+    def __repr__(self) -> str:
+        return f"ProcessedPrompt({len(self.input_ids)} tokens, {len(self.media)} media)"
+
+    def _repr_html_(self) -> str:
+        from mlx_vlm_pipes.display.html import prompt_html
+
+        return prompt_html(self.text, len(self.input_ids), self.media)
 
     @cached_property
     def hf_arrays(self) -> dict[str, np.ndarray]:

@@ -15,7 +15,9 @@ from mlx_vlm_pipes.architectures.llama3.processing import Llama3Processor
 from mlx_vlm_pipes.architectures.pixtral import processing as pixtral
 from mlx_vlm_pipes.architectures.qwen2_5vl import processing as qwen
 from mlx_vlm_pipes.errors import MediaError
+from mlx_vlm_pipes.processing import grid_clips
 from mlx_vlm_pipes.processing.images import load_image
+from mlx_vlm_pipes.processing.patches import ClipSettings
 from mlx_vlm_pipes.processing.tokenizer import Tokenizer
 from mlx_vlm_pipes.processing.types import PromptRequest
 from mlx_vlm_pipes.processing.video import VideoInfo, arange_indices
@@ -253,7 +255,7 @@ def test_frame_sampling() -> None:
     pytest.importorskip("torchvision")
     from transformers.video_utils import VideoMetadata
 
-    limits = qwen.ClipSettings(4, 768, cap_pixels_per_frame=False, max_video_tokens=128000)
+    limits = ClipSettings(4, 768, cap_pixels_per_frame=False, max_video_tokens=128000)
     owner = types.SimpleNamespace(
         num_frames=None, fps=None, temporal_patch_size=2, min_frames=4, max_frames=768,
         initial_shift=True,
@@ -265,7 +267,7 @@ def test_frame_sampling() -> None:
         info, request = VideoInfo(total, rate), PromptRequest("", fps=fps)
         meta = VideoMetadata(total_num_frames=total, fps=rate, duration=total / rate)
         expected = sampler("qwen2_vl", "Qwen2VLVideoProcessor")(owner, meta, fps=fps)
-        assert qwen.sample_frames(info, request, limits, 2).tolist() == expected.tolist()
+        assert grid_clips.sample_frames(info, request, limits, 2).tolist() == expected.tolist()
         expected = sampler("internvl", "InternVLVideoProcessor")(owner, meta, num_frames=count)
         assert internvl.sample_frames(info, count).tolist() == expected.tolist()
         expected = sampler("smolvlm", "SmolVLMVideoProcessor")(owner, meta, num_frames=16, fps=fps)

@@ -40,7 +40,7 @@ ADAPTED = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_att
 FIXTURES = Path(__file__).parents[2] / "tests" / "fixtures"
 TOWERS = {
     "idefics3": "idefics3", "internvl": "internvl-qwen3", "pixtral": "pixtral",
-    "qwen2_5_vl": "qwen25vl", "qwen3_vl": "qwen3vl",
+    "qwen2_vl": "qwen2vl", "qwen2_5_vl": "qwen25vl", "qwen3_vl": "qwen3vl",
 }  # fmt: skip
 
 
