@@ -275,6 +275,8 @@ def local_file(source: str | os.PathLike[str], access: Access) -> Path:
         return user_path(source)
     if not access.local_files:
         raise MediaError(f"{describe(source)}: only http(s) and data: URLs are allowed here")
+    if not source:
+        raise MediaError("an empty text names no file")
     path = file_path(source)
     return user_path(source) if path is None else Path(path)
 
@@ -302,8 +304,10 @@ def open_file(path: Path, name: str) -> BinaryIO:
     except ValueError as error:
         raise MediaError(f"{name} cannot be the name of a file") from error
     if file is None:
-        kind = "a folder; a folder of frames is a video" if path.is_dir() else "a device"
-        raise MediaError(f"{name} is {kind}; expected a file")
+        kind = (
+            "a folder; name its files, or give frames as a video" if path.is_dir() else "a device"
+        )
+        raise MediaError(f"{name} is {kind}")
     return file
 
 

@@ -147,6 +147,11 @@ def _messages(request: PromptRequest) -> list[Message]:
 
 
 def _message(message: Any, index: int) -> Message:
+    if isinstance(message, str):
+        raise InputError(
+            f"message {index} is a text; several prompts are for generate_batch, a message is "
+            '{"role": "user", "content": ...}'
+        )
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise InputError(f"message {index} is not an object with a text as its role")
     content = message.get("content")

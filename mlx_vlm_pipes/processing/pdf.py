@@ -53,7 +53,8 @@ def chosen_pages(data: bytes, name: str, choice: tuple[int, int] | None) -> rang
     count = int(_run(data, 0, name))
     first, last = choice or (1, count)
     if not 1 <= first <= last <= count:
-        raise MediaError(f"{name} is a PDF of {count} pages; it has no {first} to {last}")
+        asked = f"page {first}" if first == last else f"pages {first} to {last}"
+        raise MediaError(f"{name} is a PDF of {count} pages; it has no {asked}")
     if last - first >= MAX_PAGES:
         raise MediaError(
             f"{name} is a PDF of {count} pages, of which at most {MAX_PAGES} are taken at once; "

@@ -93,7 +93,7 @@ def test_unusable_documents_are_named(document: Path, monkeypatch: pytest.Monkey
         assert "\n" not in str(caught.value)
         return str(caught.value)
 
-    assert "is a PDF of 3 pages; it has no 3 to 4" in refused(f"{document}#page=3-4")
+    assert "is a PDF of 3 pages; it has no pages 3 to 4" in refused(f"{document}#page=3-4")
     assert "is a PDF of 3 pages; name them behind it, as #page=1-3" in refused(io.BytesIO(data))
     assert "cannot be read as a PDF: Failed to load document" in refused(data[:400])
     assert "no such file" in refused("no.pdf#page=2")
