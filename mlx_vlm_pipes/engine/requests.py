@@ -54,7 +54,8 @@ class Timings:
 class Chunk:
     """What one token adds. The last chunk carries finish_reason, usage and timings.
 
-    text may be empty while a character is incomplete or a stop string may be coming.
+    text may be empty while a character is incomplete or a stop string may be coming. stop: the
+    stop string, if any, that ended the answer.
     """
 
     text: str
@@ -64,6 +65,7 @@ class Chunk:
     usage: Usage | None = None
     timings: Timings | None = None
     prompt_logprobs: LogProbabilities | None = None
+    stop: str | None = None
 
 
 def figures(reason: str | None, usage: Usage, timings: Timings) -> str:

@@ -85,7 +85,8 @@ class Results:
             return Chunk(text, token, score)
         text += job.stream.finish()
         reason, timings = context.status.value, job.clock.timings()
-        return Chunk(text, token, score, reason, job.usage(), timings, job.prompt_logprobs)
+        scored, stop = job.prompt_logprobs, job.stream.stopped_by
+        return Chunk(text, token, score, reason, job.usage(), timings, scored, stop)
 
     def finish_prompt(self, job: Job) -> None:
         """End a request for the logits of its prompt, which has them all."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from mlx_vlm_pipes.processing.tokenizer import Tokenizer
 from mlx_vlm_pipes.server.answers import Answers, Question
-from mlx_vlm_pipes.server.errors import bad_request
+from mlx_vlm_pipes.server.errors import ApiError, bad_request
 from mlx_vlm_pipes.server.events import event
 from mlx_vlm_pipes.server.fields import MAX_N, count, option_values, refuse_unknown, switch
 from mlx_vlm_pipes.server.media import allowed_messages
@@ -161,6 +161,10 @@ class ChatAnswer:
                 "timings": timings_of(self.told),
             })  # fmt: skip
         yield event("[DONE]")
+
+    def failed(self, error: ApiError) -> bytes:
+        """The last event of a stream that breaks: no [DONE] behind it."""
+        return event(error.body())
 
     def _open(self, answers: Answers) -> None:
         prompt = answers.prompts[0].text

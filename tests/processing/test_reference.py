@@ -318,7 +318,7 @@ def test_tools_and_variables_of_templates(case, tmp_path) -> None:
 
 
 def test_functions_as_tools() -> None:
-    from transformers.utils import get_json_schema
+    from transformers.utils.chat_template_utils import get_json_schema
 
     from mlx_vlm_pipes.tool_schema import tool_schema
     from tests.processing.test_tools import forecast
