@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mlx_vlm_pipes.config import KVCacheConfig, ModelConfig, PipelineConfig
     from mlx_vlm_pipes.contexts import SamplingParams
+    from mlx_vlm_pipes.conversation import Conversation
     from mlx_vlm_pipes.engine.plan import Plan
     from mlx_vlm_pipes.engine.requests import Chunk, Handle, Timings, Usage
+    from mlx_vlm_pipes.engine.saving import SavedPrefix
     from mlx_vlm_pipes.engine.state import EngineConfig
     from mlx_vlm_pipes.errors import (
         CheckpointError,
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
         OutOfBudget,
         PipesError,
         PipesWarning,
+        PrefixError,
         ProcessorError,
         UnknownAdapter,
         UnsupportedModel,
@@ -38,16 +41,17 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "CheckpointError", "CheckpointNotFound", "Chunk", "ConfigError", "ContextTooLong",
-    "EngineClosed", "EngineConfig", "GenerateOptions", "GenerationResult", "Handle",
+    "Conversation", "EngineClosed", "EngineConfig", "GenerateOptions", "GenerationResult", "Handle",
     "ImageTokenMismatch", "InputError", "KVCacheConfig", "MediaError", "ModelConfig",
     "OutOfBudget", "Pipeline", "PipelineConfig", "PipesError", "PipesWarning", "Plan",
-    "ProcessorError", "SamplingParams", "Timings", "UnknownAdapter", "UnsupportedModel",
-    "Usage", "WeightsError", "load",
+    "PrefixError", "ProcessorError", "SamplingParams", "SavedPrefix", "Timings", "UnknownAdapter",
+    "UnsupportedModel", "Usage", "WeightsError", "load",
 ]  # fmt: skip
 
 _HOMES = {
     **dict.fromkeys(__all__, "errors"),  # all that have no other below
     "Chunk": "engine.requests",
+    "Conversation": "conversation",
     "EngineConfig": "engine.state",
     "GenerateOptions": "options",
     "GenerationResult": "pipeline",
@@ -58,6 +62,7 @@ _HOMES = {
     "PipelineConfig": "config",
     "Plan": "engine.plan",
     "SamplingParams": "contexts",
+    "SavedPrefix": "engine.saving",
     "Timings": "engine.requests",
     "Usage": "engine.requests",
     "load": "loading",

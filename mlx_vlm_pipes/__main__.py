@@ -13,7 +13,9 @@ from mlx_vlm_pipes.command import new_parser, put, run_command
 
 COMMANDS = {
     "generate": "answer a prompt about pictures and clips",
+    "chat": "talk about pictures and clips in the terminal",
     "convert": "write a model folder in another type, quantised, or with an adapter in it",
+    "serve": "answer OpenAI's clients over HTTP",
     "check": "say what a model, or this machine, is good for",
 }
 _EPILOG = """\

@@ -18,6 +18,7 @@ def build_parser() -> argparse.ArgumentParser:
         "2 there is no such model",
     )
     parser.add_argument("model", nargs="?", help="folder, GGUF file or hub id")
+    parser.add_argument("--model", dest="named", help="the same, as the other commands take it")
     parser.add_argument(
         "--families", action="store_true", help="list the model classes that are supported"
     )
@@ -42,6 +43,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
+    if args.model is not None and args.named is not None:
+        raise InputError(f"two models, {args.model} and {args.named}; give one of them")
+    args.model = args.model if args.named is None else args.named
     if args.families:
         return _list_families(is_json=args.json)
     if args.device:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from mlx_vlm_pipes.errors import ContextTooLong, InputError, shown
-from mlx_vlm_pipes.options import default
+from mlx_vlm_pipes.options import LogitsProcessor, default
 
 
 class TokenBuffer:
@@ -206,7 +206,8 @@ class ImageMetadata:
 class TextContext:
     """A text request. max_length bounds prompt plus generated tokens.
 
-    images: none here; `TextAndVisionContext` has them.
+    images: none here; `TextAndVisionContext` has them. logits_processors: the request's own
+    functions (tokens int32 [n], logits float32 [1, V]) -> logits, all mx.array, before all else.
     Raises: ContextTooLong when `min_tokens + prompt_length > max_length`.
     """
 
@@ -220,6 +221,7 @@ class TextContext:
     json_schema: str | None = None
     sampling_params: SamplingParams = field(default_factory=SamplingParams)
     model_name: str = ""
+    logits_processors: Sequence[LogitsProcessor] = ()
     status: GenerationStatus = GenerationStatus.ACTIVE
     images: Sequence[ImageMetadata] = field(default=(), init=False)
 

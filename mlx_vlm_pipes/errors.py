@@ -10,6 +10,7 @@
     ├── InputError (ValueError)           the request is wrong
     │   ├── UnknownAdapter (RuntimeError) a request names a LoRA adapter that is not loaded
     │   ├── MediaError                    an image or a clip cannot be read or used
+    │   ├── PrefixError                   a saved prefix is damaged, or another model's
     │   ├── ContextTooLong                more tokens than the model can hold
     │   └── OutOfBudget                   more memory than the engine may ever use
     ├── EngineClosed (RuntimeError)       the pipeline was closed before the answer was complete
@@ -58,6 +59,10 @@ class UnknownAdapter(InputError, RuntimeError):
 
 class MediaError(InputError):
     """An image or a clip cannot be read or used."""
+
+
+class PrefixError(InputError):
+    """A file is no saved prefix, is damaged, or does not fit the loaded model."""
 
 
 class ContextTooLong(InputError):

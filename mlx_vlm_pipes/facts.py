@@ -7,10 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 from mlx_vlm_pipes.config_limits import Limit
 from mlx_vlm_pipes.errors import ConfigError, shown
+
+
+class Coordinates(Enum):
+    """In what a family writes places in a picture, from its upper left corner."""
+
+    FRACTIONS = "fractions of width and height, 0 to 1"
+    THOUSANDTHS = "thousandths of width and height, 0 to 1000"
+    PIXELS = "pixels of the resized picture"
 
 
 @dataclass(frozen=True)
@@ -38,6 +47,7 @@ class RoomFacts:
     they equal the default of transformers' class. composites: by outer model_type. connectors:
     beginnings of the canonical names between tower and decoder. limits: of keys of config.json
     that only this architecture has. overrides: keys that `vision_config_overrides` may hold.
+    coordinates: in what it was trained to write boxes; FRACTIONS where no source names any.
     """
 
     class_defaults: Mapping[str, Mapping[str, Any]]
@@ -45,6 +55,7 @@ class RoomFacts:
     connectors: tuple[str, ...] = ()
     limits: Mapping[str, Limit] = field(default_factory=dict)
     overrides: Mapping[str, Limit] = field(default_factory=dict)
+    coordinates: Coordinates = Coordinates.FRACTIONS
 
     def check_overrides(self, given: Mapping[str, Any]) -> None:
         """Raises: ConfigError for a key that this architecture does not have, or a bad value."""

@@ -260,13 +260,17 @@ class TextSide(Protocol):
 class PipelineModelWithKVCache(PipelineModel[ContextT]):
     """A model whose attention reads a KV cache; `kv_params` says of what shape.
 
-    model_config: the room's config, finalised. language: its text side. weight_bytes: what
-    its weights take in memory, adapters included.
+    model_config: the room's config, finalised. language: its text side. networks: tower and text
+    side with their weights, by which saved prefixes know the model. weight_bytes: what its
+    weights take in memory, adapters included. merged_adapter: the LoRA adapter, if any, that
+    changes the vision tower, whose weights it is merged into.
     """
 
     model_config: Any
     language: TextSide
+    networks: Sequence[Model] = ()
     weight_bytes: int = 0
+    merged_adapter: str = ""
 
     @functools.cached_property
     def kv_params(self) -> KVCacheParams:
@@ -297,8 +301,14 @@ class PipelineModelWithKVCache(PipelineModel[ContextT]):
     def adapter_slot(self, name: str) -> int:
         """The slot of a LoRA adapter; 0 for the base model (no name).
 
-        Raises: UnknownAdapter, listing the adapters there are.
+        Raises: UnknownAdapter, listing the adapters there are; for the base model too where an
+        adapter has changed its vision tower.
         """
+        if not name and self.merged_adapter:
+            raise UnknownAdapter(
+                f"no answers of the base model: adapter {shown(self.merged_adapter)} changes the"
+                " vision tower too, for all requests; load the model once more without it"
+            )
         if not name:
             return 0
         if name not in self.adapters:

@@ -17,20 +17,17 @@ from mlx_vlm_pipes.engine.worker import OwnerThread
 from mlx_vlm_pipes.errors import CheckpointNotFound, ConfigError, clip, shown
 from mlx_vlm_pipes.gguf.header import is_gguf, only_gguf
 from mlx_vlm_pipes.hf_config import HuggingFaceConfig, read_config
+from mlx_vlm_pipes.hub import download, is_hub_name
 from mlx_vlm_pipes.interfaces import InferenceSession, PipelineModelWithKVCache, ReturnLogits
 from mlx_vlm_pipes.options import Option, unfit
 from mlx_vlm_pipes.paths import is_there, user_path
 from mlx_vlm_pipes.pipeline import Pipeline
+from mlx_vlm_pipes.progress import Watch, bar, is_wanted
 from mlx_vlm_pipes.quantization import LoRAConfig
 from mlx_vlm_pipes.registry import Room, find_room
 from mlx_vlm_pipes.weights import Weights, find_weight_files, load_weights
 
 BUNDLED = Path(__file__).parent / "assets" / "tiny-idefics3"
-# Never a pickle, never code: what is not listed is not downloaded.
-_HUB_FILES = [
-    "*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model",
-    "merges.txt", "vocab.txt",
-]  # fmt: skip
 
 
 def load(  # noqa: PLR0913  # the options a user may say, all but one by keyword only
@@ -45,20 +42,24 @@ def load(  # noqa: PLR0913  # the options a user may say, all but one by keyword
     engine: EngineConfig | None = None,
     compile: bool = True,
     vision_config_overrides: Mapping[str, Any] | None = None,
+    progress: bool | None = None,
 ) -> Pipeline:
     """Open a checkpoint: a folder, GGUF file or hub id, or (None) the small model in the package.
 
     Args: dtype "auto" is the checkpoint's own on a GPU and float32 on a CPU; device "cpu" or
-    "gpu"; adapter a LoRA folder, or several (`name=folder`), of which each request names one;
-    max_length in tokens; kv_bits 8 or 4 quantises the KV cache; vision_config_overrides wins over
-    config.json (InternVL: max_dynamic_patch, min_dynamic_patch, tiles of a picture).
+    "gpu"; adapter a LoRA folder, or several (`name=folder`), of which each request names one
+    (one that changes the vision tower too is loaded alone and merged there: no request can leave
+    it out); max_length in tokens; kv_bits 8 or 4 quantises the KV cache; vision_config_overrides
+    wins over config.json (InternVL: max_dynamic_patch, min_dynamic_patch, tiles of a picture);
+    progress whether slow work (a download, weights, pictures, long prompts, batches) shows a bar
+    while it lasts, None for on a terminal and in a notebook.
     Raises: CheckpointError, one line saying what is wrong with the checkpoint; InputError for an
     argument of a wrong type or out of its bounds.
     """
     _require_kinds(path, adapter, engine, vision_config_overrides)
     max_length, kv_bits = _MAX_LENGTH.read(max_length), _KV_BITS.read(kv_bits)
-    compile = _COMPILE.read(compile)
-    folder = resolve_folder(path, _REVISION.read(revision))
+    compile, has_bars = _COMPILE.read(compile), is_wanted(_PROGRESS.read(progress))
+    folder = resolve_folder(path, _REVISION.read(revision), progress=has_bars)
     config = read_config(folder)
     room = find_room(config)
     overrides = dict(vision_config_overrides or {})
@@ -68,8 +69,9 @@ def load(  # noqa: PLR0913  # the options a user may say, all but one by keyword
     options = LoadOptions(dtype, chosen, max_length, cache, compile, lora, overrides)
     worker = OwnerThread(chosen)
     try:
-        model = worker.call(lambda: load_model(room, folder, config, options))
-        return Pipeline(model, processor, Engine(worker, model, engine))
+        with bar(is_on=has_bars) as watch:
+            model = worker.call(lambda: load_model(room, folder, config, options, watch))
+        return Pipeline(model, processor, Engine(worker, model, engine), has_bars=has_bars)
     except BaseException:
         worker.stop()
         raise
@@ -78,6 +80,7 @@ def load(  # noqa: PLR0913  # the options a user may say, all but one by keyword
 _MAX_LENGTH = Option("", name="max_length", kind=int, low=1, takes_none=True)
 _KV_BITS = Option("", name="kv_bits", kind=int, takes_none=True)
 _COMPILE = Option("", name="compile", kind=bool)
+_PROGRESS = Option("", name="progress", kind=bool, takes_none=True)
 _REVISION = Option("", name="revision", kind=str, takes_none=True)
 
 
@@ -120,15 +123,19 @@ def lora_config(adapter: str | Path | Sequence[str | Path] | None) -> LoRAConfig
 
 
 def load_model(
-    room: Room, folder: Path, config: HuggingFaceConfig, options: LoadOptions
+    room: Room,
+    folder: Path,
+    config: HuggingFaceConfig,
+    options: LoadOptions,
+    watch: Watch | None = None,
 ) -> PipelineModelWithKVCache:
-    """The pipeline model of a folder, on the calling thread."""
+    """The pipeline model of a folder, on the calling thread; watch: is told of its weights."""
     device = options.device
     weights = load_weights(find_weight_files(folder))
     model_config = model_config_for(folder, config, weights, options)
     return room.model_class()(
         PipelineConfig(model=model_config, lora=options.lora),
-        InferenceSession([device], compile=options.compile),
+        InferenceSession([device], compile=options.compile, watch=watch),
         [device],
         model_config.kv_cache,
         weights,
@@ -177,10 +184,12 @@ def select_device(name: str | None) -> Device:
     return device
 
 
-def resolve_folder(path: str | Path | None, revision: str | None = None) -> Path:
+def resolve_folder(
+    path: str | Path | None, revision: str | None = None, *, progress: bool | None = None
+) -> Path:
     """The checkpoint's folder, or its GGUF file; downloaded where `path` is the id of one.
 
-    A folder whose only weights are one GGUF file stands for that file.
+    A folder whose only weights are one GGUF file stands for that file. progress: as for `load`.
     Raises: CheckpointNotFound if there is none; WeightsError for several GGUF files.
     """
     if path is None:
@@ -190,32 +199,8 @@ def resolve_folder(path: str | Path | None, revision: str | None = None) -> Path
         return only_gguf(folder) or folder
     if is_gguf(folder):
         return folder
-    if os.path.exists(folder) or name.count("/") != 1 or name.startswith((".", "/", "~")):
+    if os.path.exists(folder) or not is_hub_name(name):
         raise CheckpointNotFound(
             f"no model at {clip(name, 200)}; expected a folder, a GGUF file or a hub id"
         )
-    return _download(name, revision)
-
-
-def _download(name: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        try:
-            return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES))
-        except (OSError, LocalEntryNotFoundError) as error:
-            if isinstance(error, HfHubHTTPError):
-                raise
-            return Path(
-                snapshot_download(
-                    name, revision=revision, allow_patterns=_HUB_FILES, local_files_only=True
-                )
-            )
-    except HFValidationError:
-        raise CheckpointNotFound(f"{name!r} is neither a folder nor a hub id") from None
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else repr(error)
-        raise CheckpointNotFound(
-            f"no folder {name!r} here, and none from the hub ({type(error).__name__}: {reason})"
-        ) from None
+    return download(name, revision, has_bar=is_wanted(progress))

@@ -18,6 +18,9 @@ from typing import Annotated, Any, TypedDict, TypeVar, get_args, get_type_hints
 from mlx_vlm_pipes.errors import InputError, shown
 
 Texts = str | Sequence[str]
+Tool = Mapping[str, Any] | Callable[..., Any]  # a description as of OpenAI's API; a function
+LogitsProcessor = Callable[[Any, Any], Any]  # (tokens, logits) -> logits, all of them mx.array
+MAX_DEPTH = 64  # of a JSON value
 
 
 class _Unfit(Exception):
@@ -94,6 +97,12 @@ class PromptOptions(TypedDict, total=False):
 
     raw: Annotated[bool, Option("take the prompt verbatim, no chat template", default=False)]
     system: Annotated[str | None, Option("a system message before the prompt")]
+    tools: Annotated[
+        Sequence[Tool] | None, Option("what the answer may call: JSON descriptions, or functions")
+    ]
+    chat_template_kwargs: Annotated[
+        Mapping[str, Any] | None, Option("what the chat template reads, as enable_thinking")
+    ]
     fps: Annotated[
         float, Option("frames a second of a list of frames, or to take from a file", 2.0, above=0)
     ]
@@ -165,6 +174,10 @@ class GenerateOptions(PromptOptions, SamplingOptions, total=False):
     prompt_logprobs: Annotated[
         bool, Option("score the prompt's tokens too", default=False, has_flag=False)
     ]
+    logits_processors: Annotated[
+        Sequence[LogitsProcessor] | None,
+        Option("functions (tokens, logits) -> logits that come before all else", has_flag=False),
+    ]
     # The command's --adapter is the folder of the one that it loads.
     adapter: Annotated[str | None, Option('a loaded adapter\'s name, or "base"', has_flag=False)]
 
@@ -175,11 +188,13 @@ ALIASES = {
     "max_completion_tokens": "max_tokens",
     "temp": "temperature",
     "system_prompt": "system",
+    "chat_template_config": "chat_template_kwargs",
 }
 # What others have and we have in another place, or not at all.
 ELSEWHERE = {
     "adapter_path": "give load(adapter=...)",
     "do_sample": "a temperature above 0 samples",
+    "enable_thinking": "give chat_template_kwargs={'enable_thinking': ...}",
     "eos_tokens": "here they are stop_token_ids",
     "max_kv_size": "no cache forgets here; max_length, of load, refuses what is longer",
     "num_beams": "there is no beam search",
@@ -314,6 +329,43 @@ def _bias(option: Option, value: object) -> dict[int, float]:
     return biases
 
 
+def _tools(option: Option, value: object) -> tuple[dict[str, Any], ...]:
+    from mlx_vlm_pipes.tool_schema import tool_schema
+
+    listed = [tool_schema(v) if inspect.isroutine(v) else v for v in _items(value)]
+    return tuple(_variables(option, tool) for tool in listed)
+
+
+def _variables(option: Option, value: object) -> dict[str, Any]:
+    del option
+    if not isinstance(value, Mapping):
+        raise _Unfit
+    return _json(value)
+
+
+def _json(value: object, depth: int = 0) -> Any:
+    """The value in plain JSON types: a template would be shown the name of another's type."""
+    if depth > MAX_DEPTH:
+        raise _Unfit
+    if value is None or isinstance(value, (str, bool)):
+        return value
+    if isinstance(value, Mapping):
+        if not all(isinstance(key, str) for key in value):
+            raise _Unfit
+        return {key: _json(item, depth + 1) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_json(item, depth + 1) for item in value]
+    return int(value) if isinstance(value, Integral) else _real(value)
+
+
+def _processors(option: Option, value: object) -> tuple[LogitsProcessor, ...]:
+    del option
+    listed = tuple(_items(value))
+    if not all(callable(processor) for processor in listed):
+        raise _Unfit
+    return listed  # pyright: ignore[reportReturnType]  # each is callable
+
+
 def _items(value: object) -> Iterable[object]:
     if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
         raise _Unfit
@@ -329,6 +381,9 @@ _KINDS: dict[Any, tuple[str, Callable[[Option, object], Any]]] = {
     Texts: ("a text or a list of texts", _texts),
     Sequence[int]: ("a list of token ids", _token_ids),
     dict[int, float]: ("token ids with a number for each", _bias),
+    Sequence[Tool]: ("a list of JSON objects and functions", _tools),
+    Mapping[str, Any]: ("names with a JSON value for each", _variables),
+    Sequence[LogitsProcessor]: ("a list of functions (tokens, logits) -> logits", _processors),
 }
 
 

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mlx_vlm_pipes.contexts import SamplingParams, TextContext
+from mlx_vlm_pipes.conversation import Conversation
+from mlx_vlm_pipes.display.view import View
 from mlx_vlm_pipes.engine.engine import Engine
 from mlx_vlm_pipes.engine.plan import Plan
-from mlx_vlm_pipes.engine.requests import Chunk, Handle, Timings, Usage
+from mlx_vlm_pipes.engine.requests import ChunkIterator, Handle
+from mlx_vlm_pipes.engine.saving import SavedPrefix
 from mlx_vlm_pipes.errors import ContextTooLong, InputError, shown
+from mlx_vlm_pipes.given_media import listed, named_media
 from mlx_vlm_pipes.hf_config import lookup
-from mlx_vlm_pipes.interfaces import LogProbabilities, PipelineModelWithKVCache
+from mlx_vlm_pipes.interfaces import PipelineModelWithKVCache
 from mlx_vlm_pipes.options import (
     OPTIONS,
     PROMPT_OPTIONS,
@@ -29,22 +32,21 @@ from mlx_vlm_pipes.options import (
     shows,
     unfit,
 )
+from mlx_vlm_pipes.paths import user_path
 from mlx_vlm_pipes.processing.types import ProcessedPrompt, PromptRequest
+from mlx_vlm_pipes.progress import Bar, Watch, bar
+from mlx_vlm_pipes.result import GenerationResult, collect, collect_all
 
 if TYPE_CHECKING:
     import os
-    from typing import BinaryIO, TypeAlias
 
-    from PIL.Image import Image
     from typing_extensions import Self, Unpack
 
+    from mlx_vlm_pipes.given_media import Media
     from mlx_vlm_pipes.processing.base import TextProcessor
     from mlx_vlm_pipes.processing.tokenizer import Tokenizer
 
-    # A list of pictures or clips, one of them alone, or none.
-    Media: TypeAlias = Sequence[Any] | Image | np.ndarray | os.PathLike[str] | BinaryIO | None
-
-Prompt = str | Sequence[Mapping[str, Any]]
+Prompt = str | Sequence[Mapping[str, Any]] | ProcessedPrompt
 
 
 class BatchRequest(GenerateOptions, total=False):
@@ -56,22 +58,6 @@ class BatchRequest(GenerateOptions, total=False):
     videos: Media
 
 
-@dataclass(frozen=True)
-class GenerationResult:
-    """A finished answer. finish_reason: "stop" or "length"; tokens include the end token."""
-
-    text: str
-    tokens: list[int]
-    finish_reason: str
-    usage: Usage
-    timings: Timings
-    logprobs: list[LogProbabilities] | None = None
-    prompt_logprobs: LogProbabilities | None = None
-
-    def __str__(self) -> str:
-        return self.text
-
-
 class Pipeline:
     """A loaded checkpoint: `encode`, `logits`, `generate`, `stream`, `generate_batch`.
 
@@ -80,11 +66,17 @@ class Pipeline:
     """
 
     def __init__(
-        self, model: PipelineModelWithKVCache, processor: TextProcessor, engine: Engine
+        self,
+        model: PipelineModelWithKVCache,
+        processor: TextProcessor,
+        engine: Engine,
+        *,
+        has_bars: bool = False,
     ) -> None:
         self.model = model
         self.processor = processor
         self.engine = engine
+        self.has_bars = has_bars  # whether slow work is shown
 
     def __enter__(self) -> Self:
         return self
@@ -99,6 +91,20 @@ class Pipeline:
             f"{model.weight_bytes / 1e6:.3g} MB of weights, {model.dtype.name}, {model.device}, "
             f"{self.max_seq_len} tokens, adapters: {', '.join(model.adapters) or 'none'})"
         )
+
+    def _repr_html_(self) -> str:
+        from mlx_vlm_pipes.display.html import said_bytes, table_html
+
+        model, config = self.model, self.engine.config
+        rows = {
+            "weights": f"{said_bytes(model.weight_bytes)}, computing in {model.dtype.name}",
+            "device": str(model.device),
+            "context": f"{self.max_seq_len} tokens",
+            "KV cache": f"up to {said_bytes(config.kv_bytes)} for all requests",
+            "adapters": ", ".join(model.adapters) or "none",
+            "checkpoint": str(self.processor.folder),
+        }
+        return table_html(lookup(model.huggingface_config, "model_type"), rows)
 
     @property
     def config(self) -> Any:
@@ -123,16 +129,35 @@ class Pipeline:
     ) -> ProcessedPrompt:
         """Token ids (.input_ids) and pixels (.pixel_values, .pixel_values_videos) of a prompt.
 
-        prompt: text, wrapped as one user message, or chat messages. images: paths, URLs, PIL
-        images, numpy arrays or bytes, in a list or one alone. videos: a list of paths or lists of
-        frames, or one path or array alone.
+        prompt: text, wrapped as one user message, chat messages, or what this method has returned
+        (as all methods take it: a prompt is then read once for several uses). images: paths, URLs,
+        PIL images, numpy arrays or bytes, in a list or one alone. videos: a list of paths or lists
+        of frames, or one path or array alone.
         Raises: InputError for a prompt and media that do not fit each other.
         """
-        images, videos, given = _media(images, videos, options)
+        images, videos, given = named_media(images, videos, options)
         reading = read_options(given, PROMPT_OPTIONS)
-        return self.processor.process(
-            PromptRequest(prompt, _listed(images), _listed(videos), **reading)
-        )
+        if isinstance(prompt, ProcessedPrompt):
+            if listed(images) or listed(videos) or reading:
+                raise InputError("the prompt is read already; give media and options to encode")
+            return prompt
+        asked = PromptRequest(prompt, listed(images), listed(videos), **reading)
+        with bar(is_on=self.has_bars) as watch:
+            return self.processor.process(asked, watch)
+
+    @shows(PROMPT_OPTIONS)
+    def show(
+        self,
+        images: Media = (),
+        videos: Media = (),
+        prompt: Prompt = "",
+        **options: Unpack[PromptOptions],
+    ) -> View:
+        """What the model would see of pictures and clips; nothing runs. Arguments as `encode`.
+
+        A notebook shows it; `.picture` is a PIL image of it, `.save(path)` writes that.
+        """
+        return View(self.encode(prompt, images, videos, **options).media)
 
     @shows(PROMPT_OPTIONS)
     def logits(
@@ -154,7 +179,8 @@ class Pipeline:
         context = self.processor.new_context(
             processed, max_length=self.max_seq_len, model_name=self._adapter(name)
         )
-        return self.engine.prompt_logits(context)
+        with bar(is_on=self.has_bars) as watch:
+            return self.engine.prompt_logits(context, watch)
 
     @shows(OPTIONS)
     def generate(
@@ -165,7 +191,7 @@ class Pipeline:
         **options: Unpack[GenerateOptions],
     ) -> GenerationResult:
         """Answer a prompt. Raises: InputError for anything wrong with the request."""
-        return collect(self._submit(prompt, images, videos, options))
+        return collect(self._submit(prompt, images, videos, options, self._new_watch()))
 
     @shows(OPTIONS)
     def stream(
@@ -174,9 +200,9 @@ class Pipeline:
         images: Media = (),
         videos: Media = (),
         **options: Unpack[GenerateOptions],
-    ) -> Iterator[Chunk]:
-        """The answer as it is made; close the iterator to cancel."""
-        return iter(self._submit(prompt, images, videos, options))
+    ) -> ChunkIterator:
+        """The answer as it is made; close the iterator to cancel. media: what the model saw."""
+        return iter(self._submit(prompt, images, videos, options, self._new_watch()))
 
     @shows(OPTIONS)
     def submit(
@@ -203,19 +229,42 @@ class Pipeline:
         Answer i is the one that `generate` gives with `seed` + i; without a seed, and with a
         temperature, all differ. Raises: InputError for anything wrong with the request.
         """
+        handles = self.submit_n(prompt, n, images, videos, **options)
+        try:
+            return collect_all(handles, has_bar=self.has_bars)
+        finally:
+            for handle in handles:
+                handle.close()
+
+    @shows(OPTIONS)
+    def submit_n(
+        self,
+        prompt: Prompt,
+        n: int,
+        images: Media = (),
+        videos: Media = (),
+        *,
+        keep_tokens: Sequence[str] = (),
+        **options: Unpack[GenerateOptions],
+    ) -> list[Handle]:
+        """Queue a request for n answers, as `generate_n` gives them, and return at once.
+
+        keep_tokens: special tokens that stay in the text, as "[TOOL_CALLS]"; others are left out.
+        """
         count = Option("", name="n", kind=int, low=1).read(n)
-        images, videos, named = _media(images, videos, options)
+        images, videos, named = named_media(images, videos, options)
         given = read_options(named, OPTIONS)
         processed = self._read(prompt, images, videos, given)
         seeds = [given["seed"] + i if "seed" in given else None for i in range(count)]
         handles: list[Handle] = []
         try:
             for seed in seeds:
-                handles.append(self._start(processed, {**given, "seed": seed}))
-            return [collect(handle) for handle in handles]
-        finally:
+                handles.append(self._start(processed, {**given, "seed": seed}, kept=keep_tokens))
+        except BaseException:
             for handle in handles:
                 handle.close()
+            raise
+        return handles
 
     @shows(OPTIONS)
     def generate_batch(
@@ -235,7 +284,7 @@ class Pipeline:
         try:
             for request in requests:
                 handles.append(self._submit_request(request, options))
-            return [collect(handle) for handle in handles]
+            return collect_all(handles, has_bar=self.has_bars)
         finally:
             for handle in handles:
                 handle.close()
@@ -249,10 +298,49 @@ class Pipeline:
         **options: Unpack[GenerateOptions],
     ) -> Plan:
         """What a request needs: exact token counts, cache bytes, predicted peak; runs nothing."""
-        images, videos, named = _media(images, videos, options)
+        images, videos, named = named_media(images, videos, options)
         given = read_options(named, OPTIONS)
         processed = self._read(prompt, images, videos, given)
         return self.engine.plan(self._context(processed, given))
+
+    @shows(OPTIONS)
+    def chat(self, **options: Unpack[GenerateOptions]) -> Conversation[GenerationResult]:
+        """A conversation, which remembers its turns: `.send(text, images=...)`, `.stream(...)`.
+
+        system stands before its turns, the other options hold for each of them, unless a turn has
+        its own. Raises: InputError for options that `generate` refuses too.
+        """
+        return Conversation(self, options)
+
+    @shows(PROMPT_OPTIONS)
+    def save_prefix(
+        self,
+        path: str | os.PathLike[str],
+        prompt: Prompt,
+        images: Media = (),
+        videos: Media = (),
+        *,
+        adapter: str | None = None,
+        **options: Unpack[PromptOptions],
+    ) -> SavedPrefix:
+        """Write the cache of a prompt and of its pictures to a file, for `load_prefix`.
+
+        What is not cached is computed first. adapter: as for `generate`.
+        Raises: InputError for anything wrong with the request, for a file of another kind in its
+        place, and where it cannot be written; OutOfBudget for more than the engine keeps.
+        """
+        name = OPTIONS["adapter"].read(adapter)
+        processed = self.encode(prompt, images, videos, **options)
+        context = self._context(processed, {"max_tokens": 1, "adapter": name})
+        return self.engine.save_prefix(user_path(path), context, self.tokenizer.stream_decoder())
+
+    def load_prefix(self, path: str | os.PathLike[str]) -> SavedPrefix:
+        """Read a file of `save_prefix`: requests that begin with its tokens take them from there.
+
+        Raises: PrefixError for a file that is damaged, or of another model, adapter, dtype or
+        kv_bits; OutOfBudget for one that is larger than what the engine keeps.
+        """
+        return self.engine.load_prefix(user_path(path))
 
     def peak_memory_bytes(self) -> int:
         """The most memory that MLX held at once since the model was loaded."""
@@ -277,11 +365,19 @@ class Pipeline:
         return self._submit(asked, images, videos, {**kept, **own_names(own)})
 
     def _submit(
-        self, prompt: Prompt, images: Media, videos: Media, options: Mapping[str, object]
+        self,
+        prompt: Prompt,
+        images: Media,
+        videos: Media,
+        options: Mapping[str, object],
+        watch: Watch | None = None,
     ) -> Handle:
-        images, videos, named = _media(images, videos, options)
+        images, videos, named = named_media(images, videos, options)
         given = read_options(named, OPTIONS)
-        return self._start(self._read(prompt, images, videos, given), given)
+        return self._start(self._read(prompt, images, videos, given), given, watch)
+
+    def _new_watch(self) -> Bar | None:
+        return Bar() if self.has_bars else None
 
     def _read(
         self, prompt: Prompt, images: Media, videos: Media, given: Mapping[str, Any]
@@ -290,10 +386,19 @@ class Pipeline:
         reading = {name: value for name, value in given.items() if name in PROMPT_OPTIONS}
         return self.encode(prompt, images, videos, **reading)
 
-    def _start(self, processed: ProcessedPrompt, given: Mapping[str, Any]) -> Handle:
+    def _start(
+        self,
+        processed: ProcessedPrompt,
+        given: Mapping[str, Any],
+        watch: Watch | None = None,
+        kept: Sequence[str] = (),
+    ) -> Handle:
         """Hand a processed prompt to the engine."""
         context = self._context(processed, given)
-        return self.engine.submit(context, self.tokenizer.stream_decoder())
+        decoder = self.tokenizer.stream_decoder(kept=kept)
+        handle = self.engine.submit(context, decoder, watch)
+        handle.media = tuple(processed.media)
+        return handle
 
     def _context(self, processed: ProcessedPrompt, given: Mapping[str, Any]) -> TextContext:
         """The engine's context; refuses what is too long before anything is computed."""
@@ -307,6 +412,7 @@ class Pipeline:
             log_probabilities=options["logprobs"],
             log_probabilities_echo=options["prompt_logprobs"],
             model_name=self._adapter(options["adapter"]),
+            logits_processors=options["logits_processors"] or (),
         )
 
     def _adapter(self, name: str | None) -> str:
@@ -334,52 +440,3 @@ def sampling_params(options: Mapping[str, object]) -> SamplingParams:
     given = {name: value for name, value in options.items() if name in SAMPLING_OPTIONS}
     values = complete_options(given, SAMPLING_OPTIONS)
     return SamplingParams(**{o.field: values[name] for name, o in SAMPLING_OPTIONS.items()})
-
-
-def collect(handle: Handle) -> GenerationResult:
-    """Read a handle to its end. Raises: whatever the request failed with."""
-    texts, tokens, scores = [], [], []
-    last: Chunk | None = None
-    for chunk in handle:
-        texts.append(chunk.text)
-        if chunk.token is not None:
-            tokens.append(chunk.token)
-        if chunk.logprobs is not None:
-            scores.append(chunk.logprobs)
-        last = chunk
-    if last is None or last.usage is None or last.timings is None:
-        raise InputError("the request was cancelled before it ended")
-    return GenerationResult(
-        text="".join(texts),
-        tokens=tokens,
-        finish_reason=last.finish_reason or "stop",
-        usage=last.usage,
-        timings=last.timings,
-        logprobs=scores or None,
-        prompt_logprobs=last.prompt_logprobs,
-    )
-
-
-def _media(
-    images: Media, videos: Media, options: Mapping[str, object]
-) -> tuple[Media, Media, dict[str, Any]]:
-    """The media and the other options; `image` and `video` are the same as `images` and `videos`.
-
-    Raises: InputError where both are given.
-    """
-    rest: dict[str, Any] = dict(options)
-    found = {"images": images, "videos": videos}
-    for name, own in found.items():
-        alias = name[:-1]
-        if alias in rest:
-            if _listed(own):
-                raise InputError(f"{alias} and {name} are the same option; give one of them")
-            found[name] = rest.pop(alias)
-    return found["images"], found["videos"], rest
-
-
-def _listed(media: Media) -> tuple[Any, ...]:
-    """Pictures or clips: one given alone counts as a list of one, None as an empty one."""
-    if media is None:
-        return ()
-    return tuple(media) if isinstance(media, (list, tuple)) else (media,)

@@ -18,6 +18,7 @@ _CLASSES = {
     "idefics3": ("Idefics3Model", "Idefics3Processor"),
     "pixtral": ("PixtralModel", "PixtralProcessor"),
     "internvl": ("InternVLModel", "InternVLProcessor"),
+    "qwen2_vl": ("Qwen2VLModel", "Qwen2VLProcessor"),
     "qwen2_5vl": ("Qwen2_5VLModel", "Qwen2_5VLProcessor"),
     "qwen3_vl": ("Qwen3VLModel", "Qwen3VLProcessor"),
 }
@@ -52,6 +53,8 @@ NAMES = {
     "InternVLChatModel": "internvl",
     "internvl": "internvl",
     "internvl_chat": "internvl",
+    "Qwen2VLForConditionalGeneration": "qwen2_vl",
+    "qwen2_vl": "qwen2_vl",
     "Qwen2_5_VLForConditionalGeneration": "qwen2_5vl",
     "qwen2_5_vl": "qwen2_5vl",
     "Qwen3VLForConditionalGeneration": "qwen3_vl",

@@ -11,6 +11,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_vlm_pipes.dtypes import Device
+from mlx_vlm_pipes.progress import Watch, Work
 
 PORTIONS = 50  # in which weights are evaluated; each costs a wait for the device
 
@@ -35,11 +36,15 @@ class Model:
 class InferenceSession:
     """The devices and the compile switch that models are loaded with.
 
-    devices: a model's must be among them; empty means any.
+    devices: a model's must be among them; empty means any. watch: is told of the weights as they
+    are read; expected_bytes: how many there will be, loaded_bytes: how many there are.
     """
 
     devices: Sequence[Device] = ()
     compile: bool = True
+    watch: Watch | None = None
+    expected_bytes: int = 0
+    loaded_bytes: int = 0
 
     def load(
         self, module: nn.Module, weights_registry: Mapping[str, mx.array] | None = None
@@ -48,13 +53,19 @@ class InferenceSession:
         if weights_registry is not None:
             module.load_weights(list(weights_registry.items()), strict=True)
         parameters = cast("dict[str, mx.array]", dict(tree_flatten(module.parameters())))
-        _evaluate(list(parameters.values()))
+        _evaluate(list(parameters.values()), self._note)
         module.eval()
         return Model(module, parameters)
 
+    def _note(self, nbytes: int) -> None:
+        self.loaded_bytes += nbytes
+        if self.watch is not None:
+            total = max(self.expected_bytes, self.loaded_bytes)
+            self.watch.note(Work("loading weights", self.loaded_bytes, total, "B"))
 
-def _evaluate(arrays: Sequence[mx.array]) -> None:
-    """Evaluate arrays, the largest first and some 2 % of the bytes at a time.
+
+def _evaluate(arrays: Sequence[mx.array], note: Callable[[int], None]) -> None:
+    """Evaluate arrays, the largest first and some 2 % of the bytes at a time; note: told of these.
 
     What they are made of (parts of a joined matrix, another dtype, another packing) is let go in
     between, if nobody else holds it: all of it at once would be as much again.
@@ -65,5 +76,7 @@ def _evaluate(arrays: Sequence[mx.array]) -> None:
         size += array.nbytes
         if size >= share:
             mx.eval(portion)
+            note(size)
             portion, size = [], 0
     mx.eval(portion)
+    note(size)

@@ -86,7 +86,8 @@ def test_fixtures_are_still_what_transformers_computes(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     from tools.make_fixtures.__main__ import main
 
-    names = ["llama-tied", "idefics3", "pixtral", "internvl-qwen2", "qwen25vl", "qwen3vl"]
+    names = ["llama-tied", "idefics3", "pixtral", "internvl-qwen2", "qwen2vl", "qwen25vl"]
+    names.append("qwen3vl")
     main([str(tmp_path), "--only", *names])
     for folder in [tmp_path / name for name in names]:
         facts, arrays = reference(folder)

@@ -418,6 +418,17 @@ def test_a_closed_folder_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "no permission" in capsys.readouterr().err
 
 
+def test_the_model_is_named_with_or_without_a_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    folder = str(BUNDLED)
+    said = []
+    for words in ([folder], ["--model", folder]):
+        assert check.main(words) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1]
+    assert check.main(["--model", folder, folder]) == 2
+    assert "give one of them" in capsys.readouterr().err
+
+
 def test_families_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     """Every class that a fixture of ours names is in the list; without a model nothing else is."""
     assert check.main(["--families", "--json"]) == 0

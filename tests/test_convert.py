@@ -24,7 +24,8 @@ from mlx_vlm_pipes.weights import find_weight_files, load_weights, read_header
 from tests.fixtures_helper import FIXTURES, copy_case, reference
 
 VISION_CASES = ["idefics3", "smolvlm", "pixtral", "pixtral-v5", "internvl-chat", "internvl-qwen3",
-                "qwen25vl", "qwen25vl-v5", "qwen3vl", "qwen3vl-v5"]  # fmt: skip
+                "qwen2vl", "qwen2vl-v5", "qwen25vl", "qwen25vl-v5", "qwen3vl",
+                "qwen3vl-v5"]  # fmt: skip
 TEXT_CASES = ["llama-tied", "llama-sharded", "phi3-partial", "olmo", "mistral-full"]
 
 
@@ -462,7 +463,7 @@ def their_logits(folder: Path, ids: list[int], media: dict[str, np.ndarray]) -> 
 
 
 @pytest.mark.parametrize(
-    "case", ["idefics3", "smolvlm", "pixtral", "internvl-qwen3", "qwen25vl", "qwen3vl"]
+    "case", ["idefics3", "smolvlm", "pixtral", "internvl-qwen3", "qwen2vl", "qwen25vl", "qwen3vl"]
 )
 def test_mlx_vlm_computes_our_logits(case, tmp_path):
     pytest.importorskip("mlx_vlm")

@@ -39,6 +39,7 @@ def test_drawn_cases_equal_transformers(family: str) -> None:
     assert "equal" in kinds
 
 
+@pytest.mark.slow
 def test_a_difference_is_found_and_fails_the_command(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

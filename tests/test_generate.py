@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -151,3 +152,61 @@ def test_the_package_runs_as_a_module() -> None:
     run = [sys.executable, "-m", "mlx_vlm_pipes", "generate", "--image", SHAPES, "--quiet"]
     answer = subprocess.run(run, capture_output=True, text=True, check=True, cwd=ROOT)
     assert answer.stdout.strip() == WANTED
+
+
+def test_tools_and_variables_of_the_template_as_flags(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    tools = tmp_path / "tools.json"
+    tools.write_text('[{"name": "f"}]')
+
+    def options(*flags: str) -> dict[str, object]:
+        return given_options(build_parser().parse_args(flags))
+
+    assert options("--tools", str(tools), "--no-enable-thinking") == {
+        "tools": ({"name": "f"},), "chat_template_kwargs": {"enable_thinking": False},
+    }  # fmt: skip
+    both = options("--enable-thinking", "--chat-template-config", '{"x": [1]}')
+    assert both == {"chat_template_kwargs": {"enable_thinking": True, "x": [1]}}
+    tools.write_text("[")
+    for flags, line in {
+        ("--tools", str(tools)): "is no JSON; expected a list of tools",
+        ("--tools", str(tmp_path / "none")): "cannot be read (No such file or directory)",
+        ("--chat-template-kwargs", "5"): """expected JSON as '{"enable_thinking": false}'""",
+    }.items():
+        with pytest.raises(SystemExit):
+            options(*flags)
+        assert line in capsys.readouterr().err
+    assert main(["--prompt", "Hello", "--enable-thinking"]) == 2
+    assert "does not read enable_thinking; leave it out" in capsys.readouterr().err
+
+
+def test_a_prompt_cache_is_written_once_and_read_after(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "cache"
+
+    def run(*more: str) -> tuple[dict[str, Any], list[str]]:
+        argv = ["--image", SHAPES, "--json", "--max-tokens", "4", "--prompt-cache", str(file)]
+        assert main([*argv, *more]) == 0
+        out, err = capsys.readouterr()
+        return json.loads(out), [line for line in err.splitlines() if "prompt cache" in line]
+
+    cold, said = run()
+    assert cold["cached_tokens"] == 0
+    assert said == [f"prompt cache: {cold['prompt_tokens']} tokens, 0.0699 MB written to {file}"]
+    written = file.read_bytes()
+    warm, said = run()
+    assert (warm["tokens"], warm["cached_tokens"]) == (cold["tokens"], cold["prompt_tokens"] - 1)
+    assert said == []
+    assert run("--prompt", "Describe the small shape.")[0]["cached_tokens"] > 16  # the picture
+    assert file.read_bytes() == written
+    _, said = run("--kv-bits", "8")
+    assert "not used" in said[0]
+    assert "this pipeline has 8 bits" in said[0]
+    assert said[1].startswith("prompt cache: ")
+    assert run("--kv-bits", "8")[0]["cached_tokens"] == cold["prompt_tokens"] - 1
+    file.write_bytes(written[:100])
+    assert main(["--image", SHAPES, "--prompt-cache-file", str(file)]) == 2
+    assert "no whole prefix file; choose another name" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]

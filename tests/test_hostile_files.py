@@ -27,7 +27,7 @@ from tests.fixtures_helper import FIXTURES, copy_case
 from tests.torture.mutations import file_of, header_of, spoiled
 
 FAMILIES = ["llama-stop", "phi3-longrope", "idefics3", "pixtral-v5", "internvl-chat",
-            "internvl-qwen3", "qwen25vl", "qwen3vl"]  # fmt: skip
+            "internvl-qwen3", "qwen2vl", "qwen25vl", "qwen3vl"]  # fmt: skip
 WEIGHTS = "model.safetensors"
 MAX_SECONDS = 5.0
 MAX_BYTES = 1_000_000_000

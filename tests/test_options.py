@@ -37,7 +37,8 @@ def test_defaults() -> None:
     prompt = PromptRequest("Hello")
     assert {name: vars(prompt)[name] for name in PROMPT_OPTIONS} == {
         "raw": False, "system": None, "fps": 2.0, "min_pixels": None, "max_pixels": None,
-        "num_frames": None, "local_files": True, "allow_private": False,
+        "num_frames": None, "local_files": True, "allow_private": False, "tools": None,
+        "chat_template_kwargs": None,
     }  # fmt: skip
 
 

@@ -14,6 +14,8 @@ from PIL import Image
 from mlx_vlm_pipes import Pipeline, load
 from mlx_vlm_pipes.errors import ContextTooLong, InputError
 from mlx_vlm_pipes.options import OPTIONS, PROMPT_OPTIONS
+from mlx_vlm_pipes.pipeline import collect
+from mlx_vlm_pipes.processing.chat_template import ChatTemplate
 from tests.fixtures_helper import FIXTURES
 
 PROMPT = "Tell me about it."
@@ -191,7 +193,7 @@ def test_whole_characters_only(pipe: Pipeline) -> None:
 def test_mistakes_are_one_line_errors(pipe: Pipeline) -> None:
     with pytest.raises(InputError, match="unknown option 'max_token'"):
         pipe.generate(PROMPT, max_token=3)  # pyright: ignore[reportCallIssue]  # the mistake under test
-    with pytest.raises(InputError, match="unknown option 'min_p'; options: allow_private, fps, "):
+    with pytest.raises(InputError, match="unknown option 'min_p'; options: allow_private, chat_"):
         pipe.encode(PROMPT, min_p=0.1)  # pyright: ignore[reportCallIssue]  # of an answer, not a prompt
     with pytest.raises(InputError, match="temperature is -1, expected"):
         pipe.plan(PROMPT, temperature=-1)
@@ -285,3 +287,31 @@ def test_names_and_forms_that_others_use(pipe: Pipeline) -> None:
     messages = [{"role": "user", "content": PROMPT}]
     batch = pipe.generate_batch([messages, PROMPT], max_tokens=3)
     assert batch[0].tokens == batch[1].tokens
+
+
+def test_tools_and_variables_reach_the_template_from_every_method(monkeypatch) -> None:
+    source = "{{ tools | tojson }}{{ enable_thinking }}{{ messages[0].content }}"
+    given = {"tools": [{"name": "f"}], "chat_template_kwargs": {"enable_thinking": 0}}
+    with load() as pipe:
+        for name in ("chat_template", "tool_template"):
+            monkeypatch.setattr(pipe.tokenizer, name, ChatTemplate(source, "here"))
+        text = pipe.encode("Hello", **given).text
+        assert text.startswith('[{"name": "f"}]0')
+        tokens = len(pipe.encode("Hello", **given).input_ids)
+        assert pipe.logits("Hello", **given).shape[0] == tokens
+        assert pipe.plan("Hello", **given, max_tokens=1).prompt_tokens == tokens
+        answers = [
+            pipe.generate("Hello", **given, max_tokens=1),
+            collect(pipe.submit("Hello", **given, max_tokens=1)),
+            *pipe.generate_n("Hello", 2, **given, max_tokens=1),
+            *pipe.generate_batch([{"prompt": "Hello", **given}], max_tokens=1),
+            *pipe.generate_batch(["Hello"], **given, max_tokens=1),
+        ]
+        *_, last = pipe.stream("Hello", **given, max_tokens=1)
+        assert {a.usage.prompt_tokens for a in answers} == {tokens}
+        assert last.usage is not None
+        assert last.usage.prompt_tokens == tokens
+        with pytest.raises(InputError, match="does not read x; it reads enable_thinking"):
+            pipe.generate("Hello", chat_template_kwargs={"x": 1})
+        with pytest.raises(InputError, match="give chat_template_kwargs="):
+            pipe.generate("Hello", enable_thinking=False)  # pyright: ignore[reportCallIssue]  # theirs

@@ -12,8 +12,8 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_vlm_pipes.checkpoint.blueprint import Blueprint, Checkpoint
-from mlx_vlm_pipes.checkpoint.canonical import canonical_state
-from mlx_vlm_pipes.checkpoint.modules import load_decoder, load_module
+from mlx_vlm_pipes.checkpoint.canonical import canonical_state, tower_adapter
+from mlx_vlm_pipes.checkpoint.modules import load_decoder, load_tower
 from mlx_vlm_pipes.config import KVCacheConfig, KVCacheParams, PipelineConfig, weights_format
 from mlx_vlm_pipes.contexts import ImageMetadata, TextAndVisionContext, TextContext
 from mlx_vlm_pipes.dtypes import DeviceRef, DType
@@ -113,15 +113,17 @@ class CheckpointModel(LogProbabilitiesMixin, PipelineModelWithKVCache[ContextT])
         checkpoint = Checkpoint(
             self.pipeline_config, state, self.return_logits, self.return_hidden_states
         )
+        self.merged_adapter = tower_adapter(state.loras)
         tower, decoder_config = self.blueprint(config, checkpoint)
         captured = captured_layers(
             self.return_hidden_states, self.eagle_layers, decoder_config.num_layers
         )
         text, rest = checkpoint.text, checkpoint.tower(self.tower_prefix)
+        session.expected_bytes += sum(weight.nbytes for weight in state.values())
         state.clear()  # the parts alone hold the tensors now, and let go what has been read
         parts = []
         if tower is not None:
-            parts.append(load_module(session, tower, rest))
+            parts.append(load_tower(session, tower, rest))
         decoder, loaded = load_decoder(session, decoder_config, text)
         self.model_config = config
         self.language = LanguageModel(
@@ -135,7 +137,8 @@ class CheckpointModel(LogProbabilitiesMixin, PipelineModelWithKVCache[ContextT])
         loads = [module.parameters() for module in (tower, decoder) if module is not None]
         arrays = cast("list[tuple[str, mx.array]]", tree_flatten(loads))
         self.weight_bytes = sum(array.nbytes for _, array in arrays)
-        return [*parts, Model(self.language, loaded.weights)]
+        self.networks = [*parts, Model(self.language, loaded.weights)]
+        return [*self.networks]
 
     def lora_fields(self, contexts: Sequence[TextContext]) -> dict[str, Buffer]:
         """The LoRA inputs that the contexts' model_name asks for; none where none is loaded.

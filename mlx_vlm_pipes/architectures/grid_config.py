@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from mlx_vlm_pipes.checkpoint.state import VISION
 from mlx_vlm_pipes.dtypes import DType
@@ -10,6 +10,7 @@ from mlx_vlm_pipes.errors import ConfigError
 from mlx_vlm_pipes.hf_config import AutoConfig, axial_theta, optional_int, require_int
 from mlx_vlm_pipes.weights.layout import (
     DECODER_CANONICAL,
+    DECODER_HF,
     DECODER_MLX_VLM,
     ConvToMatrix,
     Layout,
@@ -27,14 +28,22 @@ GRID_LAYOUTS = (
     Layout("mlx-vlm", (*DECODER_MLX_VLM, Prefix("vision_tower.", VISION))),
     Layout("canonical", (*DECODER_CANONICAL, Prefix(VISION, VISION))),
 )
+# as Qwen2-VL and Qwen2.5-VL were released: the decoder alone below `model.`
+FLAT_GRID_LAYOUTS = (
+    Layout("huggingface 4", (*DECODER_HF, Prefix("visual.", VISION))),
+    *GRID_LAYOUTS,
+)
 
 
 class GridTowerConfig:
     """Sizes that follow from a tower's fields. patch_size in pixels.
 
-    Each dataclass has these fields in its own documented order.
+    Each dataclass has these fields in its own documented order. width_key, rows_key: how its
+    config.json spells hidden_size and out_hidden_size.
     """
 
+    width_key: ClassVar[str] = "hidden_size"
+    rows_key: ClassVar[str] = "out_hidden_size"
     hidden_size: int
     num_attention_heads: int
     intermediate_size: int
@@ -58,8 +67,13 @@ class GridTowerConfig:
         """Patches that become one row for the decoder."""
         return self.spatial_merge_size**2
 
-    @staticmethod
-    def shared_fields(vision_config: AutoConfig) -> dict[str, Any]:
+    @classmethod
+    def inner_width(cls, vision_config: AutoConfig) -> int:
+        """Width within a block's MLP. Raises: ConfigError if config.json does not say it."""
+        return require_int(vision_config, "intermediate_size")
+
+    @classmethod
+    def shared_fields(cls, vision_config: AutoConfig) -> dict[str, Any]:
         """The values of fields that all rooms read alike.
 
         Raises: ConfigError for missing keys, or a type of rope that we do not have.
@@ -69,11 +83,11 @@ class GridTowerConfig:
             "dtype": DType.bfloat16,  # both until `finalize`
             "llm_dtype": DType.bfloat16,
             "in_channels": optional_int(cfg, "in_channels", "in_chans", default=3),
-            "hidden_size": require_int(cfg, "hidden_size"),
+            "hidden_size": require_int(cfg, cls.width_key),
             "num_attention_heads": require_int(cfg, "num_heads", "num_attention_heads"),
             "depth": require_int(cfg, "depth", "num_hidden_layers"),
-            "intermediate_size": require_int(cfg, "intermediate_size"),
-            "out_hidden_size": require_int(cfg, "out_hidden_size"),
+            "intermediate_size": cls.inner_width(cfg),
+            "out_hidden_size": require_int(cfg, cls.rows_key),
             "rope_theta": axial_theta(cfg),
         }
 
@@ -81,15 +95,15 @@ class GridTowerConfig:
         """Raises: ConfigError for heads that do not divide the width, or by row and column."""
         if self.hidden_size % self.num_attention_heads or self.head_dim % 4:
             raise ConfigError(
-                f"vision hidden_size {self.hidden_size} with {self.num_attention_heads} heads; "
-                "expected heads of a multiple of 4 elements"
+                f"vision {self.width_key} {self.hidden_size} with {self.num_attention_heads} heads;"
+                " expected heads of a multiple of 4 elements"
             )
 
     def check_width(self, text_width: int) -> None:
         """Raises: ConfigError unless the tower's rows fit among the decoder's embeddings."""
         if self.out_hidden_size != text_width:
             raise ConfigError(
-                f"vision out_hidden_size {self.out_hidden_size}, expected the text hidden_size "
+                f"vision {self.rows_key} {self.out_hidden_size}, expected the text hidden_size "
                 f"{text_width}"
             )
 

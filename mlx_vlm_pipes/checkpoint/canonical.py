@@ -12,10 +12,10 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_vlm_pipes.checkpoint.state import ScaledTensors, StateDict, config_dict
+from mlx_vlm_pipes.checkpoint.state import LANGUAGE, ScaledTensors, StateDict, config_dict
 from mlx_vlm_pipes.config import PipelineConfig
 from mlx_vlm_pipes.dtypes import DType
-from mlx_vlm_pipes.errors import ConfigError
+from mlx_vlm_pipes.errors import ConfigError, clip
 from mlx_vlm_pipes.quantization import LoRAConfig, QuantizationConfig
 from mlx_vlm_pipes.weights import (
     Layout,
@@ -35,7 +35,7 @@ from mlx_vlm_pipes.weights import (
     split_lora_path,
     unpack_checkpoint,
 )
-from mlx_vlm_pipes.weights.layout import Report, Transform, raise_at_once
+from mlx_vlm_pipes.weights.layout import Report, Transform, group_names, raise_at_once
 
 
 @dataclass(frozen=True)
@@ -134,6 +134,24 @@ def read_loras(lora: LoRAConfig | None, layouts: Sequence[Layout]) -> list[LoRAA
         )
     named = [split_lora_path(entry) for entry in lora.lora_paths]
     return [read_adapter(folder, name, layouts, lora.max_lora_rank) for name, folder in named]
+
+
+def tower_adapter(loras: Sequence[LoRAAdapter]) -> str:
+    """The adapter that changes more than the decoder, to be merged there; "" for none.
+
+    Raises: ConfigError where others are loaded beside it, which would run over its tower.
+    """
+    for lora in loras:
+        outside = lora.without(LANGUAGE).layers
+        if outside and len(loras) > 1:
+            raise ConfigError(
+                f"adapter '{clip(lora.name)}' changes {len(outside)} linears of the vision tower or"
+                f" connector ({group_names(outside, 1)}), which all requests share: load it alone,"
+                " or merge it into a model of its own (convert --lora)"
+            )
+        if outside:
+            return lora.name
+    return ""
 
 
 def _outline(weight: WeightData) -> WeightData:

@@ -17,7 +17,7 @@ from mlx_vlm_pipes.config import PipelineConfig
 from mlx_vlm_pipes.interfaces import InferenceSession, Model
 from mlx_vlm_pipes.nn.decoder import DenseDecoder, Projections
 from mlx_vlm_pipes.nn.decoder_config import DecoderConfig
-from mlx_vlm_pipes.nn.lora import LoRATable, attach_loras
+from mlx_vlm_pipes.nn.lora import LoRATable, attach_loras, merge_lora
 from mlx_vlm_pipes.weights import (
     WeightData,
     check_against_base,
@@ -64,15 +64,19 @@ def require_fit(model_class: Any, pipeline_config: PipelineConfig, state: StateD
     return expected
 
 
-def load_module(
-    session: InferenceSession, module: nn.Module, state: dict[str, WeightData]
-) -> Model:
-    """Install all tensors strictly and evaluate them; `state` is then empty.
+def load_tower(session: InferenceSession, tower: nn.Module, state: StateDict) -> Model:
+    """Install all tensors strictly, merge the adapter that changes the tower, and evaluate.
 
-    Raises: WeightsError naming missing, unexpected and mis-shaped tensors.
+    state: names relative to its prefix; it is emptied. Raises: WeightsError naming missing,
+    unexpected and mis-shaped tensors, and for an adapter that does not fit.
     """
-    fill(module, state)
-    return session.load(module)
+    loras = [lora.without(LANGUAGE) for lora in state.loras]
+    fill(tower, state)
+    shapes = {state.prefix + path: size for path, size in linear_shapes(tower).items()}
+    for lora in loras:
+        check_against_base(lora, shapes)
+        merge_lora(tower, lora, state.prefix)
+    return session.load(tower)
 
 
 def fill(module: nn.Module, state: dict[str, WeightData]) -> None:
@@ -106,11 +110,12 @@ def load_decoder(
     fill(decoder, state)
     decoder.cast_norms()
     if state.loras:
+        loras = [lora.below(LANGUAGE) for lora in state.loras]
         shapes = linear_shapes(decoder)
-        for lora in state.loras:
+        for lora in loras:
             check_against_base(lora, {LANGUAGE + path: size for path, size in shapes.items()})
-        attach_loras(decoder, state.loras, LANGUAGE, compute_dtype(decoder))
-        decoder.adapter_names = tuple(lora.name for lora in state.loras)
+        attach_loras(decoder, loras, LANGUAGE, compute_dtype(decoder))
+        decoder.adapter_names = tuple(lora.name for lora in loras)
         decoder.adapter_ranks = tuple(lora.rank for lora in state.loras)
     decoder.fuse()
     session.load(decoder)

@@ -108,7 +108,9 @@ class Transfer:
         if source is not None:
             arrays = unpacked(arrays, source, self._dtype)
         if pair is not None:
-            arrays["weight"] = merge_into(arrays["weight"], pair)
+            weight = arrays["weight"]  # merged before it is rounded to another dtype
+            merged = merge_into(weight.astype(mx.float32), pair)
+            arrays["weight"] = merged.astype(self._dtype or weight.dtype)
         arrays = self._cast(arrays)
         return (pack(arrays, target) if target else arrays), target
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import secrets
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -21,21 +21,29 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _SIGN = np.uint64(1 << 63)
 
 
+Picture = tuple[int, int, int | None]  # its tokens' begin and end, its content hash
+
+
 def prefix_keys(context: TextContext, salt: int = 0) -> np.ndarray:
+    """The keys (`token_keys`) of a request's tokens."""
+    pictures = [(image.start_idx, image.end_idx, image.image_hash) for image in context.images]
+    return token_keys(context.tokens.all, pictures, salt)
+
+
+def token_keys(tokens: np.ndarray, pictures: Iterable[Picture], salt: int = 0) -> np.ndarray:
     """One int64 for each token, equal only where the cached keys and values would be equal.
 
     Text counts by its token id; an image's tokens also by its content hash and their place in
     it. salt separates what must not be shared (adapters, rotary frequencies).
     """
-    keys = context.tokens.all.astype(np.int64) + salt * _SALT
-    for image in context.images:
-        place = np.arange(image.end_idx - image.start_idx, dtype=np.uint64)
-        digest = image.image_hash
+    keys = tokens.astype(np.int64) + salt * _SALT
+    for begin, end, digest in pictures:
+        place = np.arange(end - begin, dtype=np.uint64)
         if digest is None:  # such an image equals no other
             digest = secrets.randbits(63)
         start = np.full(1, (digest + salt) % 2**64, dtype=np.uint64)
         mixed = (start + place * _GOLDEN) | _SIGN  # negative: never a token id
-        keys[image.start_idx : image.end_idx] = mixed.view(np.int64)
+        keys[begin:end] = mixed.view(np.int64)
     return keys
 
 

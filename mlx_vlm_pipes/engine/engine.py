@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import replace
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -11,13 +12,15 @@ import numpy as np
 from mlx_vlm_pipes.contexts import TextContext
 from mlx_vlm_pipes.engine.memory import set_limits
 from mlx_vlm_pipes.engine.plan import Plan, default_limits, make_plan
-from mlx_vlm_pipes.engine.requests import Handle
+from mlx_vlm_pipes.engine.requests import Handle, PromptLogits
+from mlx_vlm_pipes.engine.saving import PrefixFiles, SavedPrefix
 from mlx_vlm_pipes.engine.scheduler import Scheduler
 from mlx_vlm_pipes.engine.state import EngineConfig, EngineStats
 from mlx_vlm_pipes.engine.text import StreamDecoder
 from mlx_vlm_pipes.engine.worker import OwnerThread
-from mlx_vlm_pipes.errors import EngineClosed
+from mlx_vlm_pipes.errors import EngineClosed, InputError
 from mlx_vlm_pipes.interfaces import PipelineModelWithKVCache
+from mlx_vlm_pipes.progress import Watch
 
 
 class Engine:
@@ -37,6 +40,7 @@ class Engine:
         self.worker, self.model, self.config = worker, model, config
         self.scheduler = Scheduler(model, config)
         scheduler = self.scheduler
+        self.prefix_files = PrefixFiles(worker, scheduler.state)
         worker.idle_work = scheduler.step
         worker.last_work = lambda: scheduler.fail_all(EngineClosed("the pipeline was closed"))
         self._finalizer = weakref.finalize(self, worker.stop)
@@ -46,27 +50,54 @@ class Engine:
         """A snapshot of the counters."""
         return replace(self.scheduler.stats)
 
-    def submit(self, context: TextContext, decoder: StreamDecoder) -> Handle:
-        """Queue a request; safe from any thread.
+    def submit(
+        self, context: TextContext, decoder: StreamDecoder, watch: Watch | None = None
+    ) -> Handle:
+        """Queue a request; safe from any thread. watch: is told how far its prompt has come.
 
-        Raises: InputError for bad sampling values, OutOfBudget for what can never fit.
+        Raises: InputError for bad sampling values and for requests of logits processors,
+        OutOfBudget for what can never fit.
         """
-        handle = self.worker.call(lambda: self.scheduler.submit(context, decoder))
-        handle.owner = self
-        return handle
+        if self.worker.is_current:
+            raise InputError("a logits processor asks the model that waits for it; ask another one")
 
-    def prompt_logits(self, context: TextContext) -> np.ndarray:
+        def queue() -> Handle:
+            handle = self.scheduler.submit(context, decoder)
+            handle.owner, handle.watch = self, watch
+            return handle
+
+        return self.worker.call(queue)
+
+    def prompt_logits(self, context: TextContext, watch: Watch | None = None) -> np.ndarray:
         """float32 [T, V]: logits at every prompt position, slice by slice beside what runs.
 
+        watch: is told how far it has come.
         Raises: InputError for token ids beyond the vocabulary, OutOfBudget for a prompt that can
         never fit.
         """
-        handle, logits = self.worker.call(lambda: self.scheduler.submit_logits(context))
+
+        def queue() -> tuple[Handle, PromptLogits]:
+            handle, logits = self.scheduler.submit_logits(context)
+            handle.watch = watch
+            return handle, logits
+
+        handle, logits = self.worker.call(queue)
         try:
             handle.next_chunk()  # there are none: it waits for the end
         finally:
             handle.close()
         return logits.whole()
+
+    def save_prefix(self, path: Path, context: TextContext, decoder: StreamDecoder) -> SavedPrefix:
+        """Write what is cached of a prompt to a file; one that is not cached is run for it.
+
+        Raises: as `PrefixFiles.save`.
+        """
+        return self.prefix_files.save(path, context, lambda: _finish(self.submit(context, decoder)))
+
+    def load_prefix(self, path: Path) -> SavedPrefix:
+        """Put a file of `save_prefix` into the caches. Raises: as `PrefixFiles.load`."""
+        return self.prefix_files.load(path)
 
     def plan(self, context: TextContext) -> Plan:
         """What a request would need on this engine; nothing is computed."""
@@ -74,9 +105,23 @@ class Engine:
         state = self.scheduler.state
         return make_plan(state, context, resident, state.memory_bytes)
 
+    @property
+    def running(self) -> int:
+        """Requests whose prompts are being read or whose answers are being made."""
+        return len(self.scheduler.prefilling) + len(self.scheduler.running)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for a row."""
+        return len(self.scheduler.waiting)
+
     def peak_memory_bytes(self) -> int:
         """The most memory that MLX held at once in this process."""
         return self.worker.call(mx.get_peak_memory)
+
+    def active_memory_bytes(self) -> int:
+        """The memory that MLX's arrays take now, in this process."""
+        return self.worker.call(mx.get_active_memory)
 
     def forget(self) -> None:
         """Empty the prefix and image caches."""
@@ -91,3 +136,9 @@ class Engine:
     def close(self) -> None:
         """Stop the owning thread; running requests fail with EngineClosed."""
         self._finalizer()
+
+
+def _finish(handle: Handle) -> None:
+    """Wait for a request's end. Raises: what it failed with."""
+    for _ in handle:
+        pass

@@ -50,6 +50,25 @@ class Plan:
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    def _repr_html_(self) -> str:
+        from mlx_vlm_pipes.display.html import bars_html, said_bytes
+
+        of_them = f", {self.image_tokens} of them image tokens" if self.image_tokens else ""
+        sizes = {
+            "weights and what is resident": self.resident_bytes,
+            "KV cache": self.kv_bytes,
+            "encoding pictures": self.vision_peak_bytes,
+            "reading the prompt": self.prefill_peak_bytes,
+            "predicted peak": self.peak_bytes,
+        }
+        share = 100 * self.peak_bytes / self.memory_bytes
+        note = (
+            f"{self.prompt_tokens} prompt tokens{of_them}, up to {self.max_new_tokens} new ones; "
+            f"the peak is {share:.2g} % of the {said_bytes(self.memory_bytes)} that the device has"
+        )
+        title = "Plan: fits" if self.fits else "Plan: does not fit"
+        return bars_html(title, sizes, self.memory_bytes, note)
+
     def __str__(self) -> str:
         verdict = "fits" if self.fits else "does not fit"
         return (

@@ -40,6 +40,8 @@ class Prefill:
         begun = self._state.clock()
         wait_s = self._state.config.running_wait_ms / 1000 if others_wait else None
         order, missing = self._order(), self._missing_images()
+        for job in self.jobs:
+            job.note(len(missing.get(job, ())))
         images, tokens, started = 0, 0, []
         if order[0] in missing:
             images = self._encode_images([missing.get(job, {}) for job in order], wait_s)

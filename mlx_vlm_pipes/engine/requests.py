@@ -16,12 +16,14 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_vlm_pipes.contexts import TextContext
-from mlx_vlm_pipes.engine.sampling import RowSampler
+from mlx_vlm_pipes.engine.row_sampler import RowSampler
 from mlx_vlm_pipes.engine.text import StreamDecoder, TextStream
 from mlx_vlm_pipes.engine.worker import require_same_process
 from mlx_vlm_pipes.kv_cache import CacheRow
 from mlx_vlm_pipes.log_probabilities import LogProbabilities
+from mlx_vlm_pipes.media.records import MediaRecord
 from mlx_vlm_pipes.options import unfit
+from mlx_vlm_pipes.progress import WAIT_S, Watch, Work
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,20 @@ class Chunk:
     prompt_logprobs: LogProbabilities | None = None
 
 
+def figures(reason: str | None, usage: Usage, timings: Timings) -> str:
+    """What a request was and took, in one line."""
+    kinds = [f"{usage.image_tokens} image"] if usage.image_tokens else []
+    kinds += [f"{usage.cached_tokens} cached"] if usage.cached_tokens else []
+    of_them = f" ({', '.join(kinds)})" if kinds else ""
+    seconds, more = timings.generation_s, max(usage.completion_tokens - 1, 0)
+    rate = f", {more / seconds:.0f} a second" if more and seconds > 0 else ""
+    ended = "cut at its length limit" if reason == "length" else f"ended by {reason}"
+    return (
+        f"{usage.prompt_tokens} prompt tokens{of_them} in {timings.prompt_s:.2f} s · "
+        f"{usage.completion_tokens} new tokens{rate} · {ended}"
+    )
+
+
 @dataclass
 class Clock:
     """When things happened to a request, by time.perf_counter()."""
@@ -84,19 +100,29 @@ class Handle:
 
     Safe from any thread. Readers share the chunks: each goes to one of them, the end to all. An
     exception in the request is raised where it is iterated. owner: what must live on until the
-    answer is complete.
+    answer is complete. watch: is told of the work on the prompt, by whoever waits for the first
+    chunk, and closed before that is handed out. media: what the model saw of each picture and clip.
     """
 
     def __init__(self) -> None:
         self.owner: object = None
-        self._queue: queue.SimpleQueue[Chunk | BaseException | None] = queue.SimpleQueue()
+        self.watch: Watch | None = None
+        self.media: tuple[MediaRecord, ...] = ()
+        self._noted: Work | None = None
+        self._queue: queue.SimpleQueue[Chunk | Work | BaseException | None] = queue.SimpleQueue()
         self._closed = threading.Event()
         self._done = False
         self._wakes: tuple[Callable[[], object], ...] = ()  # of async readers
         self._lock = threading.Lock()  # for _wakes
         self._process = os.getpid()
 
-    def put(self, item: Chunk | BaseException | None) -> None:
+    def note(self, work: Work) -> None:
+        """Engine's side: the work on the prompt has come so far."""
+        if work != self._noted:
+            self._noted = work
+            self.put(work)
+
+    def put(self, item: Chunk | Work | BaseException | None) -> None:
         """Engine's side: a chunk, a failure, or None at the end."""
         self._queue.put(item)
         for wake in self._wakes:
@@ -110,9 +136,39 @@ class Handle:
     def close(self) -> None:
         """Cancel; the engine frees the row before its next step but one."""
         self._closed.set()
+        self._end_watch()
 
     def __iter__(self) -> ChunkIterator:
         return ChunkIterator(self)
+
+    def _ipython_display_(self) -> None:
+        """Show the answer in a cell as it comes; its chunks can be read afterwards as before."""
+        from mlx_vlm_pipes.display.live import Cell
+
+        cell, chunks, note = Cell(self.media), [], "interrupted"
+        try:
+            while (chunk := self.next_chunk()) is not None:
+                chunks.append(chunk)
+                cell.add(chunk.text)
+            last = chunks[-1] if chunks else None
+            if last is not None and last.usage is not None and last.timings is not None:
+                note = figures(last.finish_reason, last.usage, last.timings)
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            cell.finish(note)
+            self._put_back(chunks)
+
+    def _put_back(self, chunks: list[Chunk]) -> None:
+        """Let what was read be read again, in front of what is to come."""
+        rest: list[Chunk | Work | BaseException | None] = []
+        with contextlib.suppress(queue.Empty):
+            while True:
+                rest.append(self._queue.get(block=False))
+        self._done = False
+        for item in (*chunks, *rest):
+            self._queue.put(item)
 
     async def __aiter__(self) -> AsyncIterator[Chunk]:
         require_same_process(self._process)
@@ -148,7 +204,14 @@ class Handle:
         """The next chunk, None at the end. Raises: queue.Empty where there is none yet."""
         if self._done:
             return None
-        item = self._queue.get(block)
+        try:
+            item = self._next_item(block=block)
+        except queue.Empty:
+            raise
+        except BaseException:  # Ctrl-C: whoever says so wants the line that the bar has
+            self._end_watch()
+            raise
+        self._end_watch()
         if item is None or isinstance(item, BaseException):
             self._done, self.owner = True, None
             self.put(item)  # for the others that wait
@@ -156,12 +219,37 @@ class Handle:
             raise item
         return item
 
+    def _next_item(self, *, block: bool) -> Chunk | BaseException | None:
+        """What is no work; that is told to the watch. Raises: queue.Empty as `_take`."""
+        while True:
+            watch = self.watch
+            try:
+                item = self._queue.get(block, None if watch is None else WAIT_S)
+            except queue.Empty:
+                if not block or watch is None:
+                    raise
+                watch.wait()
+                continue
+            if not isinstance(item, Work):
+                return item
+            if watch is not None:
+                watch.note(item)
+
+    def _end_watch(self) -> None:
+        watch, self.watch = self.watch, None
+        if watch is not None:
+            watch.close()
+
 
 class ChunkIterator(Iterator[Chunk]):
     """The chunks of one request. Closing or dropping it, even before the first, cancels."""
 
     def __init__(self, handle: Handle) -> None:
         self._handle = handle
+
+    @property
+    def media(self) -> tuple[MediaRecord, ...]:
+        return self._handle.media
 
     def __next__(self) -> Chunk:
         chunk = self._handle.next_chunk()
@@ -171,6 +259,9 @@ class ChunkIterator(Iterator[Chunk]):
 
     def close(self) -> None:
         self._handle.close()
+
+    def _ipython_display_(self) -> None:
+        self._handle._ipython_display_()
 
     def __del__(self) -> None:
         self._handle.close()
@@ -247,6 +338,18 @@ class Job:
     def remaining_prompt(self) -> int:
         return len(self.context.tokens) - self.context.tokens.processed_length
 
+    def note(self, missing_images: int) -> None:
+        """Tell its requester how far its prompt has come."""
+        if self.handle.watch is None:
+            return
+        tokens = self.context.tokens
+        if missing_images:
+            total = len(self.context.next_images)
+            self.handle.note(Work("encoding pictures", total - missing_images, total, "picture"))
+        else:
+            done, total = tokens.processed_length, tokens.prompt_length
+            self.handle.note(Work("reading the prompt", done, total, "token"))
+
     def usage(self) -> Usage:
         context = self.context
         return Usage(
@@ -274,6 +377,7 @@ def new_job(
         raise unfit("logprobs", context.log_probabilities, expected)
     params = context.sampling_params
     ends = [] if context.ignore_eos else sorted(context.eos_tracker.eos_token_ids)
-    sampler = RowSampler(params, context.tokens.prompt, vocab_size, ends)
+    prompt, processors = context.tokens.prompt, context.logits_processors
+    sampler = RowSampler(params, prompt, vocab_size, ends, processors)
     stops = (*params.stop, *context.eos_tracker.eos_stop_strings)
     return Job(context, Handle(), sampler, TextStream(decoder, stops), keys, capacity)

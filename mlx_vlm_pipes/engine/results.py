@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from mlx_vlm_pipes.contexts import GenerationStatus
+from mlx_vlm_pipes.engine.batch_sampler import BatchSampler
 from mlx_vlm_pipes.engine.requests import Chunk, Job
-from mlx_vlm_pipes.engine.sampler import Sampler
 from mlx_vlm_pipes.engine.state import EngineState
 from mlx_vlm_pipes.log_probabilities import LogProbabilities, Scores, launch_scores
 
@@ -45,7 +45,7 @@ class Results:
 
     def __init__(self, state: EngineState) -> None:
         self._state = state
-        self._sampler = Sampler(is_gpu=state.model.kv_params.devices[0].is_gpu())
+        self._sampler = BatchSampler(is_gpu=state.model.kv_params.devices[0].is_gpu())
         self.live: set[Job] = set()
 
     def sample(self, logits: mx.array, jobs: Sequence[Job]) -> Sampled:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import functools
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ import mlx.core as mx
 from mlx_vlm_pipes.config import KVCacheConfig, PipelineConfig
 from mlx_vlm_pipes.contexts import TextContext
 from mlx_vlm_pipes.engine.caches import ImageCache, PrefixCache, prefix_keys
+from mlx_vlm_pipes.engine.identity import model_digest
 from mlx_vlm_pipes.engine.memory import machine_memory
 from mlx_vlm_pipes.engine.requests import Job
 from mlx_vlm_pipes.errors import OutOfBudget
@@ -129,6 +131,11 @@ class EngineState:
         self.clock: Callable[[], float] = time.perf_counter  # seconds
         self._buckets: set[tuple[tuple[int, int], ...]] = set()
 
+    @functools.cached_property
+    def model_digest(self) -> str:
+        """Names the model's weights and configuration; computed once."""
+        return model_digest(self.model)
+
     # ---- what a request needs
 
     def require_slice(self, context: TextContext) -> None:
@@ -182,8 +189,12 @@ class EngineState:
     def salt(self, context: TextContext, planned: int) -> int:
         """Separates keys made with other rotary frequencies or another adapter."""
         table = self.model.language.key_table(planned + context.position_delta)
+        return self.salt_of(table, context.model_name)
+
+    def salt_of(self, table: int, adapter: str) -> int:
+        """The same by the number of the rotary table and the adapter's name."""
         slots = len(self.model.adapters) + 1
-        return table * slots + self.model.adapter_slot(context.model_name)
+        return table * slots + self.model.adapter_slot(adapter)
 
     # ---- rows
 

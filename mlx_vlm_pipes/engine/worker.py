@@ -55,9 +55,14 @@ class OwnerThread:
         self._thread.start()
         _LIVE.add(self)
 
+    @property
+    def is_current(self) -> bool:
+        """Whether this is the owning thread, where nothing may wait for what it makes."""
+        return threading.current_thread() is self._thread
+
     def call(self, function: Callable[[], T]) -> T:
         """Run on the owning thread and wait for the result, or its exception."""
-        if threading.current_thread() is self._thread:
+        if self.is_current:
             return function()
         return self.post(function).result()
 

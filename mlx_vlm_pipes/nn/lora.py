@@ -11,12 +11,14 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_unflatten
 
-from mlx_vlm_pipes.weights.lora import LoRAAdapter, LoRAPair, dora_factor
+from mlx_vlm_pipes.weights.lora import LoRAAdapter, LoRAPair, dora_factor, merge_into
 from mlx_vlm_pipes.weights.packed import floats
 
 # Linears of the same input, whose adapters are applied together: their name as one, and the parts.
@@ -222,6 +224,28 @@ def _rows(pair: LoRAPair | None, cut: slice) -> LoRAPair | None:
         return None
     magnitude = None if pair.magnitude is None else pair.magnitude[cut]
     return replace(pair, b=pair.b[cut], magnitude=magnitude)
+
+
+def merge_lora(module: nn.Module, lora: LoRAAdapter, prefix: str) -> None:
+    """Put an adapter into the weights of the linears of `module`; packed ones become plain.
+
+    prefix: what canonical paths begin with. A merged weight is not packed again: it has the
+    numbers of the adapter beside the packed base.
+    """
+    modules = dict(module.named_modules())
+    merged = []
+    for path, pair in lora.layers.items():
+        own = path.removeprefix(prefix)
+        linear = modules[own]
+        weight = merge_into(base_weight(linear), pair)
+        if isinstance(linear, nn.QuantizedLinear):
+            plain = nn.Linear(pair.a.shape[1], pair.b.shape[0], bias="bias" in linear)
+            if "bias" in linear:
+                plain.bias = linear["bias"]
+            linear = plain
+        linear.weight = weight
+        merged.append((own, linear))
+    module.update_modules(cast("dict[str, Any]", tree_unflatten(merged)))
 
 
 def base_weight(module: nn.Module) -> mx.array:

@@ -100,6 +100,17 @@ class Segments:
     turn: Turn
 
 
+def frame_segments(positions: mx.array, cu_seqlens: mx.array, inv_freq: mx.array) -> Segments:
+    """Whole frames, their patches turned by row and column.
+
+    Args: positions int [P, 2], row and column; cu_seqlens, the frames' boundaries in patches, made
+    on the host and read here; inv_freq float32 [D/4], as each axis takes half of the pairs.
+    """
+    angles = positions.astype(mx.float32)[:, :, None] * inv_freq
+    frames = np.diff(np.array(cu_seqlens).astype(np.int64)).tolist()
+    return Segments(frames, turn_of(angles.reshape(angles.shape[0], -1)))  # rows, then columns
+
+
 class SegmentAttention(nn.Module):
     """Bidirectional attention within segments: [P, E] -> [P, E]."""
 
@@ -126,6 +137,25 @@ class PatchEmbed(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.proj(x)
+
+
+class PatchMerger(nn.Module):
+    """`unit` patches, one behind the other, to one row for the decoder: [P, E] -> [P/unit, out].
+
+    norm: over each patch.
+    """
+
+    def __init__(self, norm: nn.Module, size: int, unit: int, out: int) -> None:
+        super().__init__()
+        self.width = size * unit
+        self.ln_q = norm
+        self.mlp = [nn.Linear(self.width, self.width), nn.GELU(), nn.Linear(self.width, out)]
+
+    def __call__(self, x: mx.array) -> mx.array:
+        x = self.ln_q(x).reshape(-1, self.width)  # [P/unit, unit * E]
+        for layer in self.mlp:
+            x = layer(x)
+        return x
 
 
 class SegmentBlock(nn.Module):

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
+from typing import Any, ClassVar, TypedDict
 
 import numpy as np
 
@@ -26,22 +26,24 @@ from mlx_vlm_pipes.contexts import (
 )
 from mlx_vlm_pipes.errors import InputError, ProcessorError, shown
 from mlx_vlm_pipes.facts import RoomFacts
-from mlx_vlm_pipes.processing.images import load_image
+from mlx_vlm_pipes.media.previews import KeptPreviews
+from mlx_vlm_pipes.media.records import MediaRecord
+from mlx_vlm_pipes.options import LogitsProcessor
+from mlx_vlm_pipes.processing.images import Picture, load_picture
 from mlx_vlm_pipes.processing.messages import (
     KINDS,
     Message,
     as_lists,
     as_texts,
     conversation,
+    tool_call_forms,
     user_texts,
 )
 from mlx_vlm_pipes.processing.settings import PixelSettings, read_json
 from mlx_vlm_pipes.processing.tokenizer import Tokenizer
 from mlx_vlm_pipes.processing.transforms import image_hash
-from mlx_vlm_pipes.processing.types import MediaRecord, ProcessedPrompt, PromptRequest
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
+from mlx_vlm_pipes.processing.types import ProcessedPrompt, PromptRequest
+from mlx_vlm_pipes.progress import Watch, noted
 
 MODEL_OPTIONS = ("min_pixels", "max_pixels")  # of a PromptRequest; not every model takes them
 MAX_RETRY_SECONDS = 0.5  # a template that fails this slowly gets no second form to try
@@ -60,6 +62,7 @@ class ContextFields(TypedDict):
     log_probabilities: int
     log_probabilities_echo: bool
     model_name: str
+    logits_processors: Sequence[LogitsProcessor]
 
 
 @dataclass(frozen=True)
@@ -68,17 +71,21 @@ class EncodedMedia:
 
     replacement: the text that takes the place of its marker. images: what it adds to the context,
     each with the range [0, number of its placeholders) until the tokens are known. token_id: of
-    these placeholders. Sizes (width, height) in pixels.
+    these placeholders. record: what is told of it, its tokens still to be found.
     """
 
-    kind: str
     replacement: str
     token_id: int
     images: Sequence[ImageMetadata]
-    source_size: tuple[int, int]
-    resized_size: tuple[int, int]
-    grid: tuple[int, ...] = ()
-    num_frames: int = 1
+    record: MediaRecord
+
+    @property
+    def kind(self) -> str:
+        return self.record.kind
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        return self.record.grid
 
 
 @dataclass(frozen=True)
@@ -120,12 +127,13 @@ class TextProcessor:
         names = config.get("architectures") or [config.get("model_type")]
         self.architecture = str(names[0] if isinstance(names, list) else names)
 
-    def process(self, request: PromptRequest) -> ProcessedPrompt:
+    def process(self, request: PromptRequest, watch: Watch | None = None) -> ProcessedPrompt:
         """Tokens of a request.
 
         Raises: InputError for pictures, clips or malformed messages; ProcessorError for a chat
         template that is missing or fails.
         """
+        del watch  # of pictures, which there are none
         chat = None if self.is_raw(request) else conversation(request)
         media = chat or request
         if media.images or media.videos:
@@ -154,6 +162,7 @@ class TextProcessor:
         log_probabilities: int = 0,
         log_probabilities_echo: bool = False,
         model_name: str = "",
+        logits_processors: Sequence[LogitsProcessor] = (),
     ) -> TextContext:
         """The engine's context of a processed prompt.
 
@@ -177,6 +186,7 @@ class TextProcessor:
                 "log_probabilities": log_probabilities,
                 "log_probabilities_echo": log_probabilities_echo,
                 "model_name": model_name,
+                "logits_processors": logits_processors,
             },
         )
 
@@ -190,6 +200,8 @@ class TextProcessor:
             raise InputError("raw takes a text prompt, not messages")
         if request.raw and request.system is not None:
             raise InputError("raw takes no system prompt; write it into the text")
+        if request.raw and request.template_variables:
+            raise InputError("raw uses no chat template: no tools, no chat_template_kwargs")
         return request.raw
 
     def refuse_options(self, request: PromptRequest) -> None:
@@ -216,7 +228,7 @@ class TextProcessor:
         failures: list[ProcessorError] = []
         deadline = time.monotonic() + MAX_RETRY_SECONDS
         lossy: str | None = None
-        for messages in forms:
+        for messages in (form for content in forms for form in tool_call_forms(content)):
             try:
                 text = self.tokenizer.apply_chat_template(messages, template_variables=variables)
             except ProcessorError as error:
@@ -242,6 +254,7 @@ class VisionProcessor(TextProcessor, ABC):
         overrides: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(folder, config, overrides)
+        self.previews = KeptPreviews()
         self.tokens = self.read_settings(config, overrides or {})
 
     @abstractmethod
@@ -283,8 +296,8 @@ class VisionProcessor(TextProcessor, ABC):
     def arrays(self, media: Sequence[EncodedMedia]) -> dict[str, np.ndarray]:
         """All media, in token order, in the layout of the Hugging Face processor."""
 
-    def process(self, request: PromptRequest) -> ProcessedPrompt:
-        """Tokens and pixels of a request.
+    def process(self, request: PromptRequest, watch: Watch | None = None) -> ProcessedPrompt:
+        """Tokens and pixels of a request. watch: is told of each picture and clip that is read.
 
         Raises: InputError when placeholders and media differ in number, or messages are malformed;
         MediaError for a picture that cannot be read; ProcessorError for the chat template.
@@ -298,8 +311,14 @@ class VisionProcessor(TextProcessor, ABC):
         self.check(request, len(videos))
         order = self.place(text, len(images), len(videos))
         encoded = {
-            "image": [self.encode_image(source, request) for source in images],
-            "video": [self.encode_clip(source, request) for source in videos],
+            "image": [
+                self.encode_image(source, request)
+                for source in noted(images, watch, "reading pictures", "picture")
+            ],
+            "video": [
+                self.encode_clip(source, request)
+                for source in noted(videos, watch, "reading clips", "clip")
+            ],
         }
         queues = {kind: iter(items) for kind, items in encoded.items()}
         media = [next(queues[kind]) for kind, _, _ in order]
@@ -366,7 +385,7 @@ class VisionProcessor(TextProcessor, ABC):
                     )
                 used[kind] += len(run)
                 metadata.append(replace(image, start_idx=int(run[0]), end_idx=int(run[-1]) + 1))
-            records.append(_record(item, metadata[first:]))
+            records.append(self._located(item, metadata[first:]))
         for kind, spot in spots.items():
             if len(spot) != used[kind]:
                 raise InputError(
@@ -374,6 +393,19 @@ class VisionProcessor(TextProcessor, ABC):
                     f"{used[kind]}; remove the placeholder from the text"
                 )
         return metadata, records
+
+    def _located(self, item: EncodedMedia, images: Sequence[ImageMetadata]) -> MediaRecord:
+        """Its record, with its tokens."""
+        parts = item.record.num_parts // len(images)
+        self.previews.add(item.record.preview)
+        return replace(
+            item.record,
+            coordinates=self.facts.coordinates,
+            num_tokens=sum(image.end_idx for image in item.images),
+            start_idx=images[0].start_idx,
+            end_idx=images[-1].end_idx,
+            tile_spans=tuple(span for image in images for span in _parts_of(image, parts)),
+        )
 
     def new_image(self, pixels: np.ndarray, num_tokens: int) -> ImageMetadata:
         """Hashed pixels that fill num_tokens placeholders, before these are found."""
@@ -384,8 +416,16 @@ class VisionProcessor(TextProcessor, ABC):
             **fields, vision_token_ids=list(self.tokens.ids), images=processed.images
         )
 
-    def load(self, source: Any, request: PromptRequest, pixels: PixelSettings) -> Image:
-        return load_image(source, request.access, convert=pixels.convert_rgb)
+    def load(self, source: Any, request: PromptRequest, pixels: PixelSettings) -> Picture:
+        return load_picture(source, request.access, convert=pixels.convert_rgb)
+
+
+def _parts_of(image: ImageMetadata, count: int) -> list[tuple[int, int]]:
+    """The token range of each of an image's parts, which are equal and follow one another."""
+    if count == 1:
+        return [(image.start_idx, image.end_idx)]
+    step = (image.end_idx - image.start_idx) // count
+    return [(image.start_idx + i * step, image.start_idx + (i + 1) * step) for i in range(count)]
 
 
 def _spots(kind: str, markers: Sequence[str], text: str) -> list[tuple[str, int, int]]:
@@ -438,16 +478,3 @@ def _text_forms(messages: list[Message]) -> list[list[Message]]:
     single = [m for m in messages if len(m["content"]) < 2 or isinstance(m["content"], str)]
     flat = as_texts(messages, {})
     return [flat] if len(single) == len(messages) else [messages, flat]
-
-
-def _record(item: EncodedMedia, metadata: Sequence[ImageMetadata]) -> MediaRecord:
-    return MediaRecord(
-        kind=item.kind,
-        source_size=item.source_size,
-        resized_size=item.resized_size,
-        grid=item.grid,
-        num_frames=item.num_frames,
-        num_tokens=sum(image.end_idx for image in item.images),
-        start_idx=metadata[0].start_idx,
-        end_idx=metadata[-1].end_idx,
-    )

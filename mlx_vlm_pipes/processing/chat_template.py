@@ -7,42 +7,56 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlx_vlm_pipes.errors import InputError, ProcessorError
+from mlx_vlm_pipes.errors import InputError, ProcessorError, clip
 from mlx_vlm_pipes.processing.settings import read_json
 
 JSON_PLACES = ("chat_template.json", "processor_config.json", "tokenizer_config.json")
+TOOL_USE = "tool_use"  # the name of the template for requests with tools, where there is one
+# What a template is given anyway, and where it comes from.
+OWN_NAMES = {
+    "messages": "they are the prompt",
+    "tools": "they are an option of their own",
+    "add_generation_prompt": "an answer is always asked for",
+}
 MAX_TEMPLATE_BYTES = 2**20
 
 
-def find_template(folder: Path) -> tuple[str, str] | None:
+def find_template(folder: Path, *, with_tools: bool = False) -> tuple[str, str] | None:
     """(template, file name) of a model folder, or None.
 
     Looks in chat_template.jinja, chat_template.json, processor_config.json and
     tokenizer_config.json, in that order. Of several named templates, `default` is taken, else the
-    only one. Raises: ProcessorError for a broken file.
+    only one; with tools `tool_use`, where there is one. Raises: ProcessorError for a broken file.
     """
     path = folder / "chat_template.jinja"
     if path.is_file():
-        try:
-            if path.stat().st_size > MAX_TEMPLATE_BYTES:
-                raise ProcessorError(f"{path}: larger than {MAX_TEMPLATE_BYTES} bytes")
-            return path.read_text(encoding="utf-8"), path.name
-        except (OSError, UnicodeDecodeError) as error:
-            raise ProcessorError(f"{path}: not readable as UTF-8 text") from error
+        named = folder / "additional_chat_templates" / f"{TOOL_USE}.jinja"
+        return _read(named if with_tools and named.is_file() else path)
     for name in JSON_PLACES:
         values = read_json(folder / name) or {}
-        template = _named(values.get("chat_template"), folder / name)
+        template = _named(values.get("chat_template"), folder / name, with_tools=with_tools)
         if template is not None:
             return template, name
     return None
 
 
-def _named(value: Any, path: Path) -> str | None:
+def _read(path: Path) -> tuple[str, str]:
+    try:
+        if path.stat().st_size > MAX_TEMPLATE_BYTES:
+            raise ProcessorError(f"{path}: larger than {MAX_TEMPLATE_BYTES} bytes")
+        return path.read_text(encoding="utf-8"), path.name
+    except (OSError, UnicodeDecodeError) as error:
+        raise ProcessorError(f"{path}: not readable as UTF-8 text") from error
+
+
+def _named(value: Any, path: Path, *, with_tools: bool) -> str | None:
     if value is None or isinstance(value, str):
         return value
     if isinstance(value, list) and all(isinstance(item, Mapping) for item in value):
         value = {str(item.get("name")): item.get("template") for item in value}
     if isinstance(value, Mapping):
+        if with_tools and isinstance(value.get(TOOL_USE), str):
+            return value[TOOL_USE]
         if isinstance(value.get("default"), str):
             return value["default"]
         texts = [text for text in value.values() if isinstance(text, str)]
@@ -77,6 +91,48 @@ class ChatTemplate:
             raise ProcessorError(
                 f"chat template in {self.origin} does not compile: {_reason(error)}"
             ) from error
+
+    @functools.cached_property
+    def names(self) -> frozenset[str]:
+        """The variables that the template may read, some of its own among them.
+
+        Raises: ProcessorError, as `check`.
+        """
+        import jinja2.meta
+
+        return frozenset(jinja2.meta.find_undeclared_variables(self._tree))
+
+    @property
+    def settings(self) -> list[str]:
+        """Those that it plainly leaves to the user: it never sets them, or asks if they are set."""
+        from jinja2 import nodes
+
+        own = {n.name for n in self._tree.find_all(nodes.Name) if n.ctx != "load"}
+        own |= {n for n in self.names if n.endswith("_token")} | set(OWN_NAMES)
+        tests = [t.node for t in self._tree.find_all(nodes.Test) if t.name == "defined"]
+        asked = {node.name for node in tests if isinstance(node, nodes.Name)} - set(OWN_NAMES)
+        return sorted(self.names & ((self.names - own) | asked))
+
+    @property
+    def _tree(self) -> Any:
+        environment = self._compiled.environment
+        environment.start_clock()
+        return environment.parse(self.source)
+
+    def require(self, variables: Mapping[str, Any]) -> None:
+        """Raises: InputError for a variable that the template does not read."""
+        if variables.get("tools") and "tools" not in self.names:
+            raise InputError(
+                "tools: this model's chat template takes none; describe them in the system "
+                "message, or take a model that was trained to call tools"
+            )
+        for name in variables.keys() - {"tools"}:
+            if name not in self.names:
+                known = f"it reads {', '.join(self.settings)}" if self.settings else "leave it out"
+                raise InputError(
+                    "chat_template_kwargs: this model's chat template does not read "
+                    f"{clip(name)}; {known}"
+                )
 
     def check(self) -> None:
         """Compile without rendering. Raises: ProcessorError."""

@@ -33,18 +33,20 @@ def is_url(text: str) -> bool:
     return head == "data:" or "://" in text[:32]
 
 
-def fetch(url: str, *, allow_private: bool = False) -> bytes:
+def fetch(url: str, *, allow_private: bool = False, hosts: frozenset[str] | None = None) -> bytes:
     """The bytes behind an http(s) or data: URL.
 
-    Raises: MediaError for another scheme or an address that is not public (redirects included),
-    above 20 MiB, after 15 seconds, when the server refuses, or sends less than it announced.
+    Args: hosts, the only ones that may be asked, in lower case; None: all.
+    Raises: MediaError for another scheme, another host or an address that is not public (redirects
+    included), above 20 MiB, after 15 seconds, when the server refuses, or sends less than it
+    announced.
     """
     if url[:5].lower() == "data:":
         return _decode(url)
     from mlx_vlm_pipes.processing.web import Download, require_http, short_url
 
     require_http(url)
-    download = Download(url, allow_private, TIMEOUT_S, MAX_BYTES)
+    download = Download(url, allow_private, TIMEOUT_S, MAX_BYTES, hosts)
     answers: queue.SimpleQueue[bytes | MediaError] = queue.SimpleQueue()
     # A server may drip its headers byte by byte, each within the socket's own time limit.
     threading.Thread(target=lambda: answers.put(download.outcome()), daemon=True).start()

@@ -11,19 +11,29 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from mlx_vlm_pipes.contexts import TextContext
 from mlx_vlm_pipes.errors import ProcessorError
 from mlx_vlm_pipes.hf_config import AutoConfig, HuggingFaceConfig, require_vision_config
+from mlx_vlm_pipes.media.records import Tiles
 from mlx_vlm_pipes.processing.base import (
+    ContextFields,
     EncodedMedia,
     MediaTokens,
     VisionProcessor,
     check_num_tokens,
 )
-from mlx_vlm_pipes.processing.grids import Grid, GridImage
-from mlx_vlm_pipes.processing.patches import ClipSettings, PatchDefaults, PatchSettings, fit
+from mlx_vlm_pipes.processing.grids import Grid, GridImage, UntimedContext
+from mlx_vlm_pipes.processing.patches import (
+    ClipSettings,
+    PatchDefaults,
+    PatchSettings,
+    capped_size,
+    fit,
+)
+from mlx_vlm_pipes.processing.records import clip_record, picture_record
 from mlx_vlm_pipes.processing.settings import ProcessorFiles
 from mlx_vlm_pipes.processing.transforms import cut_clip, image_hash, to_array
-from mlx_vlm_pipes.processing.types import PromptRequest
+from mlx_vlm_pipes.processing.types import ProcessedPrompt, PromptRequest
 from mlx_vlm_pipes.processing.video import Clip
 
 IMAGE, VIDEO, START = "<|image_pad|>", "<|video_pad|>", "<|vision_start|>"
@@ -33,13 +43,14 @@ class GridProcessor(VisionProcessor):
     """A picture is one ImageMetadata, a clip one or several, as the family has it.
 
     image_defaults, video_defaults: what the family takes where its files say nothing;
-    max_video_tokens: as for ClipSettings.
+    max_video_tokens: as for ClipSettings; context_class: of the contexts that `make_context` makes.
     """
 
     accepted_options = ("min_pixels", "max_pixels")
     image_defaults: ClassVar[PatchDefaults]
     video_defaults: ClassVar[PatchDefaults]
     max_video_tokens: ClassVar[int]
+    context_class: ClassVar[type[UntimedContext]] = UntimedContext
 
     @abstractmethod
     def read_sizes(self, vision_config: AutoConfig) -> tuple[int, int, int]:
@@ -81,25 +92,35 @@ class GridProcessor(VisionProcessor):
         self.image_settings.limited(request)
         self.video_settings.limited(request)
 
-    @abstractmethod
-    def grid_image(self, patches: np.ndarray, grid: Grid) -> GridImage:
-        """A still picture, hashed; its range is [0, rows that it becomes)."""
+    def grid_image(self, patches: np.ndarray, grid: Grid, *, is_video: bool = False) -> GridImage:
+        """A picture, clip or frame, hashed; its range is [0, rows that it becomes)."""
+        identity = self.grid_hash(patches, grid)
+        return GridImage(0, self.num_rows(patches), patches, identity, grid, is_video)
+
+    def num_rows(self, patches: np.ndarray) -> int:
+        """Rows of the decoder that the patches become."""
+        return len(patches) // self.image_settings.merge**2
 
     def encode_image(self, source: Any, request: PromptRequest) -> EncodedMedia:
         settings = self.image_settings.limited(request)
-        image = self.load(source, request, settings.pixels)
+        picture = self.load(source, request, settings.pixels)
+        image = picture.image
         resized = fit(image, image.size, settings)
         frames = np.repeat(to_array(resized, settings.pixels)[None], settings.step, axis=0)
         made = self.grid_image(*cut(frames, settings, image.size))
+        cap = capped_size(image.size, settings)[1] if settings.pixels.do_resize else None
+        tiles = Tiles(1, 1, resized.size, self._token_grid(made.grid_thw))
         return EncodedMedia(
-            kind="image",
             replacement=self.image_token * made.end_idx,
             token_id=self.image_token_id,
             images=[made],
-            source_size=image.size,
-            resized_size=resized.size,
-            grid=made.grid_thw,
+            record=picture_record(picture, resized, made.grid_thw, tiles, cap),
         )
+
+    def _token_grid(self, grid: Grid) -> tuple[int, int]:
+        """Rows and columns of tokens of each step of a grid in patches."""
+        merge = self.image_settings.merge
+        return grid[1] // merge, grid[2] // merge
 
     def cut_clip(self, clip: Clip, settings: PatchSettings) -> tuple[np.ndarray, Grid]:
         """Patches of prepared frames, and their grid."""
@@ -111,14 +132,10 @@ class GridProcessor(VisionProcessor):
     ) -> EncodedMedia:
         """grid: of the whole clip, which may be several images, one behind the other."""
         return EncodedMedia(
-            kind="video",
             replacement=replacement,
             token_id=self.video_token_id,
             images=images,
-            source_size=clip.source_size,
-            resized_size=clip.frames[0].size,
-            grid=grid,
-            num_frames=len(clip.frames),
+            record=clip_record(clip, grid, self._token_grid(grid), None),
         )
 
     def grid_hash(self, patches: np.ndarray, grid: Grid, more: str = "") -> int:
@@ -136,6 +153,18 @@ class GridProcessor(VisionProcessor):
                 out[name] = np.concatenate([image.pixel_values for image in images])
                 out[f"{kind}_grid_thw"] = np.array([item.grid for item in items], np.int64)
         return out
+
+    def make_context(self, processed: ProcessedPrompt, fields: ContextFields) -> TextContext:
+        context = self.context_class(
+            **fields,
+            vision_token_ids=list(self.tokens.ids),
+            images=processed.images,
+            spatial_merge_size=self.image_settings.merge,
+            image_token_id=self.image_token_id,
+            video_token_id=self.video_token_id,
+        )
+        context.refresh_positions()
+        return context
 
 
 def cut(

@@ -2,7 +2,8 @@
 
 A grid is (t, h, w) in patches; merge x merge patches become one row for the decoder, and one
 placeholder token. Every token has a time, a height and a width position; text has them equal.
-Source: transformers modeling_qwen2_5_vl.py and modeling_qwen3_vl.py (get_rope_index, rot_pos_emb).
+Source: transformers modeling_qwen2_vl.py, modeling_qwen2_5_vl.py and modeling_qwen3_vl.py
+(get_rope_index, rot_pos_emb).
 """
 
 from __future__ import annotations
@@ -207,6 +208,33 @@ class GridContext(TextAndVisionContext, ABC):
         if self.decoder_position_ids.shape[1] != len(tokens):
             self.refresh_positions()
         return self.decoder_position_ids[:, tokens.processed_length : tokens.current_position]
+
+
+@dataclass(kw_only=True)
+class UntimedContext(GridContext):
+    """A request whose positions follow from the grids alone: a step of t takes one of them."""
+
+    spatial_merge_size: int
+    image_token_id: int
+    video_token_id: int
+
+    def media_positions(self) -> Mapping[int, Sequence[np.ndarray]]:
+        stills: list[np.ndarray] = []
+        clips: list[np.ndarray] = []
+        for image in self.grid_images():
+            positions = grid_positions(image.grid_thw, self.spatial_merge_size)
+            (clips if image.is_video else stills).append(positions)
+        return {self.image_token_id: stills, self.video_token_id: clips}
+
+    def grid_images(self) -> list[GridImage]:
+        """Raises: InputError for a picture without a grid."""
+        own = [image for image in self.images if isinstance(image, GridImage)]
+        if len(own) < len(self.images):
+            raise InputError(
+                f"request {self.request_id!r} has pictures without grids; expected GridImage, as "
+                "the model's processor makes them"
+            )
+        return own
 
 
 def grid_array(grids: Sequence[Grid]) -> np.ndarray:

@@ -10,6 +10,7 @@ import io
 import os
 import stat
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 MAX_IMAGE_PIXELS = 178_956_970  # where Pillow itself refuses
 MAX_FILE_BYTES = 2**30  # of a picture: as many pixels, uncompressed and 16 bits deep, take less
 ANYWHERE = Access()
+ORIENTATION = 0x0112  # the EXIF tag
 DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 DEEP_PICTURE = (
     "grey pictures of more than 8 bits are cut off at 255, as transformers does: most of them"
@@ -37,8 +39,27 @@ FORMATS = (
 )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Picture:
+    """An RGB picture, upright. orientation: the EXIF value that it was stored with, 1 to 8."""
+
+    image: Image
+    orientation: int = 1
+
+    @property
+    def source_size(self) -> tuple[int, int]:
+        """(width, height) as stored."""
+        width, height = self.image.size
+        return (height, width) if self.orientation >= 5 else (width, height)
+
+
 def load_image(source: Any, access: Access = ANYWHERE, *, convert: bool = True) -> Image:
-    """One picture as an RGB PIL image.
+    """One picture as an RGB PIL image; arguments and errors as `load_picture`."""
+    return load_picture(source, access, convert=convert).image
+
+
+def load_picture(source: Any, access: Access = ANYWHERE, *, convert: bool = True) -> Picture:
+    """One picture as RGB, and how it was stored.
 
     Args: source, a path, an http(s) or data: URL, bytes, a binary file object, a PIL image, or an
     array: uint8 [H, W], [H, W, 1], [H, W, 3] or [H, W, 4], or floats from 0 to 1. Animations give
@@ -52,9 +73,13 @@ def load_image(source: Any, access: Access = ANYWHERE, *, convert: bool = True) 
     name = describe(source)
     if isinstance(source, (pil.Image, np.ndarray)):
         image = _from_array(source) if isinstance(source, np.ndarray) else source
-        return to_rgb(image, name) if convert else _three_channels(image, name)
+        orientation = _orientation(image, name)
+        rgb = to_rgb(image, name) if convert else _three_channels(image, name)
+        return Picture(rgb, orientation)
     image = open_image(read_bytes(source, access), name)
-    return to_rgb(image if convert else _decoded(image, name).convert("RGB"), name)
+    orientation = _orientation(image, name)  # decoding a TIFF turns it and drops the tag
+    rgb = to_rgb(image if convert else _decoded(image, name).convert("RGB"), name)
+    return Picture(rgb, orientation)
 
 
 def read_bytes(source: Any, access: Access = ANYWHERE) -> bytes:
@@ -156,6 +181,16 @@ def _decoded(image: Image, name: str) -> Image:
         return ImageOps.exif_transpose(image)
     except Exception as error:  # decoders raise anything from OSError to SyntaxError
         raise _undecodable(name, error) from error
+
+
+def _orientation(image: Image, name: str) -> int:
+    """The EXIF orientation, 1 where none is named. Raises: MediaError for EXIF without sense."""
+    check_size(image.size, name)  # reading the tag of a PNG decodes it
+    try:
+        value = image.getexif().get(ORIENTATION, 1)
+    except Exception as error:  # the same parsers, and errors, as in decoding
+        raise _undecodable(name, error) from error
+    return value if value in range(1, 9) else 1
 
 
 def _undecodable(name: str, error: Exception) -> MediaError:

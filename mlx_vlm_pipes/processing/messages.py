@@ -10,11 +10,13 @@ pipelines do; unless their text already holds as many placeholders as there are 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from mlx_vlm_pipes.errors import InputError, shown
+from mlx_vlm_pipes.processing.chat_template import plain
 from mlx_vlm_pipes.processing.types import PromptRequest
 
 KINDS = ("image", "video")
@@ -26,6 +28,8 @@ PART_TYPES = {
     "text": "text", "input_text": "text", "output_text": "text", "image": "image",
     "image_url": "image", "input_image": "image", "video": "video", "video_url": "video",
 }  # fmt: skip
+
+REASONING = ("reasoning_content", "thinking", "reasoning")  # names for the same, the usual first
 
 Message = dict[str, Any]
 
@@ -93,6 +97,49 @@ def as_texts(messages: Sequence[Message], markers: Mapping[str, str]) -> list[Me
     return out
 
 
+def tool_call_forms(messages: Sequence[Message]) -> list[list[Message]]:
+    """The same messages, the arguments of tool calls first as objects, then as JSON texts.
+
+    OpenAI's API gives them as texts, most templates want objects and print them as JSON. One form,
+    as it is, where there are no arguments.
+    """
+    if not any(isinstance(m.get("tool_calls"), (list, tuple)) for m in messages):
+        return [list(messages)]
+    return [[_with_arguments(m, change) for m in messages] for change in (_as_object, _as_json)]
+
+
+def _with_arguments(message: Message, change: Callable[[Any], Any]) -> Message:
+    calls = message.get("tool_calls")
+    if not isinstance(calls, (list, tuple)):
+        return message
+    return {**message, "tool_calls": [_call(call, change) for call in calls]}
+
+
+def _call(call: Any, change: Callable[[Any], Any]) -> Any:
+    """A call as OpenAI writes it, {"function": {"name", "arguments"}}, or its inner part alone."""
+    if not isinstance(call, Mapping):
+        return call
+    if isinstance(call.get("function"), Mapping):
+        return {**call, "function": _call(call["function"], change)}
+    return {**call, "arguments": change(call["arguments"])} if "arguments" in call else call
+
+
+def _as_object(arguments: Any) -> Any:
+    if not isinstance(arguments, str):
+        return arguments
+    try:
+        value = json.loads(arguments)
+    except (ValueError, RecursionError):
+        return arguments  # what a model wrote need not be JSON
+    return value if isinstance(value, dict) else arguments
+
+
+def _as_json(arguments: Any) -> Any:
+    if not isinstance(arguments, Mapping):
+        return arguments
+    return json.dumps(plain(arguments), ensure_ascii=False)
+
+
 def user_texts(messages: Sequence[Message]) -> list[str]:
     """Every text of the user and system turns, stripped; what a template must not lose."""
     found = []
@@ -130,7 +177,18 @@ def _message(message: Any, index: int) -> Message:
         )
     if isinstance(content, (list, tuple)):
         content = list(content)
-    return {**message, "content": "" if content is None else content}
+    return {**_with_reasoning(message), "content": "" if content is None else content}
+
+
+def _with_reasoning(message: Mapping[str, Any]) -> Message:
+    """An earlier answer's reasoning under each of the names that templates read.
+
+    Source: transformers utils/chat_template_utils.py, _alias_reasoning_fields.
+    """
+    found = next((message[name] for name in REASONING if message.get(name) is not None), None)
+    if found is None:
+        return dict(message)
+    return {"thinking": found, **message, "reasoning_content": found}
 
 
 def _part(part: Any, inline: dict[str, list[Any]]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from mlx_vlm_pipes.errors import InputError
+from mlx_vlm_pipes.media.records import Cap
 from mlx_vlm_pipes.processing.settings import PixelSettings, Settings
 from mlx_vlm_pipes.processing.transforms import resize
 from mlx_vlm_pipes.processing.types import PromptRequest
@@ -116,7 +117,16 @@ def fit(image: Image, size: tuple[int, int], settings: PatchSettings, frames: in
 
 
 def smart_size(size: tuple[int, int], settings: PatchSettings, frames: int = 1) -> tuple[int, int]:
+    """(width, height) in whole blocks; arguments and errors as `capped_size`."""
+    return capped_size(size, settings, frames)[0]
+
+
+def capped_size(
+    size: tuple[int, int], settings: PatchSettings, frames: int = 1
+) -> tuple[tuple[int, int], Cap | None]:
     """(width, height) in whole blocks, within the limits, the ratio kept as closely as possible.
+
+    The limit that decided it comes with it, None where the size is the picture's own.
 
     frames: of a clip whose limits count the pixels of all its frames; 1 where they count those of
     one. Raises: InputError for a ratio of the sides above 200.
@@ -130,12 +140,15 @@ def smart_size(size: tuple[int, int], settings: PatchSettings, frames: int = 1) 
         )
     whole = 1 if frames == 1 else round(frames / settings.step) * settings.step
     new_w, new_h = round(width / factor) * factor, round(height / factor) * factor
+    cap = None
     if whole * new_w * new_h > settings.max_pixels:
+        cap = Cap("max_pixels", settings.max_pixels)
         shrink = math.sqrt(frames * height * width / settings.max_pixels)
         new_h = max(factor, math.floor(height / shrink / factor) * factor)
         new_w = max(factor, math.floor(width / shrink / factor) * factor)
     elif whole * new_w * new_h < settings.min_pixels:
+        cap = Cap("min_pixels", settings.min_pixels)
         grow = math.sqrt(settings.min_pixels / (frames * height * width))
         new_h = math.ceil(height * grow / factor) * factor
         new_w = math.ceil(width * grow / factor) * factor
-    return max(new_w, factor), max(new_h, factor)
+    return (max(new_w, factor), max(new_h, factor)), cap

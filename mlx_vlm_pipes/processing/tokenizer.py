@@ -106,12 +106,23 @@ class Tokenizer:
             raise ProcessorError(f"{self.folder}: the tokenizer has no token {token!r}")
         return found
 
-    def stream_decoder(self, *, skip_special_tokens: bool = True) -> StreamDecoder:
-        return StreamDecoder(self, skip_special_tokens=skip_special_tokens)
+    def stream_decoder(
+        self, *, skip_special_tokens: bool = True, kept: Sequence[str] = ()
+    ) -> StreamDecoder:
+        """kept: special tokens that are text all the same; those it does not know are left."""
+        ids = {self.token_id(token): token for token in kept}
+        known = {number: token for number, token in ids.items() if number is not None}
+        return StreamDecoder(self, skip_special_tokens=skip_special_tokens, kept=known)
 
     @functools.cached_property
     def chat_template(self) -> ChatTemplate | None:
         found = find_template(self.folder)
+        return None if found is None else ChatTemplate(*found)
+
+    @functools.cached_property
+    def tool_template(self) -> ChatTemplate | None:
+        """The template of requests with tools; often the one of all requests."""
+        found = find_template(self.folder, with_tools=True)
         return None if found is None else ChatTemplate(*found)
 
     def apply_chat_template(
@@ -123,35 +134,49 @@ class Tokenizer:
     ) -> str:
         """The prompt text of chat messages.
 
-        Args: template_variables, further names that the template reads (`enable_thinking`, ...).
-        Raises: ProcessorError if the folder has no template or it fails; InputError if it refuses.
+        Args: template_variables, further names that the template reads (`tools`, ...).
+        Raises: ProcessorError if the folder has no template or it fails; InputError if it refuses,
+        or does not read one of the variables.
         """
-        if self.chat_template is None:
+        given = dict(template_variables or {})
+        template = self.chat_template if given.get("tools") is None else self.tool_template
+        if template is None:
             raise ProcessorError(
                 f"{self.folder} has no chat template (chat_template.jinja, chat_template.json, "
                 "processor_config.json, tokenizer_config.json); pass a raw prompt instead"
             )
         names = {k: v for k, v in self.named_tokens.items() if k.endswith("_token")}
-        variables = {"tools": None, "documents": None, **names, **(template_variables or {})}
-        return self.chat_template.render(
-            messages, variables, add_generation_prompt=add_generation_prompt
-        )
+        template.require(given)
+        variables = {"tools": None, "documents": None, **names, **given}
+        return template.render(messages, variables, add_generation_prompt=add_generation_prompt)
 
 
 class StreamDecoder:
     """Text of a growing sequence, in whole characters only.
 
     Bytes of an unfinished character are held back; `flush` gives what is left at the end. The
-    pieces together are `decode` of all ids.
+    pieces together are `decode` of all ids, with those of `kept` as the texts given there.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        skip_special_tokens: bool,
+        kept: Mapping[int, str] | None = None,
+    ) -> None:
         self._tokenizer, self._skip = tokenizer, skip_special_tokens
+        self._kept = kept or {}
         self._ids: list[int] = []
         self._start = self._read = 0  # the window that is decoded, and its part already given
 
     def add(self, token: int) -> str:
         """Take a token; return the text that it completes, often nothing."""
+        if token in self._kept:
+            text = self.flush() + self._kept[token]
+            self._ids.clear()
+            self._start = self._read = 0
+            return text
         self._ids.append(int(token))
         held = len(self._ids) - self._read
         return self._advance(force=held > MAX_HELD_TOKENS)

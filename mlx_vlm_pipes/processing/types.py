@@ -11,7 +11,9 @@ import numpy as np
 
 from mlx_vlm_pipes.contexts import ImageMetadata
 from mlx_vlm_pipes.errors import InputError
+from mlx_vlm_pipes.media.records import MediaRecord
 from mlx_vlm_pipes.options import PROMPT_OPTIONS, default, unfit
+from mlx_vlm_pipes.processing.chat_template import OWN_NAMES
 from mlx_vlm_pipes.processing.fetch import Access
 
 
@@ -26,7 +28,7 @@ class PromptRequest:
     min_pixels, max_pixels: limits of one picture or frame, of models that take any size.
     num_frames: how many frames to take from a video file, instead of `fps`. local_files: whether
     text may name files. allow_private: whether URLs may lead to this machine or its network.
-    template_variables: further names that the chat template reads (`tools`, `enable_thinking`).
+    tools, chat_template_kwargs: what else the chat template reads, in plain JSON types.
     Raises: InputError for a prompt that is neither text nor messages, for images or videos that
     are no list or tuple, and for an option out of its bounds.
     """
@@ -42,7 +44,8 @@ class PromptRequest:
     num_frames: int | None = default("num_frames")
     local_files: bool = default("local_files")
     allow_private: bool = default("allow_private")
-    template_variables: Mapping[str, Any] | None = None
+    tools: Sequence[Mapping[str, Any]] | None = default("tools")
+    chat_template_kwargs: Mapping[str, Any] | None = default("chat_template_kwargs")
 
     def __post_init__(self) -> None:
         if not isinstance(self.prompt, Sequence) or isinstance(self.prompt, (bytes, bytearray)):
@@ -52,28 +55,19 @@ class PromptRequest:
                 raise InputError(f"{name} is a {type(value).__name__}; expected a list")
         for name, option in PROMPT_OPTIONS.items():
             option.read(vars(self)[name])
+        for name in self.chat_template_kwargs or ():
+            if name in OWN_NAMES:
+                raise InputError(f"chat_template_kwargs: no {name} there; {OWN_NAMES[name]}")
+
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        """What the chat template is given besides messages and special tokens."""
+        tools = {} if self.tools is None else {"tools": self.tools}
+        return {**(self.chat_template_kwargs or {}), **tools}
 
     @property
     def access(self) -> Access:
         return Access(self.local_files, self.allow_private)
-
-
-@dataclass(frozen=True)
-class MediaRecord:
-    """What the model saw of one picture or clip. Sizes are (width, height) in pixels.
-
-    grid: rows and columns of frames or patches, or time, rows and columns in patches.
-    start_idx, end_idx: half-open token range from its first to its last placeholder.
-    """
-
-    kind: str
-    source_size: tuple[int, int]
-    resized_size: tuple[int, int]
-    grid: tuple[int, ...]
-    num_frames: int
-    num_tokens: int
-    start_idx: int
-    end_idx: int
 
 
 @dataclass
@@ -89,6 +83,14 @@ class ProcessedPrompt:
     images: list[ImageMetadata]
     media: list[MediaRecord]
     arrays: Callable[[], dict[str, np.ndarray]] = field(default=dict, repr=False)
+
+    def __repr__(self) -> str:
+        return f"ProcessedPrompt({len(self.input_ids)} tokens, {len(self.media)} media)"
+
+    def _repr_html_(self) -> str:
+        from mlx_vlm_pipes.display.html import prompt_html
+
+        return prompt_html(self.text, len(self.input_ids), self.media)
 
     @cached_property
     def hf_arrays(self) -> dict[str, np.ndarray]:

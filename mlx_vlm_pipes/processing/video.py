@@ -76,13 +76,19 @@ class ClipPlan:
 
 @dataclass(frozen=True)
 class Clip:
-    """Prepared RGB frames; fps of what was sampled; timestamps_s of each frame."""
+    """Prepared RGB frames; fps of what was sampled; timestamps_s of each frame.
+
+    total_frames: that the clip has. num_chosen: that were to be read of them; a film that ends
+    early gives fewer.
+    """
 
     frames: list[Image]
     fps: float
     timestamps_s: list[float]
     duration_s: float
     source_size: tuple[int, int]
+    total_frames: int
+    num_chosen: int
 
 
 def load_clip(source: Any, plan: ClipPlan) -> Clip:
@@ -256,4 +262,5 @@ def _prepared(
     if first is None:
         raise MediaError("the clip has no frame that can be decoded")
     fps = count / info.num_frames * info.fps
-    return Clip(ready, fps, stamps[: len(ready)], info.duration_s, first)
+    stamps = stamps[: len(ready)]
+    return Clip(ready, fps, stamps, info.duration_s, first, info.num_frames, count)

@@ -30,13 +30,15 @@ UNICAST_V6 = ipaddress.ip_network("2000::/3")
 class Download:
     """One GET: `run` and `outcome` block until it is done; `abort`, on another thread, ends it.
 
-    Args: allow_private, whether loopback, local and otherwise unroutable addresses may be asked.
+    Args: allow_private, whether loopback, local and otherwise unroutable addresses may be asked;
+    hosts, the only ones that may be, in lower case (None: all).
     """
 
     url: str
     allow_private: bool
     timeout_s: float
     max_bytes: int
+    hosts: frozenset[str] | None = None
     sockets: list[socket.socket] = field(default_factory=list)
     proxied: set[urllib.request.Request] = field(default_factory=set)
 
@@ -47,7 +49,7 @@ class Download:
         large, too slow or shorter than announced; OSError, ValueError and HTTPException as the
         standard library does.
         """
-        require_http(self.url)
+        self.judge_url(self.url)
         deadline = time.monotonic() + self.timeout_s
         with self._opener().open(_request(self.url), timeout=self.timeout_s) as answer:
             return self._read(answer, deadline)
@@ -92,6 +94,13 @@ class Download:
                 return connection
         raise failure
 
+    def judge_url(self, url: str) -> None:
+        """Raises: MediaError for another scheme, or a host that is not one of `hosts`."""
+        require_http(url)
+        host = (urllib.parse.urlsplit(url).hostname or "").lower()
+        if self.hosts is not None and host not in self.hosts:
+            raise MediaError(f"{short_url(url)}: {host} is not one of the hosts that may be asked")
+
     def judge_name(self, host: str) -> None:
         """As `connect`, without a connection; a name that only the proxy knows passes."""
         try:
@@ -112,7 +121,7 @@ class Download:
         """An opener that knows http and https only, so that no redirect leads to file: or ftp:."""
         opener = urllib.request.OpenerDirector()
         for handler in (
-            _Proxies(self), _Plain(self), _Secure(self), _Redirects(),
+            _Proxies(self), _Plain(self), _Secure(self), _Redirects(self),
             urllib.request.HTTPErrorProcessor(), urllib.request.HTTPDefaultErrorHandler(),
             urllib.request.UnknownHandler(),
         ):  # fmt: skip
@@ -197,8 +206,11 @@ class _Proxies(urllib.request.ProxyHandler):
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
+    def __init__(self, download: Download) -> None:
+        self._download = download
+
     def redirect_request(self, req, fp, code, msg, headers, newurl):
-        require_http(newurl)
+        self._download.judge_url(newurl)
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 

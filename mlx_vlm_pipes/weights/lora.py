@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,16 @@ class LoRAAdapter:
     name: str
     rank: int
     layers: dict[str, LoRAPair]
+
+    def below(self, prefix: str) -> LoRAAdapter:
+        """The same adapter with the pairs below a prefix only, their paths unchanged."""
+        kept = {path: pair for path, pair in self.layers.items() if path.startswith(prefix)}
+        return replace(self, layers=kept)
+
+    def without(self, prefix: str) -> LoRAAdapter:
+        """The same adapter with the other pairs only."""
+        kept = {path: pair for path, pair in self.layers.items() if not path.startswith(prefix)}
+        return replace(self, layers=kept)
 
 
 def split_lora_path(entry: str) -> tuple[str, Path]:

@@ -186,34 +186,64 @@ def _are_counts(value: Any, max_length: int, max_value: int) -> TypeGuard[list[i
     )
 
 
+@dataclass(frozen=True, eq=False)
+class HostArray:
+    """An evaluated array in the host's memory, in order; bfloat16 as uint16, which numpy has.
+
+    It may be read on any thread, as MLX's own arrays may not.
+    """
+
+    dtype: DType
+    data: np.ndarray
+
+    @classmethod
+    def of(cls, array: mx.array) -> HostArray:
+        """An array that lies in order in memory is not copied."""
+        is_brain = array.dtype == mx.bfloat16
+        data = np.asarray(mx.contiguous(array.view(mx.uint16) if is_brain else array))
+        return cls(DType.from_mx(array.dtype), data)
+
+    @classmethod
+    def read(cls, info: TensorInfo, raw: bytes) -> HostArray:
+        """A header's entry with its bytes."""
+        held = "uint16" if info.dtype is DType.bfloat16 else info.dtype.name
+        return cls(info.dtype, np.frombuffer(raw, held).reshape(info.shape))
+
+    def to_mx(self) -> mx.array:
+        """A copy, on the calling thread's device."""
+        array = mx.array(self.data)
+        return array.view(mx.bfloat16) if self.dtype is DType.bfloat16 else array
+
+
 def write_file(path: Path, tensors: Mapping[str, mx.array]) -> None:
-    """Write arrays as a file that says it is MLX's; it appears whole or not at all.
+    """Write arrays as a file that says it is MLX's.
 
     Arrays that lie in order in memory are written from there, without a copy. The data start at
     a multiple of eight bytes, where MLX's own writer puts them anywhere.
     Raises: InputError if the file cannot be written.
     """
-    held = {name: _in_memory(array) for name, array in tensors.items()}
+    held = {name: HostArray.of(array) for name, array in tensors.items()}
+    write_host_arrays(path, held, {"format": "mlx"})
+
+
+def write_host_arrays(
+    path: Path, tensors: Mapping[str, HostArray], metadata: Mapping[str, str]
+) -> None:
+    """As `write_file`, from any thread, with this metadata."""
     specs = {
         name: TensorSpec(
-            dtype=DType.from_mx(array.dtype).name,
-            shape=array.shape,
-            data_ptr=held[name].ctypes.data,
-            data_len=held[name].nbytes,
+            dtype=array.dtype.name,
+            shape=array.data.shape,
+            data_ptr=array.data.ctypes.data,
+            data_len=array.data.nbytes,
         )
         for name, array in tensors.items()
     }
     try:
-        serialize_file(specs, path, metadata={"format": "mlx"})
+        serialize_file(specs, path, metadata=dict(metadata))
         path.chmod(path.parent.stat().st_mode & 0o666)  # the package leaves it to the owner alone
     except SafetensorError as error:
         raise InputError(f"{path}: cannot be written ({clip(error, 200)})") from None
-
-
-def _in_memory(array: mx.array) -> np.ndarray:
-    """The array's own memory, evaluated, in order; bfloat16 as uint16, which numpy has."""
-    is_brain = array.dtype == mx.bfloat16
-    return np.asarray(mx.contiguous(array.view(mx.uint16) if is_brain else array))
 
 
 def safetensors_files(folder: str | Path) -> list[Path]:

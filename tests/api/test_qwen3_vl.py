@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, ClassVar
 
 import mlx.core as mx
@@ -9,37 +10,11 @@ import numpy as np
 
 from mlx_vlm_pipes.architectures.qwen3_vl import Qwen3VLConfig, Qwen3VLInputs, Qwen3VLModel
 from mlx_vlm_pipes.architectures.qwen3_vl.context import Qwen3VLTextAndVisionContext
-from mlx_vlm_pipes.contexts import TokenBuffer
-from mlx_vlm_pipes.processing.grids import GridImage
-from tests.api.driving import Arrays, Room, model_of
+from tests.api.driving import Room, model_of
+from tests.api.grids import grid_context
 from tests.api.lora_contract import LoRAContract
 from tests.api.vision_contract import VisionContract
 from tests.fixtures_helper import FIXTURES
-
-
-def make_context(
-    config: dict[str, Any], arrays: Arrays, prompt: str
-) -> Qwen3VLTextAndVisionContext:
-    ids, token = arrays[f"{prompt}/input_ids"], config["image_token_id"]
-    merge, spots, images, first = 2, np.flatnonzero(ids == token), [], 0
-    for t, h, w in arrays[f"{prompt}/image_grid_thw"].tolist():
-        patches = arrays[f"{prompt}/pixel_values"][first : first + t * h * w]
-        start = int(spots[first // merge**2])
-        end = start + len(patches) // merge**2
-        images.append(GridImage(start, end, patches, grid_thw=(t, h, w)))
-        first += len(patches)
-    made = Qwen3VLTextAndVisionContext(
-        max_length=2048,
-        tokens=TokenBuffer(ids),
-        vision_token_ids=[token],
-        images=list(images),
-        spatial_merge_size=merge,
-        image_token_id=token,
-        video_token_id=config["video_token_id"],
-    )
-    made.refresh_positions()
-    return made
-
 
 ROOM = Room(
     model=Qwen3VLModel,
@@ -50,7 +25,7 @@ ROOM = Room(
     text="model.language_model.",
     head="lm_head.weight",
     cut=14,
-    make_context=make_context,
+    make_context=partial(grid_context, Qwen3VLTextAndVisionContext),
 )
 
 

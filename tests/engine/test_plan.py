@@ -9,7 +9,7 @@ from mlx_vlm_pipes import EngineConfig, load
 from tests.device import on_cpu_only
 from tests.fixtures_helper import arguments, cases, reference
 
-NAMES = ("idefics3", "pixtral", "internvl-qwen3", "qwen25vl-v5", "qwen3vl")
+NAMES = ("idefics3", "pixtral", "internvl-qwen3", "qwen2vl", "qwen25vl-v5", "qwen3vl")
 CASES = [c for c in cases() if c.name in NAMES]
 
 

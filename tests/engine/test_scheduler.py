@@ -176,12 +176,12 @@ def break_sampler(driven: Driven, handle: Handle) -> None:
     """The request's sampler raises at its third token."""
     job = next(job for job in driven.scheduler.waiting if job.handle is handle)
 
-    def own_way(logits: mx.array) -> mx.array:
+    def processor(tokens: mx.array, logits: mx.array) -> mx.array:
         if job.sampler.steps == 2:
             raise ValueError("this sampler is broken")
         return logits
 
-    job.sampler.own_way = own_way
+    job.sampler.processors = (processor,)
 
 
 def test_a_sampler_that_raises_fails_its_request_only(fresh: Driven) -> None:

@@ -33,6 +33,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "part of a head, pairs side by side": {"rope": RopeSpec(32, 10000.0, interleaved=True)},
     "window": {"sliding_window": 40},
 }  # fmt: skip
+QUICK = ("plain", "8 bits", "norms of queries and keys")  # the others are slow
 
 
 def params(bits: int | None, *, on_gpu: bool) -> KVCacheParams:
@@ -72,7 +73,9 @@ def run(
     return np.stack(found), cache.shapes
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[] if kind in QUICK else pytest.mark.slow) for kind in KINDS]
+)
 def test_forms_and_groups_give_what_a_row_gives_alone(kind: str) -> None:
     changes = dict(KINDS[kind])
     bits = changes.pop("bits", None)

@@ -15,7 +15,8 @@ from tests.fixtures_helper import SAME_PILLOW, cases, reference
 ROOMS = {
     "idefics3": "idefics3.Idefics3Processor", "smolvlm": "idefics3.Idefics3Processor",
     "pixtral": "pixtral.PixtralProcessor", "internvl": "internvl.InternVLProcessor",
-    "internvl_chat": "internvl.InternVLProcessor", "qwen2_5_vl": "qwen2_5vl.Qwen2_5VLProcessor",
+    "internvl_chat": "internvl.InternVLProcessor", "qwen2_vl": "qwen2_vl.Qwen2VLProcessor",
+    "qwen2_5_vl": "qwen2_5vl.Qwen2_5VLProcessor",
     "qwen3_vl": "qwen3_vl.Qwen3VLProcessor",
 }  # fmt: skip
 TEXT_ROOM = "llama3.Llama3Processor"

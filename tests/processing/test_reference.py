@@ -11,15 +11,19 @@ from PIL import Image
 
 from mlx_vlm_pipes.architectures.idefics3 import processing as idefics3
 from mlx_vlm_pipes.architectures.internvl import processing as internvl
+from mlx_vlm_pipes.architectures.llama3.processing import Llama3Processor
 from mlx_vlm_pipes.architectures.pixtral import processing as pixtral
 from mlx_vlm_pipes.architectures.qwen2_5vl import processing as qwen
 from mlx_vlm_pipes.errors import MediaError
+from mlx_vlm_pipes.processing import grid_clips
 from mlx_vlm_pipes.processing.images import load_image
+from mlx_vlm_pipes.processing.patches import ClipSettings
 from mlx_vlm_pipes.processing.tokenizer import Tokenizer
 from mlx_vlm_pipes.processing.types import PromptRequest
 from mlx_vlm_pipes.processing.video import VideoInfo, arange_indices
 from tests.fixtures_helper import cases, reference
 from tests.processing import folders
+from tests.processing.tool_templates import CASES
 
 pytestmark = [pytest.mark.reference, pytest.mark.filterwarnings("ignore:grey pictures")]
 
@@ -251,7 +255,7 @@ def test_frame_sampling() -> None:
     pytest.importorskip("torchvision")
     from transformers.video_utils import VideoMetadata
 
-    limits = qwen.ClipSettings(4, 768, cap_pixels_per_frame=False, max_video_tokens=128000)
+    limits = ClipSettings(4, 768, cap_pixels_per_frame=False, max_video_tokens=128000)
     owner = types.SimpleNamespace(
         num_frames=None, fps=None, temporal_patch_size=2, min_frames=4, max_frames=768,
         initial_shift=True,
@@ -263,7 +267,7 @@ def test_frame_sampling() -> None:
         info, request = VideoInfo(total, rate), PromptRequest("", fps=fps)
         meta = VideoMetadata(total_num_frames=total, fps=rate, duration=total / rate)
         expected = sampler("qwen2_vl", "Qwen2VLVideoProcessor")(owner, meta, fps=fps)
-        assert qwen.sample_frames(info, request, limits, 2).tolist() == expected.tolist()
+        assert grid_clips.sample_frames(info, request, limits, 2).tolist() == expected.tolist()
         expected = sampler("internvl", "InternVLVideoProcessor")(owner, meta, num_frames=count)
         assert internvl.sample_frames(info, count).tolist() == expected.tolist()
         expected = sampler("smolvlm", "SmolVLMVideoProcessor")(owner, meta, num_frames=16, fps=fps)
@@ -297,3 +301,26 @@ def test_tokenizer_and_template(path) -> None:
             add_generation_prompt=True, **names,
         )  # fmt: skip
         assert tokenizer.apply_chat_template(prompt["messages"]) == rendered[0]
+
+
+@pytest.mark.parametrize("case", CASES, ids=range(len(CASES)))
+def test_tools_and_variables_of_templates(case, tmp_path) -> None:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    template, messages, tools, variables = case
+    expected, _ = render_jinja_template(
+        [messages], tools=tools, chat_template=template, add_generation_prompt=True,
+        bos_token="<s>", **variables,
+    )  # fmt: skip
+    folder = folders.make_folder(tmp_path, [], {}, template, bos="<s>")
+    request = PromptRequest(messages, tools=tools, chat_template_kwargs=variables)
+    assert Llama3Processor(folder, {"architectures": ["x"]}).process(request).text == expected[0]
+
+
+def test_functions_as_tools() -> None:
+    from transformers.utils.chat_template_utils import get_json_schema
+
+    from mlx_vlm_pipes.tool_schema import tool_schema
+    from tests.processing.test_tools import forecast
+
+    assert tool_schema(forecast) == get_json_schema(forecast)

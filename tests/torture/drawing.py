@@ -21,8 +21,10 @@ from tests.torture.pictures import draw_picture
 from tests.torture.section import Section, require
 
 TEXT = ("llama-tied", "mistral-window", "phi3-longrope")
-VISION = ("idefics3", "pixtral", "internvl-qwen2", "qwen25vl", "qwen3vl", "smolvlm")
-WITH_CLIPS = ("smolvlm", "internvl-qwen2", "qwen25vl", "qwen3vl")
+VISION = (
+    "idefics3", "pixtral", "internvl-qwen2", "qwen2vl", "qwen25vl", "qwen3vl", "smolvlm",
+)  # fmt: skip
+WITH_CLIPS = ("smolvlm", "internvl-qwen2", "qwen2vl", "qwen25vl", "qwen3vl")
 FAMILIES = (*TEXT, *VISION)
 EXAMPLES = FIXTURES.parent.parent / "examples" / "models"
 TRAINED = {  # with heads that are wide enough for a quantised cache

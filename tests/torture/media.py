@@ -21,8 +21,10 @@ from tests.torture import pictures, section
 from tests.torture.drawing import open_processor
 from tests.torture.section import Case, one_line, require, taken_or_refused
 
-FAMILIES = ["idefics3", "smolvlm", "pixtral", "internvl-qwen2", "qwen25vl", "qwen3vl"]
-WITH_CLIPS = ["smolvlm", "internvl-qwen2", "qwen25vl", "qwen3vl"]
+FAMILIES = [
+    "idefics3", "smolvlm", "pixtral", "internvl-qwen2", "qwen2vl", "qwen25vl", "qwen3vl",
+]  # fmt: skip
+WITH_CLIPS = ["smolvlm", "internvl-qwen2", "qwen2vl", "qwen25vl", "qwen3vl"]
 ORIENTATION = 0x0112  # EXIF
 
 

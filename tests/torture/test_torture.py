@@ -10,6 +10,7 @@ from tests.torture import __main__ as command
 from tests.torture.values import Section
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", command.SECTIONS)
 def test_a_small_part_holds(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     status = command.main([name, "--small", "--seed", "0"])

@@ -18,8 +18,8 @@ from mlx.utils import tree_map
 from mlx_vlm_pipes.config import KVCacheParams
 from mlx_vlm_pipes.contexts import SamplingParams
 from mlx_vlm_pipes.dtypes import DeviceRef, DType
-from mlx_vlm_pipes.engine.sampler import Sampler
-from mlx_vlm_pipes.engine.sampling import RowSampler
+from mlx_vlm_pipes.engine.batch_sampler import BatchSampler
+from mlx_vlm_pipes.engine.row_sampler import RowSampler
 from mlx_vlm_pipes.hf_config import read_config
 from mlx_vlm_pipes.interfaces import ReturnLogits
 from mlx_vlm_pipes.kv_cache import cache_format
@@ -40,7 +40,7 @@ ADAPTED = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_att
 FIXTURES = Path(__file__).parents[2] / "tests" / "fixtures"
 TOWERS = {
     "idefics3": "idefics3", "internvl": "internvl-qwen3", "pixtral": "pixtral",
-    "qwen2_5_vl": "qwen25vl", "qwen3_vl": "qwen3vl",
+    "qwen2_vl": "qwen2vl", "qwen2_5_vl": "qwen25vl", "qwen3_vl": "qwen3vl",
 }  # fmt: skip
 
 
@@ -115,7 +115,7 @@ def count_sampling(rows: Sequence[SamplingParams], vocab_size: int = VOCABULARY)
     mx.eval(logits)
 
     def sample(x: mx.array) -> list[mx.array]:
-        sampler = Sampler(is_gpu=True)
+        sampler = BatchSampler(is_gpu=True)
         samplers = [RowSampler(params, prompt, vocab_size, [2]) for params in rows]
         sampler(logits, samplers)  # makes the groups, which stay
         mx.eval(sampler.state())

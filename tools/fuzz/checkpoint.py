@@ -26,6 +26,7 @@ IMAGE_PROCESSORS = {
     "smolvlm": SmolVLMImageProcessorPil,
     "pixtral": PixtralImageProcessorPil,
     "internvl": GotOcr2ImageProcessorPil,
+    "qwen2_vl": Qwen2VLImageProcessorPil,
     "qwen2_5_vl": Qwen2VLImageProcessorPil,
     "qwen3_vl": Qwen2VLImageProcessorPil,
 }
@@ -80,13 +81,14 @@ def _fitted(family: str, parts: Json) -> Json:
     if rope["rope_type"] == "longrope":
         rope["short_factor"] = [1.0 + 0.1 * i for i in range(head // 2)]
         rope["long_factor"] = [1.1 + 0.9 * i * i for i in range(head // 2)]
-    if family == "qwen2_5_vl" and sum(rope.get("mrope_section", ())) != head // 2:
+    if family in ("qwen2_vl", "qwen2_5_vl") and sum(rope.get("mrope_section", ())) != head // 2:
         rope["mrope_section"] = [head // 8, head // 8, head // 2 - 2 * (head // 8)]
     if family in TEXT:
         return text
     if family.startswith("qwen"):
         vision = parts["vision"]
-        vision["out_hidden_size"] = parts["text"]["hidden_size"]
+        rows = "hidden_size" if family == "qwen2_vl" else "out_hidden_size"
+        vision[rows] = parts["text"]["hidden_size"]
         for key in ("fullatt_block_indexes", "deepstack_visual_indexes"):
             if key in vision:
                 vision[key] = [i for i in vision[key] if i < vision["depth"]]

@@ -240,6 +240,11 @@ VISION: dict[str, Knobs] = {
         "image.min_patches": [2, 3],
     },
     "internvl_chat": {**TOWER, **INTERNVL},
+    "qwen2_vl": {
+        **QWEN, **CLIPS, **V5_FILES, **QWEN_WINDOWS,
+        "vision.mlp_ratio": [1, 3],
+        "vision.*heads": [{"embed_dim": e, "num_heads": n} for e, n in ((32, 4), (48, 2), (32, 1))],
+    },
     "qwen2_5_vl": {
         **QWEN, **CLIPS, **V5_FILES, **QWEN_WINDOWS,
         "vision.window_size": [16, 48, 112],
@@ -288,6 +293,8 @@ def knobs_of(family: str) -> Knobs:
             del knobs[key]
         # its network stands alone in float32, where xIELU's numbers are not rounded to bfloat16
         knobs["text.hidden_act"] = [name for name in ACTIVATIONS if name != "xielu"]
+    if family == "qwen2_vl":
+        del knobs["vision.intermediate_size"]  # it follows from mlp_ratio
     if family == "qwen3_vl":
         del knobs["text.*heads"]  # the sections belong to a head of 16
         del knobs["text.*dynamic"]

@@ -4,6 +4,7 @@ from tools.make_fixtures.case import Json
 from tools.make_fixtures.text_cases import SMALL
 from tools.make_fixtures.vision_cases import (
     INTERNVL_VISION,
+    QWEN2_VISION,
     QWEN3_VISION,
     QWEN_VISION,
     ROPE,
@@ -53,6 +54,10 @@ PLAIN: dict[str, Json] = {
     },
     "internvl": {"text": TEXT, "vision": INTERNVL_VISION, "llm": "Qwen2Config"},
     "internvl_chat": {"text": TEXT, "vision": INTERNVL_VISION, "llm": "Qwen2Config"},
+    "qwen2_vl": {
+        "text": _QWEN_TEXT | {"rope_parameters": ROPE | {"mrope_section": [1, 1, 2]}},
+        "vision": QWEN2_VISION,
+    },
     "qwen2_5_vl": {
         "text": _QWEN_TEXT | {"rope_parameters": ROPE | {"mrope_section": [1, 1, 2]}},
         "vision": QWEN_VISION,

@@ -18,7 +18,7 @@ from tools.make_fixtures.media import draw, draw_clip
 
 from .knobs import TEXT
 
-WITH_CLIPS = ("smolvlm", "internvl", "qwen2_5_vl", "qwen3_vl")
+WITH_CLIPS = ("smolvlm", "internvl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 WORDS = [
     "river", "What is it?", "The", "small letter", "128", "3.14159", "naïve", "Straße", "東京",
     "🙂👩‍👩‍👧", "don't", "  two  spaces", "line\nbreak", "tab\there", "\r\n", "é", "e\u0301",

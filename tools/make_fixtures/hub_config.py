@@ -4,6 +4,8 @@ import copy
 
 from .case import Json
 
+VERSIONS = {"qwen2_vl": "4.41.2", "qwen3_vl": "4.57.0.dev0"}  # that wrote the released files
+
 
 def hub_config(config: Json, family: str, sparse: dict[str, tuple[str, ...]]) -> Json:
     """A version 5 config in version 4 spelling; `sparse` names keys to leave out, by section."""
@@ -14,7 +16,7 @@ def hub_config(config: Json, family: str, sparse: dict[str, tuple[str, ...]]) ->
         spread_rope(part)
         for key in ("layer_types", "_name_or_path", "transformers_version"):
             part.pop(key, None)
-    config["transformers_version"] = "4.57.0.dev0" if family == "qwen3_vl" else "4.51.3"
+    config["transformers_version"] = VERSIONS.get(family, "4.51.3")
     if "vision_config" in config:
         config = _hub_vision(config, family)
     for section, keys in sparse.items():
@@ -55,10 +57,10 @@ def _hub_vision(config: Json, family: str) -> Json:
         vision["model_type"] = "idefics3"
     if family == "qwen3_vl":
         vision["model_type"] = "qwen3_vl"
-    if family == "qwen2_5_vl":
+    if family in ("qwen2_vl", "qwen2_5_vl"):
         vision["in_chans"] = vision.pop("in_channels", 3)
         vision["spatial_patch_size"] = vision["patch_size"]
-        vision["model_type"] = "qwen2_5_vl"
+        vision["model_type"] = family
         vision.pop("initializer_range", None)
         text = config.pop("text_config")
         text.pop("model_type", None)

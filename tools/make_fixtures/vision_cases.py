@@ -29,6 +29,7 @@ def vision_cases() -> list[Case]:
         *_pixtral_cases(),
         *_internvl_cases(),
         *_internvl_chat_cases(),
+        *_qwen2_vl_cases(),
         *_qwen_cases(),
         *_qwen3_vl_cases(),
     ]
@@ -208,6 +209,59 @@ def _internvl_chat_cases() -> list[Case]:
              "text": TEXT | {"head_dim": 8, "tie_word_embeddings": True}},
             (INTERNVL_PROMPTS[1], TEXT_PROMPT),
             options=Options(max_patches=3, dtype="bfloat16"),
+        ),
+    ]  # fmt: skip
+
+
+QWEN2_VISION: Json = {
+    "depth": 2,
+    "embed_dim": 32,
+    "hidden_size": 32,
+    "mlp_ratio": 2,
+    "num_heads": 2,
+    "patch_size": 8,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+}
+
+
+def _qwen2_vl_cases() -> list[Case]:
+    text = TEXT | {"rms_norm_eps": 1e-6, "rope_parameters": ROPE | {"mrope_section": [1, 1, 2]}}
+    apart = [user("First ", IMAGE, " then ", IMAGE, " what?")]
+    both = [user(IMAGE, VIDEO, "Is it in the clip?")]
+    v5_vision = {"embed_dim": 24, "mlp_ratio": 3, "patch_size": 6, "hidden_act": "gelu"}
+    v5_text = {"num_attention_heads": 2, "num_key_value_heads": 1,
+               "rope_parameters": ROPE | {"mrope_section": [2, 3, 3]}}  # fmt: skip
+    return [
+        Case(
+            "qwen2vl", "qwen2_vl",
+            "tied, keys left out as in released files, bfloat16; images, clips, text",
+            {"vision": QWEN2_VISION, "text": text | {"tie_word_embeddings": True}},
+            (_asked("one", Picture("shapes", 67, 49, 60)),
+             Prompt("two", messages=apart,
+                    images=(Picture("clouds", 24, 60, 61), Picture("gradient", 40, 30, 62, "L"))),
+             Prompt("clip", messages=[user(VIDEO, "Why?")], videos=(Clip(5, 61, 36, 63),)),
+             Prompt("long-clip", messages=[user(VIDEO, "Why?")], videos=(Clip(12, 40, 30, 64),),
+                    fps=0.7),
+             Prompt("mixed", messages=both, images=(Picture("checker", 34, 34, 65),),
+                    videos=(Clip(4, 50, 34, 66),), fps=1.0),
+             TEXT_PROMPT),
+            batch=("one", "text", "mixed"),
+            options=Options(image_tokens=(4, 16), video_tokens=(4, 16), dtype="bfloat16",
+                            sparse={"vision_config": ("hidden_act", "model_type")},
+                            generation={"do_sample": True, "temperature": 0.01, "top_k": 1}),
+        ),
+        Case(
+            "qwen2vl-v5", "qwen2_vl",
+            "version 5 config, names and files; a tower narrower than its rows, GELU, other axes",
+            {"vision": QWEN2_VISION | v5_vision, "text": text | v5_text},
+            (_asked("alpha", Picture("shapes", 60, 40, 67, "RGBA")),
+             _later(Picture("gradient", 37, 41, 68, "L"), Picture("checker", 40, 26, 69)),
+             Prompt("clip", messages=[user(VIDEO, "Why?")], videos=(Clip(2, 35, 25, 70),), fps=4.0),
+             TEXT_PROMPT),
+            options=Options(config_style="v5", nested_processor=True, original_names=False,
+                            image_tokens=(4, 16), video_tokens=(4, 24), dtype="bfloat16",
+                            tokenizer_form="v5", template_in="chat_template.jinja"),
         ),
     ]  # fmt: skip
 

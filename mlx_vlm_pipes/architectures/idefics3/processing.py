@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from mlx_vlm_pipes.architectures.idefics3.facts import FACTS
 from mlx_vlm_pipes.architectures.idefics3.sizes import FrameSizes
 from mlx_vlm_pipes.errors import InputError, ProcessorError
 from mlx_vlm_pipes.hf_config import HuggingFaceConfig
+from mlx_vlm_pipes.media.records import Cap, Tiles
 from mlx_vlm_pipes.processing.base import (
     EncodedMedia,
     MediaTokens,
@@ -25,6 +26,7 @@ from mlx_vlm_pipes.processing.base import (
     check_num_tokens,
 )
 from mlx_vlm_pipes.processing.messages import Message
+from mlx_vlm_pipes.processing.records import clip_record, picture_record
 from mlx_vlm_pipes.processing.settings import (
     HALF,
     PixelSettings,
@@ -129,21 +131,28 @@ class Idefics3Processor(VisionProcessor):
             )
 
     def encode_image(self, source: Any, request: PromptRequest) -> EncodedMedia:
-        image = self.load(source, request, self.settings.pixels)
+        picture = self.load(source, request, self.settings.pixels)
+        image = picture.image
         rows, columns = frame_grid(image.size, self.settings)
         check_num_tokens((rows * columns + 1) * self.image_seq_len, image.size)
-        frames, rows, columns = split(image, self.settings)
+        canvas, frames = split(image, self.settings)
         arrays = [to_array(frame, self.settings.pixels) for frame in frames]
         side = self.settings.frame_px
+        whole = Tiles(1, 1, (side, side), self._token_grid)
+        tiles = replace(whole, rows=rows, columns=columns, overview=True) if rows else whole
+        cap = first_cap(image.size, self.settings)
         return EncodedMedia(
-            kind="image",
             replacement=image_text(rows, columns, self.image_seq_len),
             token_id=self.image_token_id,
             images=[self.new_image(array, self.image_seq_len) for array in arrays],
-            source_size=image.size,
-            resized_size=(max(columns, 1) * side, max(rows, 1) * side),
-            grid=(rows, columns),
+            record=picture_record(picture, canvas, (rows, columns), tiles, cap),
         )
+
+    @property
+    def _token_grid(self) -> tuple[int, int]:
+        """Rows and columns of a frame's tokens: frames are square."""
+        side = math.isqrt(self.image_seq_len)
+        return side, side
 
     def encode_clip(self, source: Any, request: PromptRequest) -> EncodedMedia:
         settings = self.clips
@@ -164,15 +173,12 @@ class Idefics3Processor(VisionProcessor):
         clip = load_clip(source, plan)
         check_num_tokens(len(clip.frames) * self.image_seq_len, clip.source_size)
         arrays = [to_array(frame, settings.pixels) for frame in clip.frames]
+        cap = Cap("max_image_size", side) if max(clip.source_size) > side else None
         return EncodedMedia(
-            kind="video",
             replacement=clip_text(clip, self.image_seq_len),
             token_id=self.image_token_id,
             images=[self.new_image(array, self.image_seq_len) for array in arrays],
-            source_size=clip.source_size,
-            resized_size=(side, side),
-            grid=(0, 0),
-            num_frames=len(arrays),
+            record=clip_record(clip, (0, 0), self._token_grid, cap),
         )
 
     def _require_same_tokens(self, side: int) -> None:
@@ -228,6 +234,17 @@ def first_size(size: tuple[int, int], settings: Idefics3Settings) -> tuple[int, 
     return bounded_size((edges["width"], edges["height"]))
 
 
+def first_cap(size: tuple[int, int], settings: Idefics3Settings) -> Cap | None:
+    """What made a picture (width, height) smaller than it was."""
+    side, first = settings.frame_px, first_size(size, settings)
+    if not settings.do_image_splitting and max(first) > side:
+        return Cap("max_image_size", side)
+    longest = dict(settings.size).get("longest_edge")
+    if longest is None or not settings.pixels.do_resize or max(size) <= max(first):
+        return None
+    return Cap("longest_edge", max(first))
+
+
 def frame_grid(size: tuple[int, int], settings: Idefics3Settings) -> tuple[int, int]:
     """(rows, columns) of frames of a picture (width, height); (0, 0): the whole picture alone."""
     width, height = frame_multiples(first_size(size, settings), settings.frame_px)
@@ -236,21 +253,22 @@ def frame_grid(size: tuple[int, int], settings: Idefics3Settings) -> tuple[int, 
     return (0, 0) if single else (rows, columns)
 
 
-def split(image: Image, settings: Idefics3Settings) -> tuple[list[Image], int, int]:
-    """Square frames of an RGB picture, row by row, the whole picture last; rows and columns."""
+def split(image: Image, settings: Idefics3Settings) -> tuple[Image, list[Image]]:
+    """An RGB picture as it is cut; its square frames, row by row, the whole picture last."""
     pixels, side = settings.pixels, settings.frame_px
     rows, columns = frame_grid(image.size, settings)
     if pixels.do_resize:
         image = resize(image, *first_size(image.size, settings), pixels)
     if not rows:
-        return [resize(image, side, side, pixels)], 0, 0
+        whole = resize(image, side, side, pixels)
+        return whole, [whole]
     image = resize(image, columns * side, rows * side, pixels)
     frames = [
         image.crop((x * side, y * side, (x + 1) * side, (y + 1) * side))
         for y in range(rows)
         for x in range(columns)
     ]
-    return [*frames, resize(image, side, side, pixels)], rows, columns
+    return image, [*frames, resize(image, side, side, pixels)]
 
 
 def frame_multiples(size: tuple[int, int], side: int) -> tuple[int, int]:

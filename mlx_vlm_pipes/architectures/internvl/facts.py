@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mlx_vlm_pipes.config_limits import FACTOR, FLAG, TEXT, number, sides, size
-from mlx_vlm_pipes.facts import Composite, RoomFacts
+from mlx_vlm_pipes.facts import Composite, Coordinates, RoomFacts
 
 FACTS = RoomFacts(
     class_defaults={
@@ -23,6 +23,8 @@ FACTS = RoomFacts(
             },
         ),
     },
+    # boxes are divided by 1000: OpenGVLab/InternVL, eval/refcoco/evaluate_grounding.py
+    coordinates=Coordinates.THOUSANDTHS,
     connectors=("multi_modal_projector.",),
     limits={
         "force_image_size": sides(2**14), "max_dynamic_patch": size(2**12),

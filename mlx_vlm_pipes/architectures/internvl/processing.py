@@ -7,6 +7,7 @@ video_processing_internvl.py.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,12 +19,14 @@ from mlx_vlm_pipes.architectures.internvl.facts import FACTS
 from mlx_vlm_pipes.architectures.internvl.sizes import TileSizes, is_original
 from mlx_vlm_pipes.errors import ProcessorError
 from mlx_vlm_pipes.hf_config import HuggingFaceConfig
+from mlx_vlm_pipes.media.records import Cap, Tiles
 from mlx_vlm_pipes.processing.base import (
     EncodedMedia,
     MediaTokens,
     VisionProcessor,
     check_num_tokens,
 )
+from mlx_vlm_pipes.processing.records import clip_record, picture_record
 from mlx_vlm_pipes.processing.settings import (
     CLIP_MEAN,
     CLIP_STD,
@@ -51,6 +54,7 @@ DEFAULT_TILES = 12
 DEFAULT_FRAMES = 8  # of a clip, as in the original code's examples
 MAX_TILES = 256
 MAX_TILE_PX = 2048
+NEXT_SQUARE = 4  # times as many tiles hold the next larger grid of any ratio
 
 
 @dataclass(frozen=True)
@@ -102,21 +106,27 @@ class InternVLProcessor(VisionProcessor):
         return f"internvl|{self.pixels}|{self.clip_pixels}|{self.tiles}"
 
     def encode_image(self, source: Any, request: PromptRequest) -> EncodedMedia:
-        image = self.load(source, request, self.pixels)
-        tiles, rows, columns = cut(image, self.tiles, self.pixels)
+        picture = self.load(source, request, self.pixels)
+        image = picture.image
+        canvas, tiles, cap = cut(image, self.tiles, self.pixels)
         array = np.stack([to_array(tile, self.pixels) for tile in tiles])  # [tiles, 3, S, S]
         run = len(tiles) * self.tiles.tokens
         check_num_tokens(run, image.size)
         side = self.tiles.side_px
+        rows, columns = canvas.height // side, canvas.width // side
+        cut_as = Tiles(rows, columns, (side, side), self._token_grid, len(tiles) > rows * columns)
         return EncodedMedia(
-            kind="image",
             replacement=self.run_text(run),
             token_id=self.image_token_id,
             images=[self.new_image(cut_tiles(array, self.tiles.patch_px), run)],
-            source_size=image.size,
-            resized_size=(columns * side, rows * side),
-            grid=(rows, columns),
+            record=picture_record(picture, canvas, (rows, columns), cut_as, cap),
         )
+
+    @property
+    def _token_grid(self) -> tuple[int, int]:
+        """Rows and columns of a tile's tokens: tiles are square."""
+        side = math.isqrt(self.tiles.tokens)
+        return side, side
 
     def encode_clip(self, source: Any, request: PromptRequest) -> EncodedMedia:
         side, count = self.tiles.side_px, request.num_frames or DEFAULT_FRAMES
@@ -141,15 +151,12 @@ class InternVLProcessor(VisionProcessor):
         tokens = self.tiles.tokens
         check_num_tokens(tokens * len(array), clip.source_size)
         lines = [f"Frame{i + 1}: {self.run_text(tokens)}" for i in range(len(array))]
+        cap = Cap("image_size", side) if max(clip.source_size) > side else None
         return EncodedMedia(
-            kind="video",
             replacement="\n".join(lines),
             token_id=self.image_token_id,
             images=[self.new_image(tile[None], tokens) for tile in patches],
-            source_size=clip.source_size,
-            resized_size=(side, side),
-            grid=(1, 1),
-            num_frames=len(array),
+            record=clip_record(clip, (1, 1), self._token_grid, cap),
         )
 
     def run_text(self, num_tokens: int) -> str:
@@ -193,12 +200,15 @@ def read_tiles(files: ProcessorFiles, sizes: TileSizes, *, original: bool) -> Ti
 
 def cut(
     image: Image, settings: TileSettings, pixels: PixelSettings
-) -> tuple[list[Image], int, int]:
-    """Tiles of an RGB picture, row by row, the thumbnail last; rows and columns."""
-    side = settings.side_px
+) -> tuple[Image, list[Image], Cap | None]:
+    """An RGB picture as it is cut, its tiles, and whether the number of tiles made it smaller.
+
+    Tiles lie row by row, the thumbnail is last.
+    """
+    side, high = settings.side_px, settings.max_tiles
     columns, rows = 1, 1
-    if settings.max_tiles > 1:
-        columns, rows = best_grid(image.size, side, settings.min_tiles, settings.max_tiles)
+    if high > 1:
+        columns, rows = best_grid(image.size, side, settings.min_tiles, high)
     canvas = resize(image, columns * side, rows * side, pixels)
     tiles = [
         canvas.crop((x * side, y * side, (x + 1) * side, (y + 1) * side))
@@ -207,7 +217,16 @@ def cut(
     ]
     if settings.use_thumbnail and len(tiles) > 1:
         tiles.append(resize(image, side, side, pixels))
-    return tiles, rows, columns
+    return canvas, tiles, _cap_of(image.size, (columns, rows), settings)
+
+
+def _cap_of(size: tuple[int, int], grid: tuple[int, int], settings: TileSettings) -> Cap | None:
+    """max_tiles, where a picture was shrunk that more tiles would have shown larger."""
+    side, high = settings.side_px, settings.max_tiles
+    if grid[0] * grid[1] * side**2 >= size[0] * size[1]:
+        return None
+    columns, rows = best_grid(size, side, settings.min_tiles, NEXT_SQUARE * high)
+    return Cap("max_tiles", high) if columns * rows > grid[0] * grid[1] else None
 
 
 def best_grid(size: tuple[int, int], side: int, low: int, high: int) -> tuple[int, int]:

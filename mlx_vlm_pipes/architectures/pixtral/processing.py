@@ -15,12 +15,14 @@ from mlx_vlm_pipes.architectures.pixtral.facts import FACTS
 from mlx_vlm_pipes.architectures.pixtral.sizes import PatchSizes
 from mlx_vlm_pipes.errors import InputError
 from mlx_vlm_pipes.hf_config import HuggingFaceConfig
+from mlx_vlm_pipes.media.records import Cap, Tiles
 from mlx_vlm_pipes.processing.base import (
     EncodedMedia,
     MediaTokens,
     VisionProcessor,
     check_num_tokens,
 )
+from mlx_vlm_pipes.processing.records import picture_record
 from mlx_vlm_pipes.processing.settings import (
     CLIP_MEAN,
     CLIP_STD,
@@ -65,24 +67,25 @@ class PixtralProcessor(VisionProcessor):
             raise InputError(f"{self.architecture} takes no video; give frames of it as images")
 
     def encode_image(self, source: Any, request: PromptRequest) -> EncodedMedia:
-        image = self.load(source, request, self.pixels)
-        resized = image
+        picture = self.load(source, request, self.pixels)
+        image = resized = picture.image
+        cap = None
         if self.pixels.do_resize:
             size = fitting_size(image.size, self.max_size, self.patch_px)
             resized = resize(image, *size, self.pixels)
+            if excess(image.size, self.max_size) > 1:
+                cap = Cap("longest_edge", max(self.max_size))
         rows, columns = resized.height // self.patch_px, resized.width // self.patch_px
         if not rows or not columns:
             raise InputError(f"a picture of {image.size} pixels is smaller than one patch")
         check_num_tokens(rows * columns, image.size)
         lines = [self.image_token * columns] * rows
+        tiles = Tiles(1, 1, resized.size, (rows, columns))
         return EncodedMedia(
-            kind="image",
             replacement=self.break_token.join(lines) + self.end_token,
             token_id=self.image_token_id,
             images=[self.new_image(to_array(resized, self.pixels), rows * columns)],
-            source_size=image.size,
-            resized_size=resized.size,
-            grid=(rows, columns),
+            record=picture_record(picture, resized, (rows, columns), tiles, cap),
         )
 
     def encode_clip(self, source: Any, request: PromptRequest) -> EncodedMedia:
@@ -97,10 +100,15 @@ class PixtralProcessor(VisionProcessor):
         return {"pixel_values": pad_to_common_size(images), "image_sizes": sizes}
 
 
+def excess(size: tuple[int, int], limit: tuple[int, int]) -> float:
+    """How many times larger than the limit a picture is; both (width, height)."""
+    return max(size[0] / limit[0], size[1] / limit[1])
+
+
 def fitting_size(size: tuple[int, int], limit: tuple[int, int], patch: int) -> tuple[int, int]:
     """(width, height) shrunk into the limit (width, height), then up to multiples of a patch."""
     width, height = size
-    ratio = max(width / limit[0], height / limit[1])
+    ratio = excess(size, limit)
     if ratio > 1:
         # An extreme ratio floors a side to 0; one patch is the least.
         width, height = max(math.floor(width / ratio), 1), max(math.floor(height / ratio), 1)

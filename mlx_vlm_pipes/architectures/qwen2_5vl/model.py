@@ -79,13 +79,7 @@ class Qwen2_5VLModel(MRopeModel[Qwen2_5VLInputs]):
 
     @classmethod
     def blueprint(cls, config: Qwen2_5VLConfig, checkpoint: Checkpoint) -> Blueprint:
-        config.finalize(
-            checkpoint.outer,
-            checkpoint.pipeline_config,
-            checkpoint.text,
-            checkpoint.tower(cls.tower_prefix),
-            checkpoint.return_logits,
-        )
+        config.finalize_from(checkpoint)
         tower = VisionModel(config.vision_config)
         return Blueprint(tower, config.llm_config.decoder_config())
 

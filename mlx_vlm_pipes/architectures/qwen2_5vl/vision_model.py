@@ -15,7 +15,14 @@ from mlx_vlm_pipes.architectures.qwen2_5vl.model_config import VisionConfig
 from mlx_vlm_pipes.errors import InputError
 from mlx_vlm_pipes.nn.activations import activation
 from mlx_vlm_pipes.nn.rope import inverse_frequencies
-from mlx_vlm_pipes.nn.vision import PatchEmbed, SegmentAttention, SegmentBlock, Segments, turn_of
+from mlx_vlm_pipes.nn.vision import (
+    PatchEmbed,
+    PatchMerger,
+    SegmentAttention,
+    SegmentBlock,
+    Segments,
+    turn_of,
+)
 
 
 def window_order(
@@ -53,26 +60,6 @@ def _block(config: VisionConfig) -> SegmentBlock:
     return SegmentBlock(SegmentAttention(size, config.num_attention_heads), MLP(config), *norms)
 
 
-class PatchMerger(nn.Module):
-    """merge x merge patches to one row for the decoder: [P, E] -> [P/u, out_hidden_size]."""
-
-    def __init__(self, config: VisionConfig) -> None:
-        super().__init__()
-        self.width = config.hidden_size * config.merge_unit
-        self.ln_q = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = [
-            nn.Linear(self.width, self.width),
-            nn.GELU(),
-            nn.Linear(self.width, config.out_hidden_size),
-        ]
-
-    def __call__(self, x: mx.array) -> mx.array:
-        x = self.ln_q(x).reshape(-1, self.width)  # [P/u, u * E]
-        for layer in self.mlp:
-            x = layer(x)
-        return x
-
-
 class VisionModel(nn.Module):
     """Patches of all pictures of a step to rows for the decoder."""
 
@@ -85,7 +72,8 @@ class VisionModel(nn.Module):
         self._inv_freq = mx.array(inverse_frequencies(config.head_dim // 2, config.rope_theta))
         self.patch_embed = PatchEmbed(config.patch_elements, config.hidden_size, bias=False)
         self.blocks = [_block(config) for _ in range(config.depth)]
-        self.merger = PatchMerger(config)
+        norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.merger = PatchMerger(norm, config.hidden_size, self.unit, config.out_hidden_size)
 
     def __call__(
         self,

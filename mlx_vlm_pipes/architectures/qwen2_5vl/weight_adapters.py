@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from mlx_vlm_pipes.architectures.grid_config import GRID_LAYOUTS
-from mlx_vlm_pipes.checkpoint.state import VISION
-from mlx_vlm_pipes.weights.layout import DECODER_HF, Layout, MLXForm, Prefix
+from mlx_vlm_pipes.architectures.grid_config import FLAT_GRID_LAYOUTS
+from mlx_vlm_pipes.weights.layout import MLXForm
 
-LAYOUTS = (Layout("huggingface 4", (*DECODER_HF, Prefix("visual.", VISION))), *GRID_LAYOUTS)
+LAYOUTS = FLAT_GRID_LAYOUTS
 MLX_FORM = MLXForm(("mlx-vlm",), model_types={"qwen2_5_vl_vision": "qwen2_5_vl"}, flat_text=True)

@@ -7,20 +7,18 @@ Source: transformers modeling_qwen3_vl.py (get_rope_index) and vision_utils.py
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
 from mlx_vlm_pipes.architectures.qwen3_vl.sizes import VisionSizes
-from mlx_vlm_pipes.errors import InputError
 from mlx_vlm_pipes.processing.grids import (
     Grid,
-    GridContext,
     GridData,
     GridImage,
-    grid_positions,
+    UntimedContext,
     vision_position_ids,
 )
 
@@ -61,27 +59,5 @@ class VisionData(GridData[GridImage]):
 
 
 @dataclass(kw_only=True)
-class Qwen3VLTextAndVisionContext(GridContext):
-    """A request with its three-axis positions."""
-
-    spatial_merge_size: int
-    image_token_id: int
-    video_token_id: int
-
-    def media_positions(self) -> Mapping[int, Sequence[np.ndarray]]:
-        stills: list[np.ndarray] = []
-        frames: list[np.ndarray] = []
-        for image in self.grid_images():
-            positions = grid_positions(image.grid_thw, self.spatial_merge_size)
-            (frames if image.is_video else stills).append(positions)
-        return {self.image_token_id: stills, self.video_token_id: frames}
-
-    def grid_images(self) -> list[GridImage]:
-        """Raises: InputError for a picture without a grid."""
-        own = [image for image in self.images if isinstance(image, GridImage)]
-        if len(own) < len(self.images):
-            raise InputError(
-                f"request {self.request_id!r} has pictures without grids; expected GridImage, as "
-                "Qwen3VLProcessor makes them"
-            )
-        return own
+class Qwen3VLTextAndVisionContext(UntimedContext):
+    """A request with its three-axis positions; every frame of a clip is an image of one step."""

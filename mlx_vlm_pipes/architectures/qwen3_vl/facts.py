@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from mlx_vlm_pipes.architectures.grid_facts import LIMITS, TOKEN_IDS
 from mlx_vlm_pipes.architectures.llama3.facts import QWEN
 from mlx_vlm_pipes.config_limits import INDICES, size
-from mlx_vlm_pipes.facts import Composite, RoomFacts
+from mlx_vlm_pipes.facts import Composite, Coordinates, RoomFacts
 
 FACTS = RoomFacts(
     class_defaults={
@@ -21,17 +22,14 @@ FACTS = RoomFacts(
     composites={
         "qwen3_vl": Composite(
             "qwen3_vl_text", "qwen3_vl_vision", ("text_config", "vision_config"),
-            {
-                "image_token_id": 151655, "video_token_id": 151656,
-                "vision_start_token_id": 151652, "vision_end_token_id": 151653,
-            },
+            {**TOKEN_IDS, "vision_end_token_id": 151653},
         ),
     },
+    # QwenLM/Qwen3-VL, cookbooks/mobile_agent.ipynb: 0 to 1000 again, unlike Qwen2.5-VL
+    coordinates=Coordinates.THOUSANDTHS,
     connectors=("merger.", "deepstack_merger_list."),
     limits={
-        "out_hidden_size": size(2**18), "depth": size(2**10), "num_heads": size(2**14),
-        "in_channels": size(2**6), "temporal_patch_size": size(2**6),
-        "spatial_merge_size": size(2**6), "num_position_embeddings": size(2**24),
+        **LIMITS, "out_hidden_size": size(2**18), "num_position_embeddings": size(2**24),
         "deepstack_visual_indexes": INDICES,
     },
 )  # fmt: skip

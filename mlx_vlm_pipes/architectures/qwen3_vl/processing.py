@@ -18,15 +18,13 @@ import numpy as np
 from mlx_vlm_pipes.architectures.qwen3_vl.context import Qwen3VLTextAndVisionContext
 from mlx_vlm_pipes.architectures.qwen3_vl.facts import FACTS
 from mlx_vlm_pipes.architectures.qwen3_vl.sizes import VisionSizes
-from mlx_vlm_pipes.contexts import TextContext
 from mlx_vlm_pipes.errors import InputError
 from mlx_vlm_pipes.hf_config import AutoConfig
-from mlx_vlm_pipes.processing.base import ContextFields, EncodedMedia, MediaTokens
+from mlx_vlm_pipes.processing.base import EncodedMedia, MediaTokens
 from mlx_vlm_pipes.processing.grid_processor import START, GridProcessor
-from mlx_vlm_pipes.processing.grids import Grid, GridImage
 from mlx_vlm_pipes.processing.patches import ClipSettings, PatchDefaults, PatchSettings, fit
 from mlx_vlm_pipes.processing.settings import CLIP_MEAN, CLIP_STD, HALF
-from mlx_vlm_pipes.processing.types import ProcessedPrompt, PromptRequest
+from mlx_vlm_pipes.processing.types import PromptRequest
 from mlx_vlm_pipes.processing.video import ClipPlan, VideoInfo, load_clip
 
 if TYPE_CHECKING:
@@ -45,13 +43,14 @@ class Qwen3VLProcessor(GridProcessor):
     image_defaults = PatchDefaults(56 * 56, 28 * 28 * 1280, 14, CLIP_MEAN, CLIP_STD)
     video_defaults = PatchDefaults(128 * 32 * 32, 32 * 32 * 768, 16, HALF, HALF)
     max_video_tokens = 768
+    context_class = Qwen3VLTextAndVisionContext
 
     def read_settings(self, config: Mapping[str, Any], overrides: Mapping[str, Any]) -> MediaTokens:
         self.agreed_token_id(END, config, "vision_end_token_id")
         return super().read_settings(config, overrides)
 
     def read_sizes(self, vision_config: AutoConfig) -> tuple[int, int, int]:
-        self.sizes = sizes = VisionSizes.read(vision_config)
+        sizes = VisionSizes.read(vision_config)
         return sizes.patch_size, sizes.spatial_merge_size, sizes.temporal_patch_size
 
     def place(self, text: str, num_images: int, num_videos: int) -> list[tuple[str, int, int]]:
@@ -63,9 +62,6 @@ class Qwen3VLProcessor(GridProcessor):
             else (kind, begin, end)
             for kind, begin, end in found
         ]
-
-    def grid_image(self, patches: np.ndarray, grid: Grid) -> GridImage:
-        return self._image(patches, grid, is_video=False)
 
     def encode_clip(self, source: Any, request: PromptRequest) -> EncodedMedia:
         """Raises: InputError for fewer frames than one step of time has."""
@@ -88,29 +84,13 @@ class Qwen3VLProcessor(GridProcessor):
             )
         patches, (times, rows, columns) = self.cut_clip(clip, settings)
         steps = np.split(patches, times)
-        images = [self._image(step, (1, rows, columns), is_video=True) for step in steps]
+        images = [self.grid_image(step, (1, rows, columns), is_video=True) for step in steps]
         seconds = step_seconds(clip.timestamps_s, settings.step)
         texts = [
             f"<{second:.1f} seconds>{START}{self.video_token * image.end_idx}{END}"
             for second, image in zip(seconds, images, strict=True)
         ]
         return self.encoded_clip(clip, images, (times, rows, columns), "".join(texts))
-
-    def _image(self, patches: np.ndarray, grid: Grid, *, is_video: bool) -> GridImage:
-        rows = len(patches) // self.sizes.spatial_merge_size**2
-        return GridImage(0, rows, patches, self.grid_hash(patches, grid), grid, is_video)
-
-    def make_context(self, processed: ProcessedPrompt, fields: ContextFields) -> TextContext:
-        context = Qwen3VLTextAndVisionContext(
-            **fields,
-            vision_token_ids=list(self.tokens.ids),
-            images=processed.images,
-            spatial_merge_size=self.sizes.spatial_merge_size,
-            image_token_id=self.image_token_id,
-            video_token_id=self.video_token_id,
-        )
-        context.refresh_positions()
-        return context
 
 
 def sample_frames(info: VideoInfo, request: PromptRequest, limits: ClipSettings) -> np.ndarray:

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 
 from mlx_vlm_pipes.architectures.qwen3_vl.model_config import VisionConfig
 from mlx_vlm_pipes.nn.activations import activation
 from mlx_vlm_pipes.nn.rope import inverse_frequencies
-from mlx_vlm_pipes.nn.vision import PatchEmbed, SegmentAttention, SegmentBlock, Segments, turn_of
+from mlx_vlm_pipes.nn.vision import PatchEmbed, SegmentAttention, SegmentBlock, frame_segments
 
 NORM_EPS = 1e-6  # written into the reference's code, in no config.json
 
@@ -90,10 +89,7 @@ class VisionModel(nn.Module):
         on the host and read there. Returns: [P/u, (1 + K) * out_hidden_size] in the decoder's
         dtype: the row itself, then what each of the decoder's first K layers adds.
         """
-        angles = vision_position_ids.astype(mx.float32)[:, :, None] * self._inv_freq
-        angles = angles.reshape(angles.shape[0], -1)  # [P, D/2]: row angles, then column angles
-        frames = np.diff(np.array(cu_seqlens).astype(np.int64)).tolist()
-        segments = Segments(frames, turn_of(angles))
+        segments = frame_segments(vision_position_ids, cu_seqlens, self._inv_freq)
         h = self.patch_embed(pixel_values.astype(self.dtype))
         h = h + self._places(interpolation_indices, interpolation_weights).astype(h.dtype)
         rows: list[mx.array] = []

@@ -12,8 +12,8 @@ from mlx_vlm_pipes.contexts import SamplingParams
 from mlx_vlm_pipes.doctor.device.references import load_cases
 from mlx_vlm_pipes.doctor.device.report import Recorder
 from mlx_vlm_pipes.dtypes import default_device
-from mlx_vlm_pipes.engine.sampler import Sampler
-from mlx_vlm_pipes.engine.sampling import RowSampler
+from mlx_vlm_pipes.engine.batch_sampler import BatchSampler
+from mlx_vlm_pipes.engine.row_sampler import RowSampler
 
 VOCABULARY = 151_936  # Qwen's: sorting so many takes other kernels than sorting the bundled 438
 DRAWS = {True: 64, False: 2048}  # of the long ones: on a CPU (a draw takes 10 ms there), on a GPU
@@ -86,7 +86,7 @@ def made_logits(size: int) -> np.ndarray:
 
 def _tokens(logits: np.ndarray, way: Way, rows: int, steps: int, **more: Any) -> np.ndarray:
     """uint32 [steps, rows]: the same logits [V] for every row and step."""
-    sampler = Sampler(is_gpu=not default_device().is_host)
+    sampler = BatchSampler(is_gpu=not default_device().is_host)
     samplers = [
         RowSampler(SamplingParams(**{**way.settings, **more, "seed": i}), PROMPT, len(logits), ())
         for i in range(rows)

@@ -43,8 +43,8 @@ def test_sequence_length(image, patch, scale, tokens) -> None:
 )
 def test_frames(height, width, rows, columns) -> None:
     settings = room.Idefics3Settings.read(Settings("x", {"resample": 0}))
-    frames, *grid = room.split(picture(width, height), settings)
-    assert grid == [rows, columns]
+    canvas, frames = room.split(picture(width, height), settings)
+    assert canvas.size == (columns * 364, rows * 364)
     assert [f.size for f in frames] == [(364, 364)] * (rows * columns + 1)
 
 

@@ -6,7 +6,7 @@ import pytest
 from mlx_vlm_pipes.architectures.qwen2_5vl import context as tables
 from mlx_vlm_pipes.architectures.qwen2_5vl import processing as room
 from mlx_vlm_pipes.errors import InputError, ProcessorError
-from mlx_vlm_pipes.processing import grids, patches
+from mlx_vlm_pipes.processing import grid_clips, grids, patches
 from mlx_vlm_pipes.processing.settings import Settings
 from mlx_vlm_pipes.processing.types import PromptRequest
 from mlx_vlm_pipes.processing.video import VideoInfo
@@ -161,7 +161,7 @@ def test_frame_numbers() -> None:
 
     def chosen(total: int, rate: float, **options: float) -> list[int]:
         request = PromptRequest("x", **options)
-        return room.sample_frames(VideoInfo(total, rate), request, limits, 2).tolist()
+        return grid_clips.sample_frames(VideoInfo(total, rate), request, limits, 2).tolist()
 
     assert chosen(100, 25.0) == [0, 12, 25, 37, 50, 62, 75, 87]
     assert chosen(100, 25.0, fps=0.1) == [0, 25, 50, 75]

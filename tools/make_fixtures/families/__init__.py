@@ -6,6 +6,7 @@ from .internvl import InternVL
 from .internvl_chat import InternVLChat
 from .pixtral import Pixtral
 from .qwen2_5_vl import Qwen25VL
+from .qwen2_vl import Qwen2VL
 from .qwen3_vl import Qwen3VL
 from .text import CLASSES, Text
 
@@ -16,6 +17,7 @@ FAMILIES: dict[str, type[Family]] = {
     "pixtral": Pixtral,
     "internvl": InternVL,
     "internvl_chat": InternVLChat,
+    "qwen2_vl": Qwen2VL,
     "qwen2_5_vl": Qwen25VL,
     "qwen3_vl": Qwen3VL,
 }

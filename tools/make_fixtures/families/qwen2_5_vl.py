@@ -154,16 +154,20 @@ class Qwen25VL(VisionFamily):
         kinds[inputs["input_ids"] == self.files["<|video_pad|>"]] = 2
         return {**inputs, "mm_token_type_ids": kinds}
 
+    def step_positions(self, arrays: Arrays) -> np.ndarray:
+        """Time positions from one step of t to the next, of each clip: float64 [clips]."""
+        rate = self.case.config["vision"]["tokens_per_second"]
+        return np.array(arrays.get("second_per_grid_ts", []), np.float64) * rate
+
     def positions(self, ids: list[int], arrays: Arrays, *, counts_time: bool) -> np.ndarray:
         """Positions [3, T]: time, height, width.
 
         The text after a medium moves on by the larger of its height and width (transformers 5), or,
         where `counts_time`, by its largest position on any axis (the original Qwen code).
         """
-        rate = self.case.config["vision"].get("tokens_per_second", 0)
         image_id, video_id = self.files["<|image_pad|>"], self.files["<|video_pad|>"]
         images = iter(arrays.get("image_grid_thw", []))
-        clips = arrays.get("video_grid_thw", []), arrays.get("second_per_grid_ts", [])
+        clips = arrays.get("video_grid_thw", []), self.step_positions(arrays)
         videos = iter(zip(*clips, strict=True))
         out, here, i = [], 0, 0
         while i < len(ids):
@@ -171,8 +175,8 @@ class Qwen25VL(VisionFamily):
                 out.append(np.full((3, 1), here))
                 here, i = here + 1, i + 1
                 continue
-            (t, h, w), seconds = (next(images), 0.0) if ids[i] == image_id else next(videos)
-            times = np.floor(np.arange(int(t)) * float(seconds) * rate).astype(np.int64)
+            (t, h, w), step = (next(images), 0.0) if ids[i] == image_id else next(videos)
+            times = np.floor(np.arange(int(t)) * float(step)).astype(np.int64)
             rows, cols = np.arange(int(h) // self.merge), np.arange(int(w) // self.merge)
             grid = np.stack(np.meshgrid(times, rows, cols, indexing="ij")).reshape(3, -1)
             out.append(grid + here)

@@ -67,5 +67,8 @@ class Qwen3VL(Qwen25VL):
     def positions(self, ids: list[int], arrays: Arrays, *, counts_time: bool) -> np.ndarray:
         """Every frame is a picture of its own, so there is no time to count."""
         frames = [[1, h, w] for t, h, w in arrays.get("video_grid_thw", []) for _ in range(t)]
-        single = {"video_grid_thw": np.array(frames), "second_per_grid_ts": np.zeros(len(frames))}
+        single = {"video_grid_thw": np.array(frames)}
         return super().positions(ids, {**arrays, **single}, counts_time=counts_time)
+
+    def step_positions(self, arrays: Arrays) -> np.ndarray:
+        return np.zeros(len(arrays["video_grid_thw"]))

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from mlx_vlm_pipes.contexts import SamplingParams
-from mlx_vlm_pipes.engine.sampler import Sampler
-from mlx_vlm_pipes.engine.sampling import NEGATIVE, RowSampler
-from mlx_vlm_pipes.engine.sampling_group import Group, adjusted, choose, filtered
+from mlx_vlm_pipes.engine.batch_sampler import BatchSampler
+from mlx_vlm_pipes.engine.group_sampler import GroupSampler, adjusted, choose, filtered
+from mlx_vlm_pipes.engine.row_sampler import NEGATIVE, RowSampler
 
 VOCAB = 97
 PROMPT = np.array([3, 5, 5, 8, 13])
@@ -33,13 +33,13 @@ def kept(logits: np.ndarray) -> set[int]:
 
 
 def draw(row: RowSampler, logits: np.ndarray) -> int:
-    tokens, failures = Sampler(is_gpu=False)(mx.array(logits)[None], [row])
+    tokens, failures = BatchSampler(is_gpu=False)(mx.array(logits)[None], [row])
     assert not failures
     return int(tokens.item())
 
 
-def group(*rows: RowSampler, is_gpu: bool = False) -> Group:
-    return Group(rows, lambda form: partial(choose, form), is_gpu=is_gpu)
+def group(*rows: RowSampler, is_gpu: bool = False) -> GroupSampler:
+    return GroupSampler(rows, lambda form: partial(choose, form), is_gpu=is_gpu)
 
 
 def left(x: np.ndarray, *rows: RowSampler, is_gpu: bool = False) -> list[np.ndarray]:
@@ -228,11 +228,11 @@ TOKENS_BEFORE = [
 @pytest.mark.parametrize("is_gpu", [False, True])
 def test_rows_get_the_same_tokens_together_as_alone(*, is_gpu: bool) -> None:
     steps = [np.stack([logits_of(100 * step + i) for i in range(8)]) for step in range(6)]
-    rows, sampler = [make(ends=[3, 4], **s) for s in SETTINGS], Sampler(is_gpu=is_gpu)
+    rows, sampler = [make(ends=[3, 4], **s) for s in SETTINGS], BatchSampler(is_gpu=is_gpu)
     together = np.array([np.array(sampler(mx.array(x), rows)[0]) for x in steps]).T.tolist()
     alone = []
     for i, settings in enumerate(SETTINGS):
-        row, sampler = make(ends=[3, 4], **settings), Sampler(is_gpu=is_gpu)
+        row, sampler = make(ends=[3, 4], **settings), BatchSampler(is_gpu=is_gpu)
         alone.append([int(sampler(mx.array(x[i : i + 1]), [row])[0].item()) for x in steps])
     assert together == alone == TOKENS_BEFORE
 
@@ -240,7 +240,7 @@ def test_rows_get_the_same_tokens_together_as_alone(*, is_gpu: bool) -> None:
 def test_rows_keep_their_state_when_others_come_and_go() -> None:
     x = mx.array(np.stack([logits_of(1)] * 3))
     settings = {"top_k": 20, "top_p": 0.95, "presence_penalty": 2.0}
-    alone, sampler = make(seed=9, **settings), Sampler(is_gpu=True)
+    alone, sampler = make(seed=9, **settings), BatchSampler(is_gpu=True)
     expected = [int(sampler(x[:1], [alone])[0].item()) for _ in range(4)]
     row, first, second = make(seed=9, **settings), make(seed=1), make(temperature=0.0)
     found = []
@@ -250,19 +250,19 @@ def test_rows_keep_their_state_when_others_come_and_go() -> None:
     assert found == expected
 
 
-def test_a_row_that_goes_its_own_way_leaves_the_others_alone() -> None:
-    def only_eight(logits: mx.array) -> mx.array:
-        return mx.where(mx.arange(VOCAB) == 8, logits, NEGATIVE)
+def test_a_row_with_processors_leaves_the_others_alone() -> None:
+    def only_eight(tokens: mx.array, logits: mx.array) -> mx.array:
+        return mx.where(mx.arange(VOCAB) == 8, logits, -mx.inf)
 
-    def broken(logits: mx.array) -> mx.array:
+    def broken(tokens: mx.array, logits: mx.array) -> mx.array:
         raise ValueError(f"no way for {logits.shape}")
 
     x = mx.array(np.stack([logits_of(i) for i in range(4)]))
     expected = [draw(make(seed=i), np.array(x[i])) for i in range(4)]
     rows = [make(seed=i) for i in range(4)]
-    rows[1].own_way, rows[2].own_way = only_eight, broken
-    tokens, failures = Sampler(is_gpu=True)(x, rows)
+    rows[1].processors, rows[2].processors = (only_eight,), (broken,)
+    tokens, failures = BatchSampler(is_gpu=True)(x, rows)
     found = np.array(tokens).tolist()
     assert [found[0], found[1], found[3]] == [expected[0], 8, expected[3]]
-    assert [str(failures[2])] == [f"no way for ({VOCAB},)"]
+    assert [str(failures[2])] == [f"no way for (1, {VOCAB})"]
     assert len(failures) == 1

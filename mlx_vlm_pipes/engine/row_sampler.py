@@ -1,13 +1,13 @@
 """What one request asks of sampling, and its own random numbers, counts and penalties.
 
 Every row carries its own key, so a seed gives the same tokens in any batch. Rows are sampled
-together (see sampling_group); what a row has here is where it starts.
+together (see group_sampler); what a row has here is where it starts.
 """
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -16,7 +16,7 @@ import numpy as np
 
 from mlx_vlm_pipes.contexts import SamplingParams
 from mlx_vlm_pipes.errors import InputError
-from mlx_vlm_pipes.options import SAMPLING_OPTIONS, unfit
+from mlx_vlm_pipes.options import SAMPLING_OPTIONS, LogitsProcessor, unfit
 
 COLDEST = 1e-20  # below this temperature logits come to less than NEGATIVE: as good as greedy
 NEGATIVE = -1e30  # stands for minus infinity: survives a later subtraction
@@ -33,7 +33,7 @@ def read_sampling(params: SamplingParams) -> SamplingParams:
 
 
 class Home(Protocol):
-    """What holds the state of several rows, stacked (sampling_group.Group)."""
+    """What holds the state of several rows, stacked (group_sampler.GroupSampler)."""
 
     def row(self, name: str, index: int) -> mx.array: ...
 
@@ -41,21 +41,28 @@ class Home(Protocol):
 class RowSampler:
     """One request's settings and sampling state, which lives on the device.
 
-    Args: prompt int64 [n]; end_ids, tokens that may not come before `min_new_tokens`.
-    steps: tokens chosen so far. own_way: changes this row's logits, float32 [V], before anything
-    else; a row that has one is sampled by itself, and what it raises ends its request only.
+    Args: prompt int64 [n]; end_ids, tokens that may not come before `min_new_tokens`; processors,
+    the request's own functions, which change its logits before anything else: a row that has some
+    is sampled by itself, and what they raise ends its request only.
+    steps: tokens chosen so far. tokens: int32 [n], prompt and answer, for processors.
     Raises: InputError for a value out of its bounds, or a token beyond the vocabulary.
     """
 
     def __init__(
-        self, params: SamplingParams, prompt: np.ndarray, vocab_size: int, end_ids: Sequence[int]
+        self,
+        params: SamplingParams,
+        prompt: np.ndarray,
+        vocab_size: int,
+        end_ids: Sequence[int],
+        processors: Sequence[LogitsProcessor] = (),
     ) -> None:
         self.params = params = read_sampling(params)
         for token in params.stop_token_ids:
             if token >= vocab_size:
                 raise unfit("stop_token_ids", token, f"tokens below {vocab_size}, the vocabulary")
         self.steps, self.vocab_size = 0, vocab_size
-        self.own_way: Callable[[mx.array], mx.array] | None = None
+        self.processors = tuple(processors)
+        self.tokens = mx.array(prompt.astype(np.int32)) if processors else mx.zeros(0, mx.int32)
         self.end_ids = [t for t in end_ids if t < vocab_size]
         seed = secrets.randbits(63) if params.seed is None else params.seed
         self.bias = _dense_bias(params.logit_bias, vocab_size)
@@ -81,12 +88,26 @@ class RowSampler:
     def is_plain(self) -> bool:
         """Whether the next token is simply the largest logit."""
         adjusts = len(self._initial) > 1 or self.bias is not None or self.withholds_end
-        return self.is_greedy and not adjusts and self.own_way is None
+        return self.is_greedy and not adjusts and not self.processors
 
     @property
     def withholds_end(self) -> bool:
         """Whether the next token may not be an end token."""
         return self.steps < self.params.min_new_tokens and bool(self.end_ids)
+
+    def processed(self, logits: mx.array) -> mx.array:
+        """The row's logits float32 [1, V] as its processors change them, one after the other.
+
+        Raises: what a processor raises; InputError where it returns something else than logits.
+        """
+        for processor in self.processors:
+            logits = _logits_of(processor, self.tokens, logits)
+        return mx.clip(logits, NEGATIVE, -NEGATIVE)  # they ban tokens by minus infinity
+
+    def note(self, token: mx.array) -> None:
+        """Add a chosen token uint32 [1], not computed yet, to what processors are shown."""
+        if self.processors:
+            self.tokens = mx.concatenate([self.tokens, token.astype(mx.int32)])
 
     def has(self, name: str) -> bool:
         """Whether the row has that state: "keys" uint32 [2]; float32 [V], how often each token was
@@ -102,6 +123,22 @@ class RowSampler:
     def move(self, home: Home, index: int) -> None:
         """From now on the state is a row of what `home` holds."""
         self._home = home, index
+
+
+def _logits_of(processor: LogitsProcessor, tokens: mx.array, logits: mx.array) -> mx.array:
+    """What a processor makes of logits float32 [1, V]. It may write into those it is given."""
+    made = processor(tokens, logits[:])
+    if not isinstance(made, mx.array):
+        found = type(made).__name__
+    elif made.shape != logits.shape or not mx.issubdtype(made.dtype, mx.floating):
+        found = f"{made.dtype} {list(made.shape)}"
+    else:
+        return made.astype(mx.float32)
+    name = getattr(processor, "__name__", type(processor).__name__)
+    raise InputError(
+        f"logits_processors: {name} returned {found}; expected logits, a float mx.array "
+        f"{list(logits.shape)}"
+    )
 
 
 def _dense_bias(bias: dict[int, float], vocab_size: int) -> np.ndarray | None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 import numpy as np
 
-from mlx_vlm_pipes.engine.sampling import NEGATIVE, RowSampler
+from mlx_vlm_pipes.engine.row_sampler import NEGATIVE, RowSampler
 
 SMALLEST = float(np.finfo(np.float32).tiny)
 SPARE = 256  # candidates beyond top-k, for tokens that tie with the last of them
@@ -126,7 +126,7 @@ def _gumbel(keys: mx.array, size: int) -> mx.array:
     return mx.vmap(lambda key: mx.random.gumbel((size,), key=key))(keys)
 
 
-class Group:
+class GroupSampler:
     """Rows that are sampled in one call, and their state, stacked.
 
     Args: rows, which have their state here from now on; steps, `choose` for each form; is_gpu: one

@@ -13,13 +13,13 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 import numpy as np
 
-from mlx_vlm_pipes.engine.sampling import RowSampler
-from mlx_vlm_pipes.engine.sampling_group import Arrays, Form, Group, choose
+from mlx_vlm_pipes.engine.group_sampler import Arrays, Form, GroupSampler, choose
+from mlx_vlm_pipes.engine.row_sampler import RowSampler
 
-Part = tuple[list[int], Group]  # places in the step, and their rows
+Part = tuple[list[int], GroupSampler]  # places in the step, and their rows
 
 
-class Sampler:
+class BatchSampler:
     """Samples the rows of one engine, and keeps their groups for as long as rows stay the same."""
 
     def __init__(self, *, is_gpu: bool) -> None:
@@ -50,17 +50,19 @@ class Sampler:
 
     def state(self) -> list[mx.array]:
         """What the last call changed, to be evaluated with its tokens."""
-        return [array for _, group in self._parts for array in group.state()]
+        groups = [group for _, group in self._parts]
+        shown = [row.tokens for group in groups for row in group.rows if row.processors]
+        return [*shown, *(array for group in groups for array in group.state())]
 
     def _grouped(self, rows: Sequence[RowSampler]) -> list[Part]:
         kinds: dict[object, list[int]] = {}
         for i, row in enumerate(rows):
-            kind = i if row.own_way is not None else "all" if self._is_gpu else _kind(row)
+            kind = i if row.processors else "all" if self._is_gpu else _kind(row)
             kinds.setdefault(kind, []).append(i)
         return [(places, self._group([rows[i] for i in places])) for places in kinds.values()]
 
-    def _group(self, rows: Sequence[RowSampler]) -> Group:
-        return Group(rows, self._step, is_gpu=self._is_gpu)
+    def _group(self, rows: Sequence[RowSampler]) -> GroupSampler:
+        return GroupSampler(rows, self._step, is_gpu=self._is_gpu)
 
     def _step(self, form: Form) -> Callable[..., tuple[mx.array, Arrays]]:
         if form not in self._steps:
@@ -74,8 +76,12 @@ class Sampler:
         whole = places == list(range(logits.shape[0]))
         try:
             own = logits if whole else logits[mx.array(places)]
-            change = group.rows[0].own_way
-            return group.sample(own if change is None else change(own[0])[None])
+            row = group.rows[0]
+            if not row.processors:
+                return group.sample(own)
+            token = group.sample(row.processed(own))
+            row.note(token)
+            return token
         except Exception as error:
             if len(places) == 1:
                 failures[places[0]] = error

@@ -1,0 +1,90 @@
+"""python -m mlx_vlm_pipes.chat: a conversation about pictures in the terminal."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mlx_vlm_pipes.arguments import (
+    BUNDLED_NOTE,
+    add_media_options,
+    add_model_options,
+    add_options,
+    given_options,
+    load_pipeline,
+    refuse_foreign_flags,
+)
+from mlx_vlm_pipes.command import new_parser, run_command, say, terminable
+from mlx_vlm_pipes.options import PROMPT_OPTIONS, SAMPLING_OPTIONS
+
+if TYPE_CHECKING:
+    from mlx_vlm_pipes.pipeline import Pipeline
+
+_EPILOG = """\
+examples:
+  python -m mlx_vlm_pipes.chat --model HuggingFaceTB/SmolVLM-256M-Instruct
+  python -m mlx_vlm_pipes.chat --image cat.png --system "Answer in one sentence."
+  python -m mlx_vlm_pipes.chat --quiet < questions.txt
+
+/help lists what can be typed there. Where the input is no terminal, each line is a turn.
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = new_parser(
+        "chat",
+        description="Talk with a vision-language model about pictures and clips.",
+        epilog=_EPILOG,
+        usage="%(prog)s [options]",
+    )
+    add_model_options(parser)
+    talk = parser.add_argument_group("conversation")
+    talk.add_argument("--load", metavar="FILE", help="go on with a conversation that was saved")
+    add_media_options(talk, "a picture for the first message: path or http(s) URL; may be repeated")
+    spoken = {name: option for name, option in PROMPT_OPTIONS.items() if name != "raw"}
+    add_options(talk, spoken)
+    add_options(parser.add_argument_group("answers"), SAMPLING_OPTIONS)
+    parser.add_argument("--quiet", action="store_true", help="begin without a word")
+    refuse_foreign_flags(parser)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0, 130 after Ctrl-C twice, 2 for a mistake in the arguments, or in the lines of
+    an input that is no terminal."""
+    return run_command(build_parser, _run, argv)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from mlx_vlm_pipes.dialogue.lines import Lines
+    from mlx_vlm_pipes.dialogue.session import COMMANDS, Session
+
+    options = given_options(args)
+    if args.model is None and not args.quiet:
+        say(BUNDLED_NOTE)
+    with load_pipeline(args) as pipe, terminable(), Lines(list(COMMANDS)) as lines:
+        session = Session(pipe, pipe.chat(**options), lines, has_limit=args.max_length is not None)
+        if not args.quiet:
+            _greet(pipe, args.model)
+        if args.load is not None:
+            session.load(args.load)
+        session.attach("image", args.image)
+        session.attach("video", args.video)
+        return session.run()
+
+
+def _greet(pipe: Pipeline, name: str | None) -> None:
+    model = pipe.model
+    called = "tiny-idefics3" if name is None else Path(name).name or name
+    say(
+        f"{called}: {model.weight_bytes / 1e6:.4g} MB of weights, {model.dtype.name}, "
+        f"{model.device.label}, holds {pipe.max_seq_len} tokens"
+    )
+    memory = pipe.engine.scheduler.state.memory_bytes
+    say(f"{memory / 1e9:.1f} GB of memory for it; /help lists the commands, Ctrl-D leaves\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What the chat command does: lines of a terminal, files dragged into it, its commands."""

@@ -1,0 +1,79 @@
+"""What keys and values depend on beside tokens and pictures: the model, and the request's adapter.
+
+A saved prefix names both by a digest, so that another process can tell whether it fits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_vlm_pipes.errors import PrefixError, clip
+from mlx_vlm_pipes.interfaces import PipelineModelWithKVCache
+from mlx_vlm_pipes.weights import split_lora_path
+
+SAMPLES = 256  # elements of each tensor
+_UNREAD = ("_name_or_path", "transformers_version")  # of config.json: they change no number
+_READ_BYTES = 1 << 20
+
+
+def model_digest(model: PipelineModelWithKVCache) -> str:
+    """sha256 of config.json's values, of names, shapes and dtypes of all weights as they are in
+    memory (adapters of the decoder left out), and of 256 elements of each, evenly spaced.
+
+    So it is the same wherever the files lie and however they are cut, and takes milliseconds for
+    any model; a change of few single numbers may escape it. Raises: PrefixError for a model that
+    does not say its networks.
+    """
+    if not model.networks:
+        raise PrefixError(f"{type(model).__name__} names no networks, so no file can be its own")
+    config: dict[str, Any] = model.huggingface_config.to_dict()
+    values = {name: value for name, value in config.items() if name not in _UNREAD}
+    state = hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode())
+    samples = []
+    for network in model.networks:
+        for name in sorted(network.weights):
+            array = network.weights[name]
+            state.update(f"{name} {list(array.shape)} {array.dtype}\n".encode())
+            samples.append(_sampled(array))
+    state.update(np.asarray(mx.concatenate(samples)).data)
+    return state.hexdigest()
+
+
+def _sampled(array: mx.array) -> mx.array:
+    """Some elements of an array as bytes, uint8 [n]; an odd step visits all columns."""
+    flat = array.reshape(-1)
+    step = array.size // SAMPLES | 1
+    return mx.contiguous(flat[::step][:SAMPLES]).view(mx.uint8)
+
+
+def adapter_digest(model: PipelineModelWithKVCache, name: str) -> str:
+    """sha256 of an adapter's files, or "" for the base model (no name).
+
+    Raises: PrefixError where they cannot be read any more.
+    """
+    if not name:
+        return ""
+    lora = model.pipeline_config.lora
+    paths = dict(split_lora_path(entry) for entry in (lora.lora_paths if lora else ()))
+    folder, state = paths[name], hashlib.sha256()
+    try:
+        for path in sorted(folder.glob("adapter*")):
+            state.update(f"{path.name} {path.stat().st_size}\n".encode())
+            _update(state, path)
+    except OSError as error:
+        raise PrefixError(
+            f"{clip(folder)}: the adapter cannot be read ({error.strerror})"
+        ) from None
+    return state.hexdigest()
+
+
+def _update(state: Any, path: Path) -> None:
+    with path.open("rb") as file:
+        while piece := file.read(_READ_BYTES):
+            state.update(piece)

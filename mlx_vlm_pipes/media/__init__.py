@@ -1,0 +1,1 @@
+"""What is told of pictures and clips that a model was given."""

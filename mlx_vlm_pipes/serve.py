@@ -1,0 +1,216 @@
+"""python -m mlx_vlm_pipes.serve: models behind OpenAI's HTTP API."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mlx_vlm_pipes.command import new_parser, run_command, say
+from mlx_vlm_pipes.errors import ConfigError, PipesError
+
+if TYPE_CHECKING:
+    from mlx_vlm_pipes.pipeline import Pipeline
+    from mlx_vlm_pipes.server.app import Server
+    from mlx_vlm_pipes.server.settings import ServerSettings
+
+BUNDLED_NAME = "tiny-idefics3"
+_EPILOG = """\
+example:
+  python -m mlx_vlm_pipes.serve --model HuggingFaceTB/SmolVLM-256M-Instruct
+  then, for any OpenAI client, base_url="http://127.0.0.1:8080/v1" and any api_key
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = new_parser(
+        "serve",
+        description="Answer OpenAI's clients over HTTP: /v1/chat/completions and others.",
+        epilog=_EPILOG,
+        usage="%(prog)s [options]",
+    )
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--model",
+        action="append",
+        default=[],
+        metavar="[NAME=]MODEL",
+        help="folder, GGUF file or hub id, and the name that requests give; may be repeated; "
+        "default: the small bundled model",
+    )
+    model.add_argument("--dtype", default="auto", help="as for generate")
+    model.add_argument("--device", choices=["cpu", "gpu"], help="default: the GPU if there is one")
+    model.add_argument("--adapter", action="append", help="LoRA folder; may be repeated")
+    model.add_argument("--kv-bits", type=int, choices=[4, 8], help="quantise the KV cache")
+    model.add_argument("--max-length", type=int, help="limit on prompt plus answer, in tokens")
+    net = parser.add_argument_group("network")
+    net.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default %(default)s)"
+    )
+    net.add_argument("--port", type=int, default=8080, help="0: any (default %(default)s)")
+    net.add_argument("--api-key-file", type=Path, help="keys that are let in, one a line")
+    limits = parser.add_argument_group("limits")
+    limits.add_argument("--max-waiting", type=int, default=64, help="requests that may wait")
+    limits.add_argument("--max-body-mb", type=float, default=64, help="of a request")
+    limits.add_argument(
+        "--max-tokens", type=int, default=1024, help="of answers whose request names no limit"
+    )
+    limits.add_argument("--timeout", type=float, default=60, help="seconds for a body and a drain")
+    limits.add_argument("--media-root", type=Path, help="folder whose files requests may name")
+    limits.add_argument(
+        "--allow-url-host", action="append", default=[], metavar="HOST",
+        help="host that pictures may be fetched from; may be repeated",
+    )  # fmt: skip
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0 after SIGTERM or Ctrl-C, 2 for a user's mistake."""
+    return run_command(build_parser, _run, argv)
+
+
+def _run(args: argparse.Namespace) -> int:
+    try:
+        from mlx_vlm_pipes.server.app import Server
+        from mlx_vlm_pipes.server.models import Models
+    except ImportError as error:
+        raise ConfigError(
+            f"{error.name} is missing; the server needs pip install 'mlx-vlm-pipes[server]'"
+        ) from None
+    from mlx_vlm_pipes.server.gate import is_loopback
+
+    settings = _settings(args)
+    is_local = is_loopback(args.host)
+    if not is_local and not settings.api_keys:
+        say(f"warning: all who reach {args.host} may ask; --api-key-file lets in only some")
+    server = Server(Models(_openers(args)), settings, is_local=is_local)
+    return asyncio.run(_serve(server, _listen(args.host, args.port), settings.timeout_s))
+
+
+def _settings(args: argparse.Namespace) -> ServerSettings:
+    from mlx_vlm_pipes.options import Option
+    from mlx_vlm_pipes.server.settings import ServerSettings, read_keys
+
+    for name, kind, low in (
+        ("max_waiting", int, 0), ("max_tokens", int, 1), ("max_body_mb", float, 1e-3),
+        ("timeout", float, 0.1),
+    ):  # fmt: skip
+        flag = "--" + name.replace("_", "-")
+        Option("", name=flag, kind=kind, low=low).read(getattr(args, name))
+    if args.media_root is not None and not args.media_root.is_dir():
+        raise ConfigError(f"--media-root {args.media_root}: no such folder")
+    return ServerSettings(
+        api_keys=() if args.api_key_file is None else read_keys(args.api_key_file),
+        max_waiting=args.max_waiting,
+        max_body_bytes=int(args.max_body_mb * 2**20),
+        max_tokens=args.max_tokens,
+        media_root=args.media_root,
+        url_hosts=frozenset(host.lower() for host in args.allow_url_host),
+        timeout_s=args.timeout,
+    )
+
+
+def _openers(args: argparse.Namespace) -> dict[str, Callable[[], Pipeline]]:
+    """By the names that requests give: NAME, or what stands behind --model."""
+    from mlx_vlm_pipes.loading import load
+
+    given: dict[str, str | None] = {}
+    for text in args.model:
+        name, equals, path = text.partition("=")
+        if (name if equals else text) in given:
+            raise ConfigError(f"--model {text}: the name {name!r} is given twice")
+        given[name if equals else text] = path if equals else text
+    options = {
+        "dtype": args.dtype, "device": args.device, "adapter": args.adapter,
+        "kv_bits": args.kv_bits, "max_length": args.max_length,
+    }  # fmt: skip
+    return {
+        name: partial(load, path, **options)
+        for name, path in (given or {BUNDLED_NAME: None}).items()
+    }
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Raises: ConfigError where the address is taken or not ours."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listening = socket.socket(family, kind, protocol)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+        listening.listen(2048)
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"cannot listen on {host}:{port}: {error}; try another --port") from None
+    return listening
+
+
+async def _serve(server: Server, listening: socket.socket, timeout_s: float) -> int:
+    """Listen at once, load meanwhile; end with 0 once a signal has come and all is answered."""
+    import uvicorn
+
+    from mlx_vlm_pipes.server.app import drain
+
+    config = uvicorn.Config(
+        server.app, log_level="warning", lifespan="on", timeout_graceful_shutdown=1,
+        access_log=False, h11_max_incomplete_event_size=64 * 1024,
+    )  # fmt: skip
+    uvicorn_server = _uvicorn_class()(config)
+    loop, stopping = asyncio.get_running_loop(), asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopping.set)
+    serving = asyncio.create_task(uvicorn_server.serve(sockets=[listening]))
+    loading = asyncio.create_task(_load_first(server))
+    host, port = listening.getsockname()[:2]
+    say(f"listening on http://{host}:{port}/v1; Ctrl-C ends it")
+    stopped = asyncio.create_task(stopping.wait())
+    await asyncio.wait({serving, loading, stopped}, return_when=asyncio.FIRST_COMPLETED)
+    if loading.done() and not loading.exception() and not stopping.is_set():
+        await asyncio.wait({serving, stopped}, return_when=asyncio.FIRST_COMPLETED)
+    if stopping.is_set():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)  # a second one ends it at once
+        say("ending: no new requests; waiting for those that run")
+        await drain(server, timeout_s)
+    uvicorn_server.should_exit = True
+    await serving
+    stopped.cancel()
+    if loading.done():
+        loading.result()
+    return 0
+
+
+async def _load_first(server: Server) -> None:
+    """Raises: the package's errors, of a model that cannot be opened."""
+    first = server.models.first
+    try:
+        pipe = await asyncio.to_thread(server.models.load, first)
+    except PipesError as error:
+        first.failure = error
+        raise
+    server.gate.rows = pipe.engine.config.max_batch_size
+    say(f"ready: {first.name}, {pipe!r}")
+
+
+def _uvicorn_class() -> type:
+    import uvicorn
+
+    class Quiet(uvicorn.Server):
+        """Signals are ours: uvicorn would end the process with one after a drain."""
+
+        @contextlib.contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            yield
+
+    return Quiet
+
+
+if __name__ == "__main__":
+    sys.exit(main())

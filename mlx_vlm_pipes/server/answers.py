@@ -1,0 +1,139 @@
+"""A question on its way through the engine, whatever dialect it was asked in."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import anyio.to_thread
+from starlette.requests import Request
+
+from mlx_vlm_pipes.engine.requests import Chunk, Handle
+from mlx_vlm_pipes.errors import ContextTooLong
+from mlx_vlm_pipes.pipeline import Pipeline, Prompt
+from mlx_vlm_pipes.processing.types import ProcessedPrompt
+from mlx_vlm_pipes.server.settings import ServerSettings
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a request asks for: n answers to each prompt. `prompts` makes them, off the event loop:
+    it reads files and hosts."""
+
+    prompts: Callable[[], Sequence[Prompt]]
+    options: dict[str, Any]
+    reading: dict[str, Any]
+    n: int = 1
+    keep_tokens: tuple[str, ...] = ()
+
+
+@dataclass
+class Answers:
+    """The handles of a question, in order: all answers to the first prompt, then the next.
+
+    prompts: as they were read, one for each.
+    """
+
+    prompts: list[ProcessedPrompt] = field(default_factory=list)
+    handles: list[Handle] = field(default_factory=list)
+
+    async def pieces(self) -> AsyncIterator[tuple[int, Chunk]]:
+        """The chunks of all, as they come, each with the number of its answer.
+
+        Raises: what the first that fails fails with. Ending it early cancels all.
+        """
+        arrived: asyncio.Queue[tuple[int, Chunk | None, Exception | None]] = asyncio.Queue()
+        readers = [
+            asyncio.create_task(_read(i, handle, arrived)) for i, handle in enumerate(self.handles)
+        ]
+        left = len(readers)
+        try:
+            while left:
+                index, chunk, error = await arrived.get()
+                if error is not None:
+                    raise error
+                if chunk is None:
+                    left -= 1
+                else:
+                    yield index, chunk
+        finally:
+            self.close()
+            for reader in readers:
+                reader.cancel()
+
+    def close(self) -> None:
+        for handle in self.handles:
+            handle.close()
+
+
+async def ask(pipe: Pipeline, question: Question, settings: ServerSettings) -> Answers:
+    """Read a question's prompts and queue its requests, in a thread.
+
+    Raises: InputError and ApiError. Nothing stays queued where it raises or is cancelled.
+    """
+    answers = Answers()
+    try:
+        await anyio.to_thread.run_sync(_submit, pipe, question, settings, answers)
+    except BaseException:
+        answers.close()
+        raise
+    return answers
+
+
+def _submit(pipe: Pipeline, question: Question, settings: ServerSettings, answers: Answers) -> None:
+    for prompt, options in prepared(pipe, question, settings):
+        answers.prompts.append(prompt)
+        kept = question.keep_tokens
+        answers.handles += pipe.submit_n(prompt, question.n, keep_tokens=kept, **options)
+
+
+def prepared(
+    pipe: Pipeline, question: Question, settings: ServerSettings
+) -> Iterator[tuple[ProcessedPrompt, dict[str, Any]]]:
+    """Each prompt as the engine takes it, with the options of its answers.
+
+    Raises: InputError and ApiError; ContextTooLong where no answer has room.
+    """
+    for prompt in question.prompts():
+        processed = pipe.encode(prompt, local_files=False, **question.reading)
+        room = pipe.max_seq_len - len(processed.input_ids)
+        if room < 1:
+            raise ContextTooLong(
+                f"{len(processed.input_ids)} prompt tokens leave no room for an answer; this "
+                f"model holds {pipe.max_seq_len}; shorten the prompt"
+            )
+        yield processed, {"max_tokens": min(settings.max_tokens, room), **question.options}
+
+
+async def _read(index: int, handle: Handle, arrived: asyncio.Queue[Any]) -> None:
+    try:
+        async with aclosing(aiter(handle)) as chunks:  # pyright: ignore[reportArgumentType]
+            async for chunk in chunks:
+                arrived.put_nowait((index, chunk, None))
+    except Exception as error:  # handed to whoever reads the pieces
+        arrived.put_nowait((index, None, error))
+    else:
+        arrived.put_nowait((index, None, None))
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T | None:
+    """The result of the work, or None where the client has gone meanwhile: it is cancelled then."""
+    task = asyncio.create_task(work)
+    gone = asyncio.create_task(_disconnect(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        return task.result() if task.done() else None
+    finally:
+        for each in (task, gone):
+            each.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _disconnect(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,239 @@
+"""The routes of a server, and what all of them share: who may ask, how many, and how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import ExitStack, aclosing, asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import anyio.to_thread
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from mlx_vlm_pipes.pipeline import Pipeline
+from mlx_vlm_pipes.server.answers import Answers, Question, ask, prepared, unless_gone
+from mlx_vlm_pipes.server.body import read_object
+from mlx_vlm_pipes.server.chat import PROMPT, ChatAnswer, read_chat
+from mlx_vlm_pipes.server.completions import PROMPT as TEXT_PROMPT
+from mlx_vlm_pipes.server.completions import TextAnswer, read_completion
+from mlx_vlm_pipes.server.errors import ApiError, api_error
+from mlx_vlm_pipes.server.events import EventStream, event
+from mlx_vlm_pipes.server.gate import Gate
+from mlx_vlm_pipes.server.metrics import Metrics
+from mlx_vlm_pipes.server.models import Models
+from mlx_vlm_pipes.server.settings import ServerSettings
+
+_LOG = logging.getLogger("mlx_vlm_pipes.server")
+CLIENT_GONE = 499  # nobody reads it; it stands in the counters
+Handler = Callable[["Server", Request], Awaitable[Response]]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request that was read: what to ask the engine, and how to tell the answer."""
+
+    pipe: Pipeline
+    question: Question
+    answer: ChatAnswer | TextAnswer
+    stream: bool
+    param: str  # what the dialect calls the prompt
+
+
+class Server:
+    """Models behind HTTP. `app` is the ASGI application."""
+
+    def __init__(self, models: Models, settings: ServerSettings, *, is_local: bool = True) -> None:
+        self.models, self.settings = models, settings
+        self.gate = Gate(settings, is_local=is_local)
+        self.metrics = Metrics(models, self.gate)
+        self.app = Starlette(
+            routes=[
+                Route("/health", self._open(_health)),
+                Route("/health/live", self._open(_live)),
+                Route("/metrics", self._guarded(_metrics)),
+                Route("/v1/models", self._guarded(_list_models)),
+                Route("/v1/models/{name:path}", self._guarded(_one_model)),
+                Route("/v1/chat/completions", self._guarded(_chat), methods=["POST"]),
+                Route("/v1/completions", self._guarded(_completion), methods=["POST"]),
+                Route("/v1/plan", self._guarded(_plan), methods=["POST"]),
+            ],
+            exception_handlers={HTTPException: _http_error},
+            lifespan=self._lifespan,
+        )
+
+    @asynccontextmanager
+    async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
+        yield
+        await anyio.to_thread.run_sync(self.models.close)
+
+    def _open(self, handler: Handler) -> Callable[[Request], Awaitable[Response]]:
+        async def answer(request: Request) -> Response:
+            return await handler(self, request)
+
+        return answer
+
+    def _guarded(self, handler: Handler) -> Callable[[Request], Awaitable[Response]]:
+        """The handler behind the key, with every failure as OpenAI's error object."""
+
+        async def answer(request: Request) -> Response:
+            try:
+                self.gate.check_caller(request.headers)
+                response = await handler(self, request)
+            except Exception as error:
+                response = error_response(error)
+            self.metrics.count_request(request.scope["route"].path, response.status_code)
+            return response
+
+        return answer
+
+    async def respond(self, request: Request, read: Callable[[dict[str, Any]], Asked]) -> Response:
+        """Read, ask and tell. A place is taken before the first byte of the body is awaited, and
+        given back when the answer is out or nobody wants it any more."""
+        with ExitStack() as place:
+            place.enter_context(self.gate.admitted())
+            asked = read(await read_object(request, self.settings))
+            if asked.stream:
+                answers = await unless_gone(request, self._ask(asked))
+                if answers is None:
+                    return Response(status_code=CLIENT_GONE)
+                events = self._events(asked, answers, place.pop_all())
+                return EventStream(events, self.settings.timeout_s)
+            told = await unless_gone(request, self._whole(asked))
+            return Response(status_code=CLIENT_GONE) if told is None else JSONResponse(told)
+
+    async def _ask(self, asked: Asked) -> Answers:
+        try:
+            return await ask(asked.pipe, asked.question, self.settings)
+        except Exception as error:
+            raise api_error(error, asked.param) from error
+
+    async def _whole(self, asked: Asked) -> dict[str, Any]:
+        answers = await self._ask(asked)
+        try:
+            told = await asked.answer.whole(answers)
+        except Exception as error:
+            raise api_error(error, asked.param) from error
+        finally:
+            answers.close()
+        self.metrics.count_answers(asked.answer.told, asked.question.n)
+        return told
+
+    async def _events(
+        self, asked: Asked, answers: Answers, place: ExitStack
+    ) -> AsyncIterator[bytes]:
+        """The dialect's events; a failure is the last one."""
+        with place:
+            try:
+                async with aclosing(asked.answer.streamed(answers)) as events:  # pyright: ignore[reportArgumentType]
+                    async for part in events:
+                        yield part
+            except Exception as error:
+                yield event(_refusal(error, asked.param).body())
+            finally:
+                answers.close()
+                self.metrics.count_answers(asked.answer.told, asked.question.n)
+
+
+async def _chat(server: Server, request: Request) -> Response:
+    def read(body: dict[str, Any]) -> Asked:
+        model, pipe = server.models.ready(body.get("model"))
+        question, form = read_chat(body, pipe.tokenizer, server.settings)
+        answer = ChatAnswer(model.name, form, pipe.tokenizer)
+        return Asked(pipe, question, answer, form.stream, PROMPT)
+
+    return await server.respond(request, read)
+
+
+async def _completion(server: Server, request: Request) -> Response:
+    def read(body: dict[str, Any]) -> Asked:
+        model, pipe = server.models.ready(body.get("model"))
+        question, form, echoed = read_completion(body)
+        answer = TextAnswer(model.name, form, pipe.tokenizer, echoed, question.n)
+        return Asked(pipe, question, answer, form.stream, TEXT_PROMPT)
+
+    return await server.respond(request, read)
+
+
+async def _plan(server: Server, request: Request) -> Response:
+    """The body is that of a chat: tokens and memory before it runs."""
+    with server.gate.admitted():
+        body = await read_object(request, server.settings)
+        _, pipe = server.models.ready(body.get("model"))
+        question, _ = read_chat(body, pipe.tokenizer, server.settings)
+
+        def plan() -> dict[str, Any]:
+            ((prompt, options),) = prepared(pipe, question, server.settings)
+            return pipe.plan(prompt, **options).as_dict()
+
+        try:
+            return JSONResponse(await anyio.to_thread.run_sync(plan))
+        except Exception as error:
+            raise api_error(error, PROMPT) from error
+
+
+async def _list_models(server: Server, request: Request) -> Response:
+    models = [model.describe() for model in server.models.all()]
+    return JSONResponse({"object": "list", "data": models})
+
+
+async def _one_model(server: Server, request: Request) -> Response:
+    return JSONResponse(server.models.find(request.path_params["name"]).describe())
+
+
+async def _metrics(server: Server, request: Request) -> Response:
+    text = await anyio.to_thread.run_sync(server.metrics.text)
+    return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+async def _live(server: Server, request: Request) -> Response:
+    return JSONResponse({"status": "ok"})
+
+
+async def _health(server: Server, request: Request) -> Response:
+    """200 where a chat would be answered now, 503 with a word where not."""
+    first = server.models.first
+    status = "ok"
+    if server.gate.is_draining:
+        status = "draining"
+    elif first.failure is not None:
+        status = "failed"
+    elif first.pipe is None:
+        status = "loading"
+    return JSONResponse({"status": status}, 200 if status == "ok" else 503)
+
+
+def error_response(error: Exception) -> Response:
+    refusal = _refusal(error, None)
+    return JSONResponse(refusal.body(), refusal.status, dict(refusal.headers))
+
+
+def _refusal(error: Exception, prompt_param: str | None) -> ApiError:
+    """What a client is told; a fault of ours goes to the log, not to the client."""
+    try:
+        return api_error(error, prompt_param or "")
+    except Exception:
+        _LOG.exception("a request failed")
+        return ApiError(500, "the server failed; its log says how", code="internal_error")
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    told = {404: f"no such path: {request.url.path[:100]}", 405: f"{request.method} is not for it"}
+    message = told.get(error.status_code, str(error.detail))
+    refusal = ApiError(error.status_code, message, code="not_found")
+    return JSONResponse(refusal.body(), refusal.status, dict(error.headers or {}))
+
+
+async def drain(server: Server, seconds: float) -> None:
+    """Let nobody in any more, and wait until those inside have got their answers."""
+    server.gate.is_draining = True
+    loop = asyncio.get_running_loop()
+    end = loop.time() + seconds
+    while server.gate.inside and loop.time() < end:
+        await asyncio.sleep(0.05)

@@ -1,0 +1,212 @@
+"""/v1/chat/completions: OpenAI's chat, in its own words, whole or streamed."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mlx_vlm_pipes.processing.tokenizer import Tokenizer
+from mlx_vlm_pipes.server.answers import Answers, Question
+from mlx_vlm_pipes.server.errors import bad_request
+from mlx_vlm_pipes.server.events import event
+from mlx_vlm_pipes.server.fields import MAX_N, count, option_values, refuse_unknown, switch
+from mlx_vlm_pipes.server.media import allowed_messages
+from mlx_vlm_pipes.server.settings import ServerSettings
+from mlx_vlm_pipes.server.told import Told, chat_logprobs, timings_of, usage_of
+from mlx_vlm_pipes.server.tools import Manner, manner, read_tools
+from mlx_vlm_pipes.speech import Kind, Piece
+
+PROMPT = "messages"
+KNOWN = frozenset({
+    "messages", "model", "stream", "stream_options", "n", "logprobs", "top_logprobs",
+    "response_format", "tools", "tool_choice", "chat_template_kwargs",
+})  # fmt: skip
+READING = (
+    "chat_template_kwargs",
+    "fps",
+    "num_frames",
+    "min_pixels",
+    "max_pixels",
+)  # options of how a prompt is read
+MAX_TOP = 20
+
+
+@dataclass(frozen=True)
+class Form:
+    """How an answer is to be told. n: how many there are; top: rivals of each token, None for no
+    scores at all; manner: how its text is taken apart."""
+
+    stream: bool
+    with_usage: bool
+    n: int
+    top: int | None
+    manner: Manner
+
+
+def read_chat(
+    body: Mapping[str, Any], tokenizer: Tokenizer, settings: ServerSettings
+) -> tuple[Question, Form]:
+    """Raises: ApiError 400 naming the parameter that is wrong."""
+    refuse_unknown(body, KNOWN)
+    messages = body.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise bad_request("messages is no list of messages", PROMPT)
+    _refuse_formats(body)
+    tools = read_tools(body)
+    form = Form(
+        switch(body, "stream"),
+        wants_usage(body),
+        count(body, "n", low=1, high=MAX_N) or 1,
+        _top(body),
+        manner(tokenizer, tools),
+    )
+    options = option_values(body)
+    reading = {name: options.pop(name) for name in READING if name in options}
+    if tools:
+        reading["tools"] = tools
+    if form.top is not None:
+        options["logprobs"] = max(form.top, 1)
+    question = Question(
+        lambda: [allowed_messages(messages, settings, PROMPT)],
+        options,
+        reading,
+        form.n,
+        form.manner.calls.tokens if form.manner.calls is not None else (),
+    )
+    return question, form
+
+
+def wants_usage(body: Mapping[str, Any]) -> bool:
+    """Whether a stream ends with a chunk of its usage."""
+    options = body.get("stream_options")
+    if options is None:
+        return False
+    if not isinstance(options, Mapping) or not options.keys() <= {
+        "include_usage", "include_obfuscation"
+    }:  # fmt: skip
+        raise bad_request(
+            'stream_options is no object with "include_usage" in it', "stream_options"
+        )
+    if not body.get("stream"):
+        raise bad_request("stream_options without stream has no meaning", "stream_options")
+    return switch(options, "include_usage")
+
+
+def _top(body: Mapping[str, Any]) -> int | None:
+    top = count(body, "top_logprobs", low=0, high=MAX_TOP)
+    if switch(body, "logprobs"):
+        return top or 0
+    if top is not None:
+        raise bad_request("top_logprobs needs logprobs to be true", "top_logprobs")
+    return None
+
+
+def _refuse_formats(body: Mapping[str, Any]) -> None:
+    """Raises: ApiError 400 for an answer in a form that this server does not enforce."""
+    format = body.get("response_format")
+    if format is not None and (not isinstance(format, Mapping) or format.get("type") != "text"):
+        raise bad_request(
+            "response_format: this server gives plain text only, no schemas", "response_format"
+        )
+
+
+@dataclass
+class ChatAnswer:
+    """The objects of one answer to a client."""
+
+    model: str
+    form: Form
+    tokenizer: Tokenizer
+    prefix: str = "chatcmpl-"
+
+    def __post_init__(self) -> None:
+        self._id, self._created = self.prefix + uuid.uuid4().hex, int(time.time())
+        self.told: list[Told] = []
+
+    async def whole(self, answers: Answers) -> dict[str, Any]:
+        """A chat.completion object."""
+        self._open(answers)
+        async for index, chunk in answers.pieces():
+            self.told[index].add(chunk)
+        return {
+            **self._head("chat.completion"),
+            "choices": [self._choice(index, told) for index, told in enumerate(self.told)],
+            "usage": usage_of(self.told, self.form.n),
+            "timings": timings_of(self.told),
+        }
+
+    async def streamed(self, answers: Answers) -> AsyncIterator[bytes]:
+        """chat.completion.chunk events and [DONE]."""
+        self._open(answers)
+        for index in range(self.form.n):
+            yield self._chunk(index, {"role": "assistant", "content": None})
+        async for index, chunk in answers.pieces():
+            told = self.told[index]
+            deltas = [self._delta(told, piece) for piece in told.add(chunk)]
+            scores = self._scores([] if chunk.logprobs is None else [chunk.logprobs])
+            if scores is not None and not deltas:
+                deltas = [{"content": ""}]  # a token without text of its own has a score too
+            for i, delta in enumerate(deltas):
+                yield self._chunk(index, delta, scores if i == 0 else None)
+            if chunk.finish_reason is not None:
+                yield self._chunk(index, {}, None, told.openai_reason)
+        if self.form.with_usage:
+            yield event({
+                **self._head("chat.completion.chunk"),
+                "choices": [],
+                "usage": usage_of(self.told, self.form.n),
+                "timings": timings_of(self.told),
+            })  # fmt: skip
+        yield event("[DONE]")
+
+    def _open(self, answers: Answers) -> None:
+        prompt = answers.prompts[0].text
+        self.told = [Told(self.form.manner.speech(prompt)) for _ in range(self.form.n)]
+
+    def _choice(self, index: int, told: Told) -> dict[str, Any]:
+        message = {"role": "assistant", "content": told.text, "refusal": None}
+        if told.reasoning:
+            message["reasoning_content"] = told.reasoning
+        if told.calls:
+            message["tool_calls"] = [call.as_dict() for call in told.calls]
+            message["content"] = told.text or None
+        return {
+            "index": index,
+            "message": message,
+            "logprobs": self._scores(told.scores),
+            "finish_reason": told.openai_reason,
+        }
+
+    def _delta(self, told: Told, piece: Piece) -> dict[str, Any]:
+        if piece.kind is Kind.TEXT:
+            return {"content": piece.text}
+        if piece.kind is Kind.REASONING:
+            return {"reasoning_content": piece.text}
+        if piece.kind is Kind.ARGUMENTS:
+            part = {"index": piece.call, "function": {"arguments": piece.text}}
+            return {"tool_calls": [part]}
+        begun = {"name": piece.text, "arguments": ""}
+        call = {"id": told.calls[piece.call].id, "type": "function", "function": begun}
+        return {"tool_calls": [{"index": piece.call, **call}]}
+
+    def _chunk(
+        self,
+        index: int,
+        delta: dict[str, Any],
+        logprobs: dict[str, Any] | None = None,
+        reason: str | None = None,
+    ) -> bytes:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+        usage = {"usage": None} if self.form.with_usage else {}
+        return event({**self._head("chat.completion.chunk"), "choices": [choice], **usage})
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {"id": self._id, "object": kind, "created": self._created, "model": self.model}
+
+    def _scores(self, scores: list[Any]) -> dict[str, Any] | None:
+        if self.form.top is None or not scores:
+            return None
+        return chat_logprobs(scores, self.form.top, self.tokenizer)

@@ -1,0 +1,114 @@
+"""/v1/completions: texts continued as they stand, without a chat template."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mlx_vlm_pipes.log_probabilities import LogProbabilities
+from mlx_vlm_pipes.processing.tokenizer import Tokenizer
+from mlx_vlm_pipes.server.answers import Answers, Question
+from mlx_vlm_pipes.server.chat import Form, wants_usage
+from mlx_vlm_pipes.server.errors import bad_request
+from mlx_vlm_pipes.server.events import event
+from mlx_vlm_pipes.server.fields import MAX_N, count, option_values, refuse_unknown, switch
+from mlx_vlm_pipes.server.told import Told, text_logprobs, timings_of, usage_of
+from mlx_vlm_pipes.server.tools import Manner
+
+PROMPT = "prompt"
+KNOWN = frozenset({"prompt", "model", "stream", "stream_options", "n", "logprobs", "echo"})
+MAX_PROMPTS = 128
+MAX_TOP = 5
+
+
+def read_completion(body: Mapping[str, Any]) -> tuple[Question, Form, list[str]]:
+    """The question, its form (n counts the answers to all prompts) and what stands before each.
+
+    Raises: ApiError 400 naming the parameter that is wrong.
+    """
+    refuse_unknown(body, KNOWN)
+    given = body.get("prompt")
+    prompts = [given] if isinstance(given, str) else given
+    if not isinstance(prompts, list) or not all(isinstance(text, str) for text in prompts):
+        raise bad_request("prompt is no text and no list of texts", PROMPT)
+    if not 1 <= len(prompts) <= MAX_PROMPTS:
+        raise bad_request(f"prompt holds {len(prompts)} texts, expected 1 to {MAX_PROMPTS}", PROMPT)
+    n = count(body, "n", low=1, high=MAX_N) or 1
+    if n * len(prompts) > MAX_N:
+        raise bad_request(f"n: {n * len(prompts)} answers, expected at most {MAX_N} in all", "n")
+    top = count(body, "logprobs", low=0, high=MAX_TOP)
+    options = option_values(body)
+    if top is not None:
+        options["logprobs"] = max(top, 1)
+    form = Form(switch(body, "stream"), wants_usage(body), n * len(prompts), top, Manner())
+    echoed = [text if switch(body, "echo") else "" for text in prompts for _ in range(n)]
+    return Question(lambda: prompts, options, {"raw": True}, n), form, echoed
+
+
+@dataclass
+class TextAnswer:
+    """The objects of one answer to a client. per_prompt: answers to each prompt."""
+
+    model: str
+    form: Form
+    tokenizer: Tokenizer
+    echoed: list[str]
+    per_prompt: int
+
+    def __post_init__(self) -> None:
+        self._id, self._created = "cmpl-" + uuid.uuid4().hex, int(time.time())
+        self.told = [Told(is_trimmed=False) for _ in range(self.form.n)]
+
+    async def whole(self, answers: Answers) -> dict[str, Any]:
+        """A text_completion object."""
+        async for index, chunk in answers.pieces():
+            self.told[index].add(chunk)
+        choices = [
+            self._choice(i, self.echoed[i] + told.text, told.scores, told.reason)
+            for i, told in enumerate(self.told)
+        ]
+        return {**self._head(), "choices": choices, **self._figures()}
+
+    async def streamed(self, answers: Answers) -> AsyncIterator[bytes]:
+        """text_completion events and [DONE]."""
+        for index, text in enumerate(self.echoed):
+            if text:
+                yield self._event([self._choice(index, text, [], None)])
+        async for index, chunk in answers.pieces():
+            text = "".join(piece.text for piece in self.told[index].add(chunk))
+            scores = [] if chunk.logprobs is None else [chunk.logprobs]
+            if text or scores or chunk.finish_reason:
+                yield self._event([self._choice(index, text, scores, chunk.finish_reason)])
+        if self.form.with_usage:
+            yield event({**self._head(), "choices": [], **self._figures()})
+        yield event("[DONE]")
+
+    def _event(self, choices: list[dict[str, Any]]) -> bytes:
+        usage = {"usage": None} if self.form.with_usage else {}
+        return event({**self._head(), "choices": choices, **usage})
+
+    def _choice(
+        self, index: int, text: str, scores: list[LogProbabilities], reason: str | None
+    ) -> dict[str, Any]:
+        logprobs = None
+        if self.form.top is not None and scores:
+            done = sum(len(self._text(s)) for s in self.told[index].scores[: -len(scores)])
+            offset = len(self.echoed[index]) + done
+            logprobs = text_logprobs(scores, self.form.top, self.tokenizer, offset)
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+
+    def _text(self, score: LogProbabilities) -> str:
+        return text_logprobs([score], 0, self.tokenizer, 0)["tokens"][0]
+
+    def _figures(self) -> dict[str, Any]:
+        usage = usage_of(self.told, self.per_prompt)
+        return {"usage": usage, "timings": timings_of(self.told)}
+
+    def _head(self) -> dict[str, Any]:
+        return {
+            "id": self._id, "object": "text_completion", "created": self._created,
+            "model": self.model,
+        }  # fmt: skip

@@ -1,0 +1,87 @@
+"""Server-sent events: a response that ends its work when the client goes or no longer reads."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+PING_S = 15.0  # a comment that often in a long prefill, so that no proxy takes it for dead
+
+
+def event(value: dict[str, Any] | str, name: str | None = None) -> bytes:
+    """One event. value: JSON, or a text as it is; name: its type, where a dialect has some."""
+    data = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return (f"event: {name}\n" if name else "").encode() + f"data: {data}\n\n".encode()
+
+
+class EventStream(Response):
+    """Sends events as they are made. The iterator is closed in any case, at once where the client
+    has gone or takes longer than stall_s to read one."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncIterator[bytes], stall_s: float) -> None:
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self._events, self._stall_s = events, stall_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        work = asyncio.create_task(self._send(send))
+        gone = asyncio.create_task(_disconnect(receive))
+        try:
+            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            gone.cancel()
+            if not work.done():
+                work.cancel()
+            await asyncio.gather(work, gone, return_exceptions=True)
+
+    async def _send(self, send: Send) -> None:
+        loop, work = asyncio.get_running_loop(), asyncio.current_task()
+        assert work is not None
+
+        async def put(message: dict[str, Any]) -> None:
+            # asyncio.wait_for may swallow the cancelling of a client that has gone (until 3.12)
+            stalled = loop.call_later(self._stall_s, work.cancel)
+            try:
+                await send(message)
+            finally:
+                stalled.cancel()
+
+        async with aclosing(_pinged(self._events)) as events:  # pyright: ignore[reportArgumentType]
+            await put({
+                "type": "http.response.start", "status": 200, "headers": self.raw_headers
+            })  # fmt: skip
+            async for part in events:
+                await put({"type": "http.response.body", "body": part, "more_body": True})
+            await put({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _pinged(events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """The events, and a comment wherever none has come for a while."""
+    following = None
+    try:
+        while True:
+            following = asyncio.ensure_future(anext(events))
+            while not (await asyncio.wait({following}, timeout=PING_S))[0]:
+                yield b": still working\n\n"
+            try:
+                yield following.result()
+            except StopAsyncIteration:
+                return
+    finally:
+        if following is not None and not following.done():
+            following.cancel()
+            await asyncio.gather(following, return_exceptions=True)
+        await events.aclose()  # pyright: ignore[reportAttributeAccessIssue]  # a generator of ours
+
+
+async def _disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,168 @@
+"""Adapters whose targets match the vision tower and the connector too, in every room that has them.
+
+What they must come to: the numbers of PEFT itself, and those of weights merged by numpy.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_vlm_pipes import load
+from mlx_vlm_pipes.conversion import ConvertOptions, convert
+from mlx_vlm_pipes.errors import ConfigError, UnknownAdapter, WeightsError
+from mlx_vlm_pipes.loading import BUNDLED
+from tests.architectures.driving import relative
+from tests.device import bar
+from tests.engine.driving import fixture_requests
+from tests.fixtures_helper import FIXTURES
+
+RANK, SCALE = 4, 2.0
+BAR = bar(1e-4)  # of the largest logit: W x + s B (A x) against (W + s B A) x
+ROOMS = ["idefics3", "pixtral", "internvl-qwen2", "internvl-chat", "qwen25vl", "qwen3vl"]
+NO_LINEARS = ("embed", "position", "lm_head", "patch")
+
+
+def adapt(base: Path, root: Path, *, text: bool = True) -> tuple[Path, Path]:
+    """An adapter of mlx-lm's form over all linears (text: the decoder's too), and the merged
+    checkpoint, by numpy."""
+    numbers = np.random.default_rng(len(base.name))
+    (file,) = base.glob("*.safetensors")
+    tensors: dict[str, Any] = mx.load(str(file))  # pyright: ignore[reportAssignmentType]  # a dictionary for safetensors
+    pairs: dict[str, mx.array] = {}
+    for stored in list(tensors):
+        path, _, kind = stored.rpartition(".")
+        is_text = any(part in path for part in ("text_model", "language_model", "model.layers."))
+        if kind != "weight" or tensors[stored].ndim != 2 or any(n in path for n in NO_LINEARS):
+            continue
+        if is_text and not text:
+            continue
+        weight = np.array(tensors[stored].astype(mx.float32))
+        a = numbers.normal(0, 0.2, (RANK, weight.shape[1])).astype(np.float32)
+        b = numbers.normal(0, 0.2, (weight.shape[0], RANK)).astype(np.float32)
+        tensors[stored] = mx.array(weight + SCALE * b @ a)
+        pairs[f"{path}.lora_a"], pairs[f"{path}.lora_b"] = mx.array(a.T), mx.array(b.T)
+    folder, merged = root / "adapter", root / "merged"
+    folder.mkdir()
+    mx.save_safetensors(str(folder / "adapters.safetensors"), pairs)
+    config = {"fine_tune_type": "lora", "lora_parameters": {"rank": RANK, "scale": SCALE}}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    shutil.copytree(base, merged)
+    mx.save_safetensors(str(merged / file.name), tensors, {"format": "pt"})
+    return folder, merged
+
+
+def with_picture(base: Path) -> dict[str, Any]:
+    return next(r for r in fixture_requests(base).values() if r["images"] and not r["videos"])
+
+
+def logits(folder: Path, request: dict[str, Any], **options: Any) -> np.ndarray:
+    with load(folder, dtype="float32", **options) as pipe:
+        return pipe.logits(**request)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_an_adapter_of_the_whole_model_equals_merged_weights(room: str, tmp_path: Path) -> None:
+    base = FIXTURES / room
+    folder, merged = adapt(base, tmp_path)
+    request = with_picture(base)
+    wanted = logits(merged, request)
+    assert relative(logits(base, request, adapter=folder), wanted) < BAR
+    assert relative(logits(base, request), wanted) > 0.05
+    options: dict[str, Any] = {"dtype": "float32", "measure": False}
+    convert(ConvertOptions(model=base, out=tmp_path / "out", lora=folder, **options))
+    assert relative(logits(tmp_path / "out", request), wanted) < BAR
+
+
+def test_a_packed_tower_gets_the_adapter_unrounded(tmp_path: Path) -> None:
+    """Merged floats take the place of packed weights: nothing is rounded a second time."""
+    base, request = FIXTURES / "idefics3", with_picture(FIXTURES / "idefics3")
+    folder, _ = adapt(base, tmp_path)
+    packed, plain = tmp_path / "packed", tmp_path / "plain"
+    options: dict[str, Any] = {"bits": 4, "group_size": 32, "quantize_vision": True}
+    convert(ConvertOptions(model=base, out=packed, measure=False, **options))
+    convert(ConvertOptions(model=packed, out=plain, dequantize=True, lora=folder, measure=False))
+    assert relative(logits(packed, request, adapter=folder), logits(plain, request)) < BAR
+
+
+def test_requests_cannot_leave_a_merged_tower_out(tmp_path: Path) -> None:
+    """An adapter of tower and connector alone: one row as several, and no base model."""
+    base, request = FIXTURES / "idefics3", with_picture(FIXTURES / "idefics3")
+    folder, merged = adapt(base, tmp_path, text=False)
+    wanted = logits(merged, request)
+    with load(base, dtype="float32", adapter=f"mine={folder}") as pipe:
+        assert relative(pipe.logits(**request, adapter="mine"), wanted) < BAR
+        with pytest.raises(UnknownAdapter, match=r"no answers of the base model: .* vision tower"):
+            pipe.logits(**request, adapter="base")
+        batch = pipe.generate_batch([{"prompt": "a"}, {"prompt": "a"}], max_tokens=3, raw=True)
+        assert batch[0].tokens == batch[1].tokens
+
+
+def test_several_adapters_may_not_change_one_tower(tmp_path: Path) -> None:
+    base = FIXTURES / "idefics3"
+    folder, _ = adapt(base, tmp_path)
+    line = (
+        r"^adapter 'b' changes 13 linears of the vision tower or connector \(vision_model\..*\),"
+        r" which all requests share: load it alone, or merge it .*convert --lora"
+    )
+    with pytest.raises(ConfigError, match=line):
+        load(base, adapter=[f"b={folder}", f"c={folder}"])
+
+
+def test_an_adapter_of_another_tower_is_refused(tmp_path: Path) -> None:
+    folder, _ = adapt(FIXTURES / "idefics3", tmp_path)
+    with pytest.raises(WeightsError, match=r"does not fit 13 linears: .*another model"):
+        load(adapter=folder)
+
+
+COOKBOOK = ["down_proj", "o_proj", "k_proj", "q_proj", "gate_proj", "up_proj", "v_proj"]
+RECIPES = {
+    "the usual SmolVLM recipe": (BUNDLED, {"target_modules": COOKBOOK}),
+    "DoRA": (BUNDLED, {"target_modules": COOKBOOK, "use_dora": True}),
+    "rank-stabilised, all linears": (
+        FIXTURES / "qwen25vl", {"target_modules": "all-linear", "use_rslora": True},
+    ),
+    "patterns, all linears": (
+        FIXTURES / "pixtral",
+        {
+            "target_modules": "all-linear",
+            "rank_pattern": {"attention.q_proj": 2},
+            "alpha_pattern": {"multi_modal_projector.linear_1": 20},
+        },
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_logits_are_pefts(recipe: str, tmp_path: Path) -> None:
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    folder, options = RECIPES[recipe]
+    torch.manual_seed(2)
+    model = transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=8, **options))
+    for name, parameter in adapted.named_parameters():
+        if "lora_A" in name or "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    adapted.save_pretrained(str(tmp_path))
+
+    image = np.random.default_rng(1).integers(0, 256, (90, 120, 3), np.uint8)
+    with load(folder, dtype="float32", adapter=tmp_path) as pipe:
+        encoded = pipe.encode("What is this?", [image])
+        found = pipe.logits("What is this?", [image])
+        plain = load(folder, dtype="float32").logits("What is this?", [image])
+    ids = torch.tensor([encoded.input_ids])
+    media = {name: torch.tensor(array) for name, array in encoded.hf_arrays.items()}
+    if "image_grid_thw" in media:
+        media["mm_token_type_ids"] = (ids == model.config.image_token_id).int()
+    with torch.no_grad():
+        wanted = adapted.eval()(input_ids=ids, **media).logits[0].numpy()
+    assert relative(found, wanted) < bar(2e-5)
+    assert relative(plain, wanted) > 0.05
