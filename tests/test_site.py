@@ -105,3 +105,6 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "reference" / "python.html").is_file()
+    for page in tmp_path.rglob("*.html"):  # mkdocs does not look into HTML that pages hold
+        for source in re.findall(r'<img[^>]* src="([^":]+)"', page.read_text(encoding="utf-8")):
+            assert (page.parent / source).is_file(), f"{page.name}: {source}"
