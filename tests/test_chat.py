@@ -185,7 +185,7 @@ def terminal() -> Iterator[Terminal]:
 
 
 def test_at_a_terminal(terminal: Terminal, state: Path) -> None:
-    assert re.search(r"float32, [cg]pu, holds 2048 tokens", terminal.wait_for("> "))
+    assert re.search(r"float32, [cg]pu; holds 2048 tokens", terminal.wait_for("> "))
     terminal.type(f"'{SHAPES}' \r")
     terminal.wait_for("[1 picture] > ")
     terminal.type("Describe the picture.\r")
