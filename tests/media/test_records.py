@@ -24,6 +24,7 @@ UNITS = {
     "idefics3": lambda size: (1, 1), "smolvlm": lambda size: (1, 1), "pixtral": lambda size: (1, 1),
     "internvl-qwen2": lambda size: (1000, 1000), "internvl-chat": lambda size: (1000, 1000),
     "qwen25vl": lambda size: size, "qwen3vl": lambda size: (1000, 1000),
+    "qwen2vl": lambda size: (1000, 1000),
 }  # fmt: skip
 GIF = Path(__file__).parent.parent.parent / "examples" / "images" / "moving_circle.gif"
 
@@ -178,7 +179,7 @@ def test_tokens_of_tiles(name: str) -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["smolvlm", "internvl-qwen2", "qwen25vl", "qwen3vl"])
+@pytest.mark.parametrize("name", ["smolvlm", "internvl-qwen2", "qwen2vl", "qwen25vl", "qwen3vl"])
 def test_clips(name: str) -> None:
     frames = [picture(70, 50, i) for i in range(4)]
     listed, film = seen(name, videos=[frames, GIF]).media
