@@ -9,7 +9,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import mlx.core as mx
@@ -83,6 +83,23 @@ def figures(reason: str | None, usage: Usage, timings: Timings) -> str:
     )
 
 
+def show_in_cell(media: Sequence[MediaRecord], take: Callable[[], Chunk | None]) -> None:
+    """Show an answer in a notebook's cell while it comes. take: the next chunk, None at the end.
+
+    Raises: what take raises; the cell then keeps what came before.
+    """
+    from mlx_vlm_pipes.display.live import Cell
+
+    cell, note = Cell(media), "ended early"
+    try:
+        while (chunk := take()) is not None:
+            cell.add(chunk.text)
+            if chunk.usage is not None and chunk.timings is not None:
+                note = figures(chunk.finish_reason, chunk.usage, chunk.timings)
+    finally:
+        cell.finish(note)
+
+
 @dataclass
 class Clock:
     """When things happened to a request, by time.perf_counter()."""
@@ -146,21 +163,19 @@ class Handle:
 
     def _ipython_display_(self) -> None:
         """Show the answer in a cell as it comes; its chunks can be read afterwards as before."""
-        from mlx_vlm_pipes.display.live import Cell
+        chunks: list[Chunk] = []
 
-        cell, chunks, note = Cell(self.media), [], "interrupted"
+        def take() -> Chunk | None:
+            chunk = self.next_chunk()
+            chunks.extend([chunk] if chunk else [])
+            return chunk
+
         try:
-            while (chunk := self.next_chunk()) is not None:
-                chunks.append(chunk)
-                cell.add(chunk.text)
-            last = chunks[-1] if chunks else None
-            if last is not None and last.usage is not None and last.timings is not None:
-                note = figures(last.finish_reason, last.usage, last.timings)
+            show_in_cell(self.media, take)
         except BaseException:
             self.close()
             raise
         finally:
-            cell.finish(note)
             self._put_back(chunks)
 
     def _put_back(self, chunks: list[Chunk]) -> None:

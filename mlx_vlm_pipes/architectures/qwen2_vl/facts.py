@@ -21,7 +21,7 @@ FACTS = RoomFacts(
             flat=True,
         ),
     },
-    # technical report, arXiv 2409.12191: coordinates of boxes from 0 to 1000
+    # 0 to 1000, whatever the size: technical report, arXiv 2409.12191
     coordinates=Coordinates.THOUSANDTHS,
     connectors=("merger.",),
     limits={
