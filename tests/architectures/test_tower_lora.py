@@ -25,7 +25,9 @@ from tests.fixtures_helper import FIXTURES
 
 RANK, SCALE = 4, 2.0
 BAR = bar(1e-4)  # of the largest logit: W x + s B (A x) against (W + s B A) x
-ROOMS = ["idefics3", "pixtral", "internvl-qwen2", "internvl-chat", "qwen25vl", "qwen3vl"]
+ROOMS = [
+    "idefics3", "pixtral", "internvl-qwen2", "internvl-chat", "qwen2vl", "qwen25vl", "qwen3vl",
+]  # fmt: skip
 NO_LINEARS = ("embed", "position", "lm_head", "patch")
 
 
