@@ -19,6 +19,7 @@ from mlx_vlm_pipes.contexts import TextContext
 from mlx_vlm_pipes.engine.row_sampler import RowSampler
 from mlx_vlm_pipes.engine.text import StreamDecoder, TextStream
 from mlx_vlm_pipes.engine.worker import require_same_process
+from mlx_vlm_pipes.errors import EngineClosed
 from mlx_vlm_pipes.kv_cache import CacheRow
 from mlx_vlm_pipes.log_probabilities import LogProbabilities
 from mlx_vlm_pipes.media.records import MediaRecord
@@ -302,6 +303,23 @@ class PromptLogits:
         return np.concatenate(self._parts)
 
 
+class PromptRow:
+    """What is cached of a prompt: a staged row of its own."""
+
+    def __init__(self) -> None:
+        self._row: CacheRow | None = None
+
+    def add(self, row: CacheRow) -> None:
+        """An evaluated copy, of the prompt's tokens alone."""
+        self._row = row
+
+    def whole(self) -> CacheRow:
+        """The row, once the request has ended. Raises: EngineClosed where that was before it."""
+        if self._row is None:
+            raise EngineClosed("the request was cancelled before its prompt was run")
+        return self._row
+
+
 @dataclass(eq=False)
 class Job:
     """One request inside the engine. It owns its arrays; nothing else holds per-request state.
@@ -309,8 +327,8 @@ class Job:
     keys: int64 [prompt], what the prefix cache compares. capacity: cache tokens at its longest.
     held: its cache row, from its admission to its end. features: vision rows, by image key, that
     its prompt still needs. first_logits: logits [1, V] behind its prompt, until its first token
-    is out. failure: what its sampler raised. prompt_logits: where the logits of its prompt go, if
-    it is these that are asked for, and no answer.
+    is out. failure: what its sampler raised. prompt_logits, prompt_row: where the logits or the
+    keys and values of its prompt go, if it is these that are asked for, and no answer.
     """
 
     context: TextContext
@@ -329,6 +347,7 @@ class Job:
     prompt_logprobs: LogProbabilities | None = None
     echoed: list[LogProbabilities] = field(default_factory=list)
     prompt_logits: PromptLogits | None = None
+    prompt_row: PromptRow | None = None
 
     @property
     def row(self) -> CacheRow:
@@ -345,6 +364,11 @@ class Job:
     def wants_echo(self) -> bool:
         """Whether the prompt's tokens are still to be scored."""
         return self.context.log_probabilities_echo and self.prompt_logprobs is None
+
+    @property
+    def wants_answer(self) -> bool:
+        """Whether tokens are made behind its prompt."""
+        return self.prompt_logits is None and self.prompt_row is None
 
     @property
     def wants_all_logits(self) -> bool:
