@@ -103,6 +103,7 @@ class Pipeline:
 
     def _repr_html_(self) -> str:
         from mlx_vlm_pipes.display.html import said_bytes, table_html
+        from mlx_vlm_pipes.processing.base import VisionProcessor
 
         model, config = self.model, self.engine.config
         rows = {
@@ -113,6 +114,8 @@ class Pipeline:
             "adapters": ", ".join(model.adapters) or "none",
             "checkpoint": str(self.processor.folder),
         }
+        if isinstance(self.processor, VisionProcessor):
+            rows["boxes"] = f"in {self.processor.facts.coordinates.value}"
         return table_html(lookup(model.huggingface_config, "model_type"), rows)
 
     @property
