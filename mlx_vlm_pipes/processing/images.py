@@ -88,7 +88,7 @@ def load_picture(source: Any, access: Access = ANYWHERE, *, convert: bool = True
     image = open_image(data, name)
     warn_of_more(image, name)
     orientation = _orientation(image, name)  # decoding a TIFF turns it and drops the tag
-    rgb = to_rgb(image if convert else _decoded(image, name).convert("RGB"), name)
+    rgb = to_rgb(image, name) if convert else _decoded(image, name).convert("RGB")
     return Picture(rgb, orientation)
 
 

@@ -16,6 +16,7 @@ from mlx_vlm_pipes.server.chat import Form, read_chat
 from mlx_vlm_pipes.server.errors import ApiError, bad_request
 from mlx_vlm_pipes.server.events import event
 from mlx_vlm_pipes.server.fields import refuse_unknown, switch
+from mlx_vlm_pipes.server.forms import schema_of
 from mlx_vlm_pipes.server.settings import ServerSettings
 from mlx_vlm_pipes.server.told import Told
 from mlx_vlm_pipes.speech import Kind, Piece
@@ -89,6 +90,11 @@ def read_response(
     system = [{"role": "system", "content": instructions}] if instructions else []
     chat["messages"] = [*system, *messages]
     chat |= _tools(body)
+    text = body.get("text")
+    format = text.get("format") if isinstance(text, Mapping) else text
+    if format is not None:
+        schema_of(format, "text")  # judged under the name that it has here
+        chat["response_format"] = format
     try:
         question, form = read_chat(chat, tokenizer, settings)
     except ApiError as error:
@@ -98,10 +104,6 @@ def read_response(
 
 def _refuse_modes(body: Mapping[str, Any]) -> None:
     """Raises: ApiError 400 for what would change the answer and is not done here."""
-    form = body.get("text")
-    kind = (form.get("format") or {}).get("type", "text") if isinstance(form, Mapping) else "text"
-    if kind != "text":
-        raise bad_request("text: this server gives plain text only, no schemas", "text")
     if body.get("truncation") not in (None, "disabled"):
         raise bad_request("truncation: nothing is cut off here; send less", "truncation")
     if switch(body, "background"):
@@ -336,7 +338,7 @@ class ResponseAnswer:
             "previous_response_id": body.get("previous_response_id"),
             "store": body.get("store") is not False,
             "temperature": body.get("temperature"),
-            "text": {"format": {"type": "text"}},
+            "text": body.get("text") or {"format": {"type": "text"}},
             "tool_choice": body.get("tool_choice") or "auto",
             "tools": body.get("tools") or [],
             "top_p": body.get("top_p"),

@@ -87,6 +87,9 @@ def test_without_conversion_three_channels_are_taken_as_they_are() -> None:
             load_image(Image.new(mode, (3, 2)), convert=False)
     clear = Image.new("RGBA", (2, 3), (255, 7, 0, 0))  # a file is opened as RGB, not laid on white
     assert load_image(encoded(clear), convert=False).getpixel((0, 0)) == (255, 7, 0)
+    indexed = clear.convert("RGB").quantize(2)
+    indexed.info["transparency"] = indexed.getpixel((0, 0))
+    assert load_image(encoded(indexed), convert=False).getpixel((0, 0)) == (255, 7, 0)
 
 
 def test_first_frame_of_an_animation() -> None:

@@ -185,6 +185,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("responses", items(max_output_tokens=0), "max_output_tokens"),
     ("responses", items(background=True), "background"),
     ("responses", items(text={"format": {"type": "json_schema"}}), "text"),
+    ("responses", items(text={"format": "json"}), "text"),
     ("responses", items(truncation="auto"), "truncation"),
     ("responses", {"input": [{"type": "computer_call"}]}, "input"),
     ("responses", items(tools=[{"type": "web_search"}]), "tools"),
