@@ -32,7 +32,7 @@ def run(path: Path) -> nbformat.NotebookNode:
     return notebook
 
 
-@pytest.mark.parametrize("path", map(marked, sorted(EXAMPLES.glob("*.ipynb"))))
+@pytest.mark.parametrize("path", [*map(marked, sorted(EXAMPLES.glob("*.ipynb")))])
 def test_notebook_runs(path: Path) -> None:
     begun = time.perf_counter()
     run(path)
