@@ -16,6 +16,7 @@ from typing import Any, TextIO
 
 from mlx_vlm_pipes import __version__
 from mlx_vlm_pipes.errors import PipesError
+from mlx_vlm_pipes.progress import hidden
 
 USER_MISTAKE, INTERRUPTED, PIPE_CLOSED, TERMINATED = 2, 128 + 2, 128 + 13, 128 + 15
 
@@ -66,7 +67,10 @@ def run_command(
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _say_warning
-            return run(_parsed(build(), argv))
+            args = _parsed(build(), argv)
+            given = vars(args)
+            with hidden(is_hidden=bool(given.get("json") or given.get("quiet"))):
+                return run(args)
     except PipesError as error:
         say(f"error: {' '.join(str(error).split())}")
         return USER_MISTAKE

@@ -8,7 +8,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -202,12 +202,25 @@ class ImageMetadata:
             raise InputError(f"image range [{self.start_idx}, {self.end_idx}) is not a range")
 
 
+class Constraint(Protocol):
+    """What an answer may go on with (grammar.Constraint)."""
+
+    def allowed(self) -> np.ndarray:
+        """uint32 [ceil(V / 32)]: a bit for each token that may come next, the lowest first."""
+        ...
+
+    def accept(self, token: int) -> None:
+        """Go on behind a token. Raises: InputError where it does not fit."""
+        ...
+
+
 @dataclass(kw_only=True)
 class TextContext:
     """A text request. max_length bounds prompt plus generated tokens.
 
     images: none here; `TextAndVisionContext` has them. logits_processors: the request's own
     functions (tokens int32 [n], logits float32 [1, V]) -> logits, all mx.array, before all else.
+    constraint: the form that the answer must have.
     Raises: ContextTooLong when `min_tokens + prompt_length > max_length`.
     """
 
@@ -222,6 +235,7 @@ class TextContext:
     sampling_params: SamplingParams = field(default_factory=SamplingParams)
     model_name: str = ""
     logits_processors: Sequence[LogitsProcessor] = ()
+    constraint: Constraint | None = None
     status: GenerationStatus = GenerationStatus.ACTIVE
     images: Sequence[ImageMetadata] = field(default=(), init=False)
 

@@ -64,8 +64,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
     from mlx_vlm_pipes.conversion import ConvertOptions, convert
     from mlx_vlm_pipes.conversion.card import as_dict
 
@@ -83,13 +81,8 @@ def _run(args: argparse.Namespace) -> int:
         revision=args.revision,
         measure=not args.no_measure,
     )
-    with terminable(), tqdm(unit="B", unit_scale=True, desc="converting", disable=None) as bar:
-
-        def show(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        report = convert(options, show)
+    with terminable():
+        report = convert(options)
     if args.json:
         put_json(as_dict(report))
     else:

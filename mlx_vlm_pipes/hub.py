@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import errno
 import glob
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +21,7 @@ from typing import Any
 
 from mlx_vlm_pipes.errors import CheckpointError, CheckpointNotFound, PipesWarning, clip
 from mlx_vlm_pipes.gguf.header import SUFFIX
-from mlx_vlm_pipes.progress import DELAY_S
+from mlx_vlm_pipes.progress import DELAY_S, erase, style
 from mlx_vlm_pipes.weights.files import find_weight_files
 from mlx_vlm_pipes.weights.safetensors import INDEX_NAME, read_index
 
@@ -48,6 +50,9 @@ def download(name: str, revision: str | None, *, has_bar: bool) -> Path:
     Where the hub cannot be reached, a copy in the cache is taken, and a warning says so.
     Raises: CheckpointNotFound, one line for each reason.
     """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # in a notebook without widgets tqdm.auto asks for them
+        import huggingface_hub.utils  # noqa: F401  # first imported here
     owner, repo, *rest = name.split("/", 2)
     place = Repository(f"{owner}/{repo}", revision, has_bar)
     try:
@@ -146,12 +151,13 @@ class Repository:
         """The folder in the cache, with these files in it."""
         from huggingface_hub import snapshot_download
 
+        patterns = [glob.escape(file) for file in files]
         with _explained(self), _bars(self) as bars:
-            folder = snapshot_download(
-                self.name,
-                revision=self.revision,
-                allow_patterns=[glob.escape(file) for file in files],
-                tqdm_class=bars,
+            folder = _interruptible(
+                lambda: snapshot_download(
+                    self.name, revision=self.revision, allow_patterns=patterns, tqdm_class=bars
+                ),
+                bars,
             )
         return Path(folder)
 
@@ -236,7 +242,7 @@ def explain(error: BaseException, place: Repository) -> Exception:
     text = clip(" ".join(str(cause).split()), 100)
     return _Unreachable(
         f"{host} cannot be reached, or the connection broke ({type(cause).__name__}: {text})",
-        "check the network and run it again, a download goes on where it stopped",
+        "check the network and run it again, files that are whole are kept",
     )
 
 
@@ -288,7 +294,7 @@ def _unwritable(reason: str, cache: str) -> CheckpointNotFound:
     )
 
 
-# ---- the bar
+# ---- the bar, and Ctrl-C
 
 
 @contextmanager
@@ -300,13 +306,20 @@ def _bars(place: Repository) -> Iterator[type[Any]]:
     begun = time.monotonic()
 
     class Bytes(tqdm):
+        is_cancelled = False
+
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             is_bytes = kwargs.get("unit") == "B" and "transfer" not in str(kwargs.get("name"))
-            kwargs.pop("bar_format", None)
-            kwargs |= {"desc": f"downloading {place.name}", "leave": False, "dynamic_ncols": True}
+            kwargs |= {"desc": f"downloading {place.name}", **style("B")}
             kwargs["disable"] = not (place.has_bar and is_bytes)
             super().__init__(*args, **kwargs)
             made.append(self)
+
+        def update(self, n: float | None = 1) -> bool | None:
+            """Raises: InterruptedError, which ends the thread that downloads."""
+            if type(self).is_cancelled:
+                raise InterruptedError
+            return super().update(n)
 
         def refresh(self, *args: Any, **kwargs: Any) -> Any:
             """What is in the cache already needs no bar."""
@@ -323,4 +336,23 @@ def _bars(place: Repository) -> Iterator[type[Any]]:
         yield Bytes
     finally:
         for bar in made:
-            bar.close()
+            erase(bar)
+
+
+def _interruptible(work: Callable[[], str], bars: type[Any]) -> str:
+    """What `work` returns, or raises. Ctrl-C cancels it through its bars: the hub's library itself
+    would finish the files that it has begun, however large they are."""
+    made: Future[str] = Future()
+
+    def run() -> None:
+        try:
+            made.set_result(work())
+        except BaseException as error:
+            made.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        return made.result()
+    except KeyboardInterrupt:
+        bars.is_cancelled = True
+        raise

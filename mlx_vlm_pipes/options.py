@@ -18,6 +18,7 @@ from typing import Annotated, Any, TypedDict, TypeVar, get_args, get_type_hints
 from mlx_vlm_pipes.errors import InputError, shown
 
 Texts = str | Sequence[str]
+Schema = Mapping[str, Any] | type  # JSON Schema; a class that knows its own, as pydantic's do
 Tool = Mapping[str, Any] | Callable[..., Any]  # a description as of OpenAI's API; a function
 LogitsProcessor = Callable[[Any, Any], Any]  # (tokens, logits) -> logits, all of them mx.array
 MAX_DEPTH = 64  # of a JSON value
@@ -165,7 +166,11 @@ class SamplingOptions(TypedDict, total=False):
 class GenerateOptions(PromptOptions, SamplingOptions, total=False):
     """How a prompt is read, how it is answered, and what is told of the answer.
 
-    adapter: by default the only one that is loaded.
+    adapter: by default the only one that is loaded. logits_processors: mlx-lm's contract, called
+    on the engine's thread for each token with the tokens of prompt and answer so far, mx.array
+    int32 [n], and logits float32 [1, vocab_size]; what they return goes on to bias, penalties and
+    temperature. logprobs are those of the model's own logits. A step may be under way already when
+    an answer ends: they may be called once more than there are tokens.
     """
 
     logprobs: Annotated[
@@ -178,6 +183,12 @@ class GenerateOptions(PromptOptions, SamplingOptions, total=False):
         Sequence[LogitsProcessor] | None,
         Option("functions (tokens, logits) -> logits that come before all else", has_flag=False),
     ]
+    schema: Annotated[
+        Schema | None,
+        Option("the answer is JSON of this schema: an object, or a pydantic class", has_flag=False),
+    ]
+    regex: Annotated[str | None, Option("the answer matches this regular expression")]
+    grammar: Annotated[str | None, Option("the answer is of this Lark grammar", has_flag=False)]
     # The command's --adapter is the folder of the one that it loads.
     adapter: Annotated[str | None, Option('a loaded adapter\'s name, or "base"', has_flag=False)]
 
@@ -336,6 +347,15 @@ def _tools(option: Option, value: object) -> tuple[dict[str, Any], ...]:
     return tuple(_variables(option, tool) for tool in listed)
 
 
+def _schema(option: Option, value: object) -> dict[str, Any]:
+    if isinstance(value, type):
+        own = getattr(value, "model_json_schema", None)  # of pydantic, which is not imported here
+        if own is None:
+            raise _Unfit
+        value = own()
+    return _variables(option, value)
+
+
 def _variables(option: Option, value: object) -> dict[str, Any]:
     del option
     if not isinstance(value, Mapping):
@@ -382,6 +402,7 @@ _KINDS: dict[Any, tuple[str, Callable[[Option, object], Any]]] = {
     Sequence[int]: ("a list of token ids", _token_ids),
     dict[int, float]: ("token ids with a number for each", _bias),
     Sequence[Tool]: ("a list of JSON objects and functions", _tools),
+    Schema: ("a JSON schema or a pydantic class", _schema),
     Mapping[str, Any]: ("names with a JSON value for each", _variables),
     Sequence[LogitsProcessor]: ("a list of functions (tokens, logits) -> logits", _processors),
 }

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import uuid
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from mlx_vlm_pipes.engine.requests import ChunkIterator, Handle
 from mlx_vlm_pipes.engine.saving import SavedPrefix
 from mlx_vlm_pipes.errors import ContextTooLong, InputError, shown
 from mlx_vlm_pipes.given_media import listed, named_media
+from mlx_vlm_pipes.grammar import Grammars
 from mlx_vlm_pipes.hf_config import lookup
 from mlx_vlm_pipes.interfaces import PipelineModelWithKVCache
 from mlx_vlm_pipes.options import (
@@ -84,6 +86,13 @@ class Pipeline:
     def __exit__(self, *error: object) -> None:
         self.close()
 
+    def __iter__(self) -> NoReturn:
+        """Says what to write instead of `model, processor = load(...)`, as mlx-vlm is used."""
+        raise TypeError(
+            "load() gives one pipeline, no pair of model and processor; write "
+            "pipe = load(...), then pipe.generate(prompt, images)"
+        )
+
     def __repr__(self) -> str:
         model = self.model
         return (
@@ -115,6 +124,12 @@ class Pipeline:
     def tokenizer(self) -> Tokenizer:
         return self.processor.tokenizer
 
+    @functools.cached_property
+    def grammars(self) -> Grammars:
+        """The forms that answers may be asked for."""
+        ends = sorted(self.processor.eos_token_ids)
+        return Grammars(self.tokenizer, self.model.vocab_size, ends)
+
     @property
     def max_seq_len(self) -> int:
         return self.model.max_seq_len
@@ -131,8 +146,8 @@ class Pipeline:
 
         prompt: text, wrapped as one user message, chat messages, or what this method has returned
         (as all methods take it: a prompt is then read once for several uses). images: paths, URLs,
-        PIL images, numpy arrays or bytes, in a list or one alone. videos: a list of paths or lists
-        of frames, or one path or array alone.
+        PIL images, arrays or bytes, in a list or one alone; a PDF is its pages, `doc.pdf#page=2-3`
+        some of them. videos: a list of paths or lists of frames, or one path or array alone.
         Raises: InputError for a prompt and media that do not fit each other.
         """
         images, videos, given = named_media(images, videos, options)
@@ -213,7 +228,7 @@ class Pipeline:
         **options: Unpack[GenerateOptions],
     ) -> Handle:
         """Queue a request and return at once; iterate the handle with `for` or `async for`."""
-        return self._submit(prompt, images, videos, options)
+        return self._submit(prompt, images, videos, options, self._new_watch())
 
     @shows(OPTIONS)
     def generate_n(
@@ -304,7 +319,7 @@ class Pipeline:
         return self.engine.plan(self._context(processed, given))
 
     @shows(OPTIONS)
-    def chat(self, **options: Unpack[GenerateOptions]) -> Conversation[GenerationResult]:
+    def chat(self, **options: Unpack[GenerateOptions]) -> Conversation:
         """A conversation, which remembers its turns: `.send(text, images=...)`, `.stream(...)`.
 
         system stands before its turns, the other options hold for each of them, unless a turn has
@@ -331,8 +346,9 @@ class Pipeline:
         """
         name = OPTIONS["adapter"].read(adapter)
         processed = self.encode(prompt, images, videos, **options)
-        context = self._context(processed, {"max_tokens": 1, "adapter": name})
-        return self.engine.save_prefix(user_path(path), context, self.tokenizer.stream_decoder())
+        context = self._context(processed, {"adapter": name})
+        with bar(is_on=self.has_bars) as watch:
+            return self.engine.save_prefix(user_path(path), context, watch)
 
     def load_prefix(self, path: str | os.PathLike[str]) -> SavedPrefix:
         """Read a file of `save_prefix`: requests that begin with its tokens take them from there.
@@ -404,7 +420,10 @@ class Pipeline:
         """The engine's context; refuses what is too long before anything is computed."""
         self._check_length(processed, given.get("max_tokens", 0))
         options = complete_options(given, OPTIONS)
-        return self.processor.new_context(
+        grammar = self.grammars.make(options)
+        if grammar is not None and options["ignore_eos"]:
+            raise InputError("ignore_eos: an answer of a form ends with the form; leave it out")
+        context = self.processor.new_context(
             processed,
             max_length=self.max_seq_len,
             sampling_params=sampling_params(options),
@@ -414,6 +433,8 @@ class Pipeline:
             model_name=self._adapter(options["adapter"]),
             logits_processors=options["logits_processors"] or (),
         )
+        context.constraint = None if grammar is None else grammar.start()
+        return context
 
     def _adapter(self, name: str | None) -> str:
         """The adapter of a request: the one named; the only one loaded; "base" means none."""

@@ -13,11 +13,14 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 DELAY_S = 0.5  # what is done sooner gets no bar
+MAX_COLUMNS = 80
 WAIT_S = 0.25  # how often whoever waits looks after the bar
+NOTE_S, CLOCK_S = 0.1, 1.0  # between two drawings, with news and without
 
 ItemT = TypeVar("ItemT")
 
@@ -65,7 +68,7 @@ class Bar:
     def __init__(self) -> None:
         self._work: Work | None = None
         self._drawn: Any = None
-        self._begun = 0.0
+        self._begun = self._drawn_at = 0.0
         self._is_closed = False
         self._lock = threading.Lock()
 
@@ -77,30 +80,35 @@ class Bar:
                 self._erase()
                 self._begun = time.monotonic()
             self._work = work
-            self._draw(work)
+            self._draw(work, NOTE_S)
 
     def wait(self) -> None:
         with self._lock:
             if self._work is not None and not self._is_closed:
-                self._draw(self._work)
+                self._draw(self._work, CLOCK_S)
 
     def close(self) -> None:
         with self._lock:
             self._is_closed = True
             self._erase()
 
-    def _draw(self, work: Work) -> None:
+    def _draw(self, work: Work, interval_s: float) -> None:
+        """Draw it, but not again within `interval_s`."""
+        now = time.monotonic()
         if self._drawn is None:
-            if time.monotonic() - self._begun < DELAY_S or not _LINE.acquire(blocking=False):
+            if now - self._begun < DELAY_S or not _LINE.acquire(blocking=False):
                 return
             self._drawn = _new_bar(work)
+        elif now - self._drawn_at < interval_s:
+            return
+        self._drawn_at = now
         self._drawn.total = work.total
         self._drawn.n = work.done
         self._drawn.refresh()
 
     def _erase(self) -> None:
         if self._drawn is not None:
-            self._drawn.close()
+            erase(self._drawn)
             self._drawn = None
             _LINE.release()
 
@@ -138,6 +146,19 @@ def bar(*, is_on: bool) -> Iterator[Bar | None]:
 _LINE = threading.Lock()  # a screen has one line for bars
 
 
+_HIDDEN: ContextVar[bool] = ContextVar("_HIDDEN", default=False)
+
+
+@contextmanager
+def hidden(*, is_hidden: bool = True) -> Iterator[None]:
+    """Within, nothing is shown that is not asked for: of a command whose output programs read."""
+    token = _HIDDEN.set(is_hidden)
+    try:
+        yield
+    finally:
+        _HIDDEN.reset(token)
+
+
 def is_wanted(progress: bool | None) -> bool:  # noqa: FBT001  # what `load` was given
     """Whether bars are to be shown; None: where they can be seen and erased again.
 
@@ -147,6 +168,8 @@ def is_wanted(progress: bool | None) -> bool:  # noqa: FBT001  # what `load` was
         return False
     if progress is not None:
         return progress
+    if _HIDDEN.get():
+        return False
     return _is_notebook() or (sys.stderr is not None and sys.stderr.isatty())
 
 
@@ -158,17 +181,41 @@ def _is_notebook() -> bool:
 
 
 def _new_bar(work: Work) -> Any:
+    arguments = {"total": work.total, "initial": work.done, "desc": work.what, **style(work.unit)}
     if _is_notebook() and importlib.util.find_spec("ipywidgets") is None:
         from tqdm import tqdm  # tqdm.auto would warn that it cannot draw a widget
-    else:
-        from tqdm.auto import tqdm
 
-    return tqdm(
-        total=work.total,
-        initial=work.done,
-        desc=work.what,
-        unit=work.unit,
-        unit_scale=work.unit == "B",
-        leave=False,
-        dynamic_ncols=True,
-    )
+        return tqdm(**arguments, file=sys.stdout)  # standard error is printed on red there
+    from tqdm.auto import tqdm
+
+    return tqdm(**arguments)
+
+
+def style(unit: str) -> dict[str, Any]:
+    """Arguments of tqdm that our bars share. A line is left room for a ^C, which would wrap it."""
+    is_bytes = unit == "B"
+    counts = "{n_fmt}B/{total_fmt}B, {rate_fmt}" if is_bytes else "{n_fmt}/{total_fmt}"
+    line = "{desc}: {percentage:3.0f}%|{bar}| " + counts + " [{elapsed}<{remaining}]"
+    return {
+        "unit": unit,
+        "unit_scale": is_bytes,
+        "bar_format": line,
+        "leave": False,
+        "ncols": min(_columns(), MAX_COLUMNS) - 4,
+    }
+
+
+def erase(drawn: Any) -> None:
+    """Close a bar of tqdm, and clear what the terminal has echoed behind it."""
+    was_shown = not drawn.disable
+    drawn.close()
+    if was_shown and not _is_notebook() and sys.stderr.isatty():
+        sys.stderr.write("\r\x1b[K")
+        sys.stderr.flush()
+
+
+def _columns() -> int:
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns or MAX_COLUMNS
+    except (OSError, ValueError):  # no terminal, or none that knows
+        return MAX_COLUMNS

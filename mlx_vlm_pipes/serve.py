@@ -129,7 +129,7 @@ def _openers(args: argparse.Namespace) -> dict[str, Callable[[], Pipeline]]:
         given[name if equals else text] = path if equals else text
     options = {
         "dtype": args.dtype, "device": args.device, "adapter": args.adapter,
-        "kv_bits": args.kv_bits, "max_length": args.max_length,
+        "kv_bits": args.kv_bits, "max_length": args.max_length, "progress": False,
     }  # fmt: skip
     return {
         name: partial(load, path, **options)

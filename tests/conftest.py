@@ -1,4 +1,4 @@
-"""Settings of the whole suite: real float32, no network, no colours, one device (device.py)."""
+"""Settings of the whole suite: real float32, one device (device.py), no network, colours, bars."""
 
 import os
 
@@ -6,6 +6,7 @@ import os
 os.environ.setdefault("MLX_ENABLE_TF32", "0")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["TQDM_DISABLE"] = "1"  # a slow machine shall not draw bars into a notebook's outputs
 
 
 def pytest_configure() -> None:

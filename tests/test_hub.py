@@ -168,8 +168,8 @@ def test_no_network_and_no_room(told: dict[str, Any]) -> None:
         "no folder 'a/new' here; HOST cannot be reached, or the connection broke ("
     )
     assert said.endswith(
-        "), and no copy is in the cache: check the network and run it again, a download goes on"
-        " where it stopped"
+        "), and no copy is in the cache: check the network and run it again, files that are whole"
+        " are kept"
     )
     said = told["a/large"]["found"]
     assert said.startswith("the cache /")

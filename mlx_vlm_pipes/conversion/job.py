@@ -21,6 +21,7 @@ from mlx_vlm_pipes.engine.memory import machine_memory
 from mlx_vlm_pipes.errors import InputError
 from mlx_vlm_pipes.loading import resolve_folder
 from mlx_vlm_pipes.paths import user_path
+from mlx_vlm_pipes.progress import Watch, Work, bar, hidden, is_wanted
 
 Progress = Callable[[int, int], None]
 MEASURABLE_SHARE = 0.6  # of the machine's memory, for the source's bytes
@@ -29,12 +30,14 @@ MEASURABLE_SHARE = 0.6  # of the machine's memory, for the source's bytes
 def convert(options: ConvertOptions, progress: Progress | None = None) -> Report:
     """Write `options.out`; it appears only when it is whole.
 
-    Args: progress, called with (bytes of the source done, all its bytes).
+    Args: progress, called with (bytes of the source done, all its bytes), in place of the bars
+    that a terminal shows.
     Raises: InputError for options that contradict each other or the source, CheckpointError for
     a source or an adapter that cannot be read.
     """
     base = options.settings()
-    folder = resolve_folder(options.model, options.revision)
+    has_bar = progress is None and is_wanted(None)
+    folder = resolve_folder(options.model, options.revision, progress=has_bar)
     source = open_source(folder)
     _refuse_twice(source, options)
     adapter = None if options.lora is None else source.read_adapter(options.lora)
@@ -42,7 +45,8 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> Report
     transfer = Transfer(source, options, recipe, adapter)
     total, name = source.num_bytes, source.room.name
     with whole_folder(options.out) as partial:
-        _write_weights(transfer, partial, progress)
+        with bar(is_on=has_bar) as watch:
+            _write_weights(transfer, partial, progress or _noting(watch))
         tally = transfer.tally
         if base is not None and not tally.packed:
             raise InputError(
@@ -50,7 +54,8 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> Report
             )
         copy_processor(folder, partial)
         write_json(partial / "config.json", written_config(source, tally.packed, options.dtype))
-        measured = _measure(folder, partial, options, total) if options.measure else None
+        with hidden(is_hidden=not has_bar):
+            measured = _measure(folder, partial, options, total) if options.measure else None
         report = _report(options, name, total, tally, measured)
         (partial / "README.md").write_text(model_card(report, options), encoding="utf-8")
     return report
@@ -66,14 +71,21 @@ def _refuse_twice(source: Source, options: ConvertOptions) -> None:
         raise InputError("--dequantize: the source is not quantised (or expanded at load anyway)")
 
 
-def _write_weights(transfer: Transfer, partial: Path, progress: Progress | None) -> None:
+def _write_weights(transfer: Transfer, partial: Path, progress: Progress) -> None:
     writer = ShardWriter(partial, transfer.options.shard_bytes)
     total = transfer.source.num_bytes
     for name, array in transfer.run():
         writer.add(name, array)
-        if progress is not None:
-            progress(transfer.tally.read, total)
+        progress(transfer.tally.read, total)
     writer.close()
+
+
+def _noting(watch: Watch | None) -> Progress:
+    def note(done: int, total: int) -> None:
+        if watch is not None:
+            watch.note(Work("converting", done, total, "B"))
+
+    return note
 
 
 def _measure(

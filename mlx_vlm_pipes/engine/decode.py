@@ -17,12 +17,16 @@ from mlx_vlm_pipes.kv_cache import KVCacheInputs, cache_inputs, increment_cache_
 
 @dataclass
 class Flight:
-    """A decode step that has been launched and not been read yet."""
+    """A decode step that has been launched and not been read yet.
+
+    sampled: None while the form of an answer waits for the tokens of the step before.
+    """
 
     jobs: list[Job]
     inputs: ModelInputs
     kv: KVCacheInputs
-    sampled: Sampled
+    logits: mx.array
+    sampled: Sampled | None
     is_resized: bool  # the cache's arrays are new: the old ones are free once the step is done
 
 
@@ -48,6 +52,8 @@ class Decode:
         if flight is not None:
             self._flight = self._follow(flight)
             self._read(flight)
+            if self._flight is not None and self._flight.sampled is None:
+                self._sample(self._flight)
             if flight.is_resized:
                 trim_pool(self._state.cache.nbytes)
         if self._flight is not None:
@@ -59,7 +65,7 @@ class Decode:
 
     def settle(self) -> None:
         """Wait for the step in flight, so that what comes next is not measured with it."""
-        if self._flight is not None:
+        if self._flight is not None and self._flight.sampled is not None:
             mx.eval(self._flight.sampled.tokens)
 
     def drop(self) -> None:
@@ -72,6 +78,7 @@ class Decode:
             return None
         if any(self._ends_by_length(job) or self._crosses(job) for job in flight.jobs):
             return None
+        assert flight.sampled is not None
         inputs = self._state.model.prepare_next_token_inputs(flight.sampled.tokens, flight.inputs)
         return self._launch(inputs, flight.kv, flight.jobs)
 
@@ -107,16 +114,25 @@ class Decode:
         outputs = self._state.model.execute(inputs)
         increment_cache_lengths(kv, [1] * len(jobs))
         self._state.note_bucket()
-        sampled = self._results.sample(outputs.last_logits(), jobs)
-        if self._flight is not None and not overlaps(self._state):
+        logits, sampled = outputs.last_logits(), None
+        is_behind = self._flight is not None
+        if not is_behind or not any(job.context.constraint for job in jobs):
+            sampled = self._results.sample(logits, jobs)
+        if is_behind and not overlaps(self._state):
             self._state.model.device.synchronize()  # reading its tokens would not free the cache
-        mx.async_eval(sampled.arrays())
+        mx.async_eval([logits] if sampled is None else sampled.arrays())
         before, self._cache_bytes = self._cache_bytes, self._state.cache.nbytes
         is_resized = before != self._cache_bytes
-        return Flight(jobs, inputs, kv, sampled, is_resized)
+        return Flight(jobs, inputs, kv, logits, sampled, is_resized)
+
+    def _sample(self, flight: Flight) -> None:
+        """Choose a step's tokens, once those of the step before are known."""
+        flight.sampled = self._results.sample(flight.logits, flight.jobs)
+        mx.async_eval(flight.sampled.arrays())
 
     def _read(self, flight: Flight) -> None:
         """Wait for a step's tokens and hand them out; jobs that end leave."""
+        assert flight.sampled is not None
         for job, (token, score) in zip(flight.jobs, flight.sampled.read(), strict=True):
             if job in self.jobs and not self._results.deliver(job, token, score):
                 self.jobs.remove(job)

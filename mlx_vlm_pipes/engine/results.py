@@ -9,11 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_vlm_pipes.contexts import GenerationStatus
 from mlx_vlm_pipes.engine.batch_sampler import BatchSampler
 from mlx_vlm_pipes.engine.requests import Chunk, Job
 from mlx_vlm_pipes.engine.state import EngineState
+from mlx_vlm_pipes.errors import InputError
 from mlx_vlm_pipes.log_probabilities import LogProbabilities, Scores, launch_scores
 
 
@@ -49,13 +51,30 @@ class Results:
         self.live: set[Job] = set()
 
     def sample(self, logits: mx.array, jobs: Sequence[Job]) -> Sampled:
-        """logits float32 [B, V] -> tokens uint32 [B] and what is told of them, lazily."""
-        tokens, failures = self._sampler(logits, [job.sampler for job in jobs])
+        """logits float32 [B, V] -> tokens uint32 [B] and what is told of them, lazily.
+
+        Answers that must have a form get no token that does not fit it.
+        """
+        masked = self._masked(logits, jobs)
+        tokens, failures = self._sampler(masked, [job.sampler for job in jobs])
         for place, error in failures.items():
             jobs[place].failure = error
         wanting = {i: job.top_logprobs for i, job in enumerate(jobs) if job.top_logprobs}
         scores = launch_scores(logits, tokens, wanting) if wanting else None
         return Sampled(tokens, scores, self._sampler.state())
+
+    def _masked(self, logits: mx.array, jobs: Sequence[Job]) -> mx.array:
+        """The logits, those of tokens that do not fit at minus infinity; other rows keep theirs."""
+        bound = [i for i, job in enumerate(jobs) if job.context.constraint and job in self.live]
+        if not bound:
+            return logits
+        words = np.full((len(jobs), -(-logits.shape[-1] // 32)), 2**32 - 1, np.uint32)
+        for i in bound:
+            try:
+                words[i] = _allowed(jobs[i])
+            except Exception as error:
+                jobs[i].failure = error
+        return _mask(logits, mx.array(words))
 
     def deliver(self, job: Job, token: int, score: LogProbabilities | None) -> bool:
         """Give a token, and its score where one is wanted, to its request; False if it ended."""
@@ -75,6 +94,8 @@ class Results:
     def _chunk(self, job: Job, token: int, score: LogProbabilities | None) -> Chunk:
         """What the token adds to the answer. The last chunk carries what is told at the end."""
         context = job.context
+        if context.constraint is not None:
+            context.constraint.accept(token)
         context.update(token)
         ended = context.status is GenerationStatus.END_OF_SEQUENCE
         # An end token is no text; it is still reported as a token.
@@ -85,11 +106,16 @@ class Results:
             return Chunk(text, token, score)
         text += job.stream.finish()
         reason, timings = context.status.value, job.clock.timings()
-        return Chunk(text, token, score, reason, job.usage(), timings, job.prompt_logprobs)
+        scored, stop = job.prompt_logprobs, job.stream.stopped_by
+        return Chunk(text, token, score, reason, job.usage(), timings, scored, stop)
 
     def finish_prompt(self, job: Job) -> None:
-        """End a request for the logits of its prompt, which has them all."""
-        self._end(job, None)
+        """End a request for the logits or the cached row of its prompt, which are all there."""
+        if job.prompt_row is not None:
+            copied = self._state.cache.copy_row(job.row, job.context.tokens.prompt_length)
+            mx.eval(copied.arrays())
+            job.prompt_row.add(copied)
+        self._end(job, None, is_kept=job.prompt_row is not None)
 
     def cancel(self, job: Job) -> None:
         """The requester has gone: keep what was computed, free the row."""
@@ -122,3 +148,26 @@ class Results:
         finally:
             for item in last:
                 job.handle.put(item)
+
+
+def _allowed(job: Job) -> np.ndarray:
+    """uint32 [ceil(V / 32)]. Raises: InputError where the request's own options ban all of them."""
+    constraint, banned = job.context.constraint, job.sampler.banned()
+    assert constraint is not None
+    words = constraint.allowed()
+    if banned is not None:
+        bits = np.unpackbits(words.view(np.uint8), bitorder="little")[: len(banned)]
+        if not (bits.astype(bool) & ~banned).any():
+            raise InputError(
+                "the answer's form goes on with tokens that min_tokens or logit_bias forbid; "
+                "leave these out"
+            )
+    return words
+
+
+@mx.compile
+def _mask(logits: mx.array, words: mx.array) -> mx.array:
+    """Logits [B, V] where the bit of words uint32 [B, ceil(V / 32)] is set, elsewhere -inf."""
+    bits = (words[:, :, None] >> mx.arange(32, dtype=mx.uint32)) & 1
+    allowed = bits.reshape(words.shape[0], -1)[:, : logits.shape[-1]]
+    return mx.where(allowed.astype(mx.bool_), logits, -mx.inf)

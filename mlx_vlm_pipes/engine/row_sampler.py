@@ -95,14 +95,28 @@ class RowSampler:
         """Whether the next token may not be an end token."""
         return self.steps < self.params.min_new_tokens and bool(self.end_ids)
 
+    def banned(self) -> np.ndarray | None:
+        """bool [V]: the tokens that the options forbid next; None where they forbid none."""
+        biased = self.bias is not None and self.bias.min() <= NEGATIVE
+        if not biased and not self.withholds_end:
+            return None
+        found = np.zeros(self.vocab_size, bool)
+        if self.bias is not None:
+            found |= self.bias <= NEGATIVE
+        if self.withholds_end:
+            found[self.end_ids] = True
+        return found
+
     def processed(self, logits: mx.array) -> mx.array:
         """The row's logits float32 [1, V] as its processors change them, one after the other.
 
         Raises: what a processor raises; InputError where it returns something else than logits.
         """
+        made = logits
         for processor in self.processors:
-            logits = _logits_of(processor, self.tokens, logits)
-        return mx.clip(logits, NEGATIVE, -NEGATIVE)  # they ban tokens by minus infinity
+            made = _logits_of(processor, self.tokens, made)
+        made = mx.clip(made, NEGATIVE, -NEGATIVE)  # they ban tokens by minus infinity
+        return mx.where(mx.isneginf(logits), logits, made)  # these the answer's form has banned
 
     def note(self, token: mx.array) -> None:
         """Add a chosen token uint32 [1], not computed yet, to what processors are shown."""

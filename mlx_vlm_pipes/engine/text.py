@@ -25,13 +25,20 @@ class NoText:
 
 
 class TextStream:
-    """One request's text. A stop string ends it and never appears, also across token borders."""
+    """One request's text. A stop string ends it and never appears, also across token borders.
+
+    stopped_by: the stop string that has ended it.
+    """
 
     def __init__(self, decoder: StreamDecoder, stops: Sequence[str] = ()) -> None:
         self._decoder = decoder
         self._stops = [stop for stop in stops if stop]
         self._held = ""  # the longest tail that may still become a stop string
-        self.stopped = False
+        self.stopped_by: str | None = None
+
+    @property
+    def stopped(self) -> bool:
+        return self.stopped_by is not None
 
     def add(self, token: int) -> str:
         """The text that is safe to show after this token."""
@@ -51,10 +58,11 @@ class TextStream:
         if not self._stops or self.stopped:
             return "" if self.stopped else piece
         text = self._held + piece
-        found = [at for at in (text.find(stop) for stop in self._stops) if at >= 0]
+        found = [(text.find(stop), stop) for stop in self._stops if stop in text]
         if found:
-            self.stopped, self._held = True, ""
-            return text[: min(found)]
+            at, self.stopped_by = min(found)
+            self._held = ""
+            return text[:at]
         keep = max(_overlap(text, stop) for stop in self._stops)
         cut = len(text) - keep
         self._held = text[cut:]

@@ -7,7 +7,7 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import ExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import anyio.to_thread
 from starlette.applications import Starlette
@@ -17,21 +17,39 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from mlx_vlm_pipes.pipeline import Pipeline
+from mlx_vlm_pipes.processing.tokenizer import Tokenizer
+from mlx_vlm_pipes.processing.types import ProcessedPrompt
 from mlx_vlm_pipes.server.answers import Answers, Question, ask, prepared, unless_gone
 from mlx_vlm_pipes.server.body import read_object
 from mlx_vlm_pipes.server.chat import PROMPT, ChatAnswer, read_chat
 from mlx_vlm_pipes.server.completions import PROMPT as TEXT_PROMPT
 from mlx_vlm_pipes.server.completions import TextAnswer, read_completion
 from mlx_vlm_pipes.server.errors import ApiError, api_error
-from mlx_vlm_pipes.server.events import EventStream, event
+from mlx_vlm_pipes.server.events import EventStream
 from mlx_vlm_pipes.server.gate import Gate
+from mlx_vlm_pipes.server.messages import MessageAnswer, error_body, read_messages, read_prompt
 from mlx_vlm_pipes.server.metrics import Metrics
 from mlx_vlm_pipes.server.models import Models
+from mlx_vlm_pipes.server.responses import PROMPT as RESPONSE_PROMPT
+from mlx_vlm_pipes.server.responses import ResponseAnswer, Store, read_response
 from mlx_vlm_pipes.server.settings import ServerSettings
+from mlx_vlm_pipes.server.told import Told
 
 _LOG = logging.getLogger("mlx_vlm_pipes.server")
 CLIENT_GONE = 499  # nobody reads it; it stands in the counters
 Handler = Callable[["Server", Request], Awaitable[Response]]
+
+
+class Answer(Protocol):
+    """How a dialect tells the answers to a question."""
+
+    told: list[Told]
+
+    async def whole(self, answers: Answers) -> dict[str, Any]: ...
+
+    def streamed(self, answers: Answers) -> AsyncIterator[bytes]: ...
+
+    def failed(self, error: ApiError) -> bytes: ...
 
 
 @dataclass(frozen=True)
@@ -40,7 +58,7 @@ class Asked:
 
     pipe: Pipeline
     question: Question
-    answer: ChatAnswer | TextAnswer
+    answer: Answer
     stream: bool
     param: str  # what the dialect calls the prompt
 
@@ -52,6 +70,7 @@ class Server:
         self.models, self.settings = models, settings
         self.gate = Gate(settings, is_local=is_local)
         self.metrics = Metrics(models, self.gate)
+        self.store = Store()
         self.app = Starlette(
             routes=[
                 Route("/health", self._open(_health)),
@@ -61,6 +80,10 @@ class Server:
                 Route("/v1/models/{name:path}", self._guarded(_one_model)),
                 Route("/v1/chat/completions", self._guarded(_chat), methods=["POST"]),
                 Route("/v1/completions", self._guarded(_completion), methods=["POST"]),
+                Route("/v1/messages", self._guarded(_messages), methods=["POST"]),
+                Route("/v1/messages/count_tokens", self._guarded(_count), methods=["POST"]),
+                Route("/v1/responses", self._guarded(_respond), methods=["POST"]),
+                Route("/v1/responses/{name}", self._guarded(_kept), methods=["GET", "DELETE"]),
                 Route("/v1/plan", self._guarded(_plan), methods=["POST"]),
             ],
             exception_handlers={HTTPException: _http_error},
@@ -86,7 +109,7 @@ class Server:
                 self.gate.check_caller(request.headers)
                 response = await handler(self, request)
             except Exception as error:
-                response = error_response(error)
+                response = error_response(error, request.url.path)
             self.metrics.count_request(request.scope["route"].path, response.status_code)
             return response
 
@@ -102,8 +125,11 @@ class Server:
                 answers = await unless_gone(request, self._ask(asked))
                 if answers is None:
                     return Response(status_code=CLIENT_GONE)
-                events = self._events(asked, answers, place.pop_all())
-                return EventStream(events, self.settings.timeout_s)
+                ending = place.pop_all()
+                ending.callback(self._count, asked)
+                ending.callback(answers.close)
+                events = self._events(asked, answers)
+                return EventStream(events, self.settings.timeout_s, ending.close)
             told = await unless_gone(request, self._whole(asked))
             return Response(status_code=CLIENT_GONE) if told is None else JSONResponse(told)
 
@@ -121,23 +147,20 @@ class Server:
             raise api_error(error, asked.param) from error
         finally:
             answers.close()
-        self.metrics.count_answers(asked.answer.told, asked.question.n)
+        self._count(asked)
         return told
 
-    async def _events(
-        self, asked: Asked, answers: Answers, place: ExitStack
-    ) -> AsyncIterator[bytes]:
+    async def _events(self, asked: Asked, answers: Answers) -> AsyncIterator[bytes]:
         """The dialect's events; a failure is the last one."""
-        with place:
-            try:
-                async with aclosing(asked.answer.streamed(answers)) as events:  # pyright: ignore[reportArgumentType]
-                    async for part in events:
-                        yield part
-            except Exception as error:
-                yield event(_refusal(error, asked.param).body())
-            finally:
-                answers.close()
-                self.metrics.count_answers(asked.answer.told, asked.question.n)
+        try:
+            async with aclosing(asked.answer.streamed(answers)) as events:  # pyright: ignore[reportArgumentType]
+                async for part in events:
+                    yield part
+        except Exception as error:
+            yield asked.answer.failed(_refusal(error, asked.param))
+
+    def _count(self, asked: Asked) -> None:
+        self.metrics.count_answers(asked.answer.told, asked.question.n)
 
 
 async def _chat(server: Server, request: Request) -> Response:
@@ -160,19 +183,79 @@ async def _completion(server: Server, request: Request) -> Response:
     return await server.respond(request, read)
 
 
+async def _messages(server: Server, request: Request) -> Response:
+    def read(body: dict[str, Any]) -> Asked:
+        model, pipe = server.models.ready(body.get("model"))
+        question, form = read_messages(body, pipe.tokenizer, server.settings)
+        answer = MessageAnswer(model.name, form, tuple(body.get("stop_sequences") or ()))
+        return Asked(pipe, question, answer, form.stream, PROMPT)
+
+    return await server.respond(request, read)
+
+
+async def _respond(server: Server, request: Request) -> Response:
+    def read(body: dict[str, Any]) -> Asked:
+        model, pipe = server.models.ready(body.get("model"))
+        asked = read_response(body, server.store, pipe.tokenizer, server.settings)
+        question, form, messages = asked
+        answer = ResponseAnswer(model.name, form, body, messages, server.store)
+        return Asked(pipe, question, answer, form.stream, RESPONSE_PROMPT)
+
+    return await server.respond(request, read)
+
+
+async def _kept(server: Server, request: Request) -> Response:
+    """A response that is kept, or the end of it."""
+    name = request.path_params["name"]
+    kept = server.store.response(name)
+    if request.method == "GET":
+        return JSONResponse(kept)
+    server.store.forget(name)
+    return JSONResponse({"id": name, "object": "response.deleted", "deleted": True})
+
+
+async def _count(server: Server, request: Request) -> Response:
+    """Anthropic's count_tokens."""
+
+    def read(body: dict[str, Any], tokenizer: Tokenizer) -> Question:
+        return read_prompt(body, tokenizer, server.settings)[0]
+
+    def count(pipe: Pipeline, prompt: ProcessedPrompt, options: dict[str, Any]) -> dict[str, Any]:
+        return {"input_tokens": len(prompt.input_ids)}
+
+    return await _told_before(server, request, read, count)
+
+
 async def _plan(server: Server, request: Request) -> Response:
     """The body is that of a chat: tokens and memory before it runs."""
+
+    def read(body: dict[str, Any], tokenizer: Tokenizer) -> Question:
+        return read_chat(body, tokenizer, server.settings)[0]
+
+    def plan(pipe: Pipeline, prompt: ProcessedPrompt, options: dict[str, Any]) -> dict[str, Any]:
+        return pipe.plan(prompt, **options).as_dict()
+
+    return await _told_before(server, request, read, plan)
+
+
+async def _told_before(
+    server: Server,
+    request: Request,
+    read: Callable[[dict[str, Any], Tokenizer], Question],
+    tell: Callable[[Pipeline, ProcessedPrompt, dict[str, Any]], dict[str, Any]],
+) -> Response:
+    """What can be told of a question without running it."""
     with server.gate.admitted():
         body = await read_object(request, server.settings)
         _, pipe = server.models.ready(body.get("model"))
-        question, _ = read_chat(body, pipe.tokenizer, server.settings)
+        question = read(body, pipe.tokenizer)
 
-        def plan() -> dict[str, Any]:
+        def told() -> dict[str, Any]:
             ((prompt, options),) = prepared(pipe, question, server.settings)
-            return pipe.plan(prompt, **options).as_dict()
+            return tell(pipe, prompt, options)
 
         try:
-            return JSONResponse(await anyio.to_thread.run_sync(plan))
+            return JSONResponse(await anyio.to_thread.run_sync(told))
         except Exception as error:
             raise api_error(error, PROMPT) from error
 
@@ -208,9 +291,10 @@ async def _health(server: Server, request: Request) -> Response:
     return JSONResponse({"status": status}, 200 if status == "ok" else 503)
 
 
-def error_response(error: Exception) -> Response:
+def error_response(error: Exception, path: str) -> Response:
     refusal = _refusal(error, None)
-    return JSONResponse(refusal.body(), refusal.status, dict(refusal.headers))
+    body = error_body(refusal) if path.startswith("/v1/messages") else refusal.body()
+    return JSONResponse(body, refusal.status, dict(refusal.headers))
 
 
 def _refusal(error: Exception, prompt_param: str | None) -> ApiError:

@@ -10,9 +10,10 @@ from typing import Any
 
 from mlx_vlm_pipes.processing.tokenizer import Tokenizer
 from mlx_vlm_pipes.server.answers import Answers, Question
-from mlx_vlm_pipes.server.errors import bad_request
+from mlx_vlm_pipes.server.errors import ApiError, bad_request
 from mlx_vlm_pipes.server.events import event
 from mlx_vlm_pipes.server.fields import MAX_N, count, option_values, refuse_unknown, switch
+from mlx_vlm_pipes.server.forms import FORM_PARAMS, read_form
 from mlx_vlm_pipes.server.media import allowed_messages
 from mlx_vlm_pipes.server.settings import ServerSettings
 from mlx_vlm_pipes.server.told import Told, chat_logprobs, timings_of, usage_of
@@ -22,7 +23,7 @@ from mlx_vlm_pipes.speech import Kind, Piece
 PROMPT = "messages"
 KNOWN = frozenset({
     "messages", "model", "stream", "stream_options", "n", "logprobs", "top_logprobs",
-    "response_format", "tools", "tool_choice", "chat_template_kwargs",
+    "tools", "tool_choice", "chat_template_kwargs", *FORM_PARAMS,
 })  # fmt: skip
 READING = (
     "chat_template_kwargs",
@@ -54,7 +55,6 @@ def read_chat(
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
         raise bad_request("messages is no list of messages", PROMPT)
-    _refuse_formats(body)
     tools = read_tools(body)
     form = Form(
         switch(body, "stream"),
@@ -63,7 +63,7 @@ def read_chat(
         _top(body),
         manner(tokenizer, tools),
     )
-    options = option_values(body)
+    options = option_values(body) | read_form(body)
     reading = {name: options.pop(name) for name in READING if name in options}
     if tools:
         reading["tools"] = tools
@@ -102,15 +102,6 @@ def _top(body: Mapping[str, Any]) -> int | None:
     if top is not None:
         raise bad_request("top_logprobs needs logprobs to be true", "top_logprobs")
     return None
-
-
-def _refuse_formats(body: Mapping[str, Any]) -> None:
-    """Raises: ApiError 400 for an answer in a form that this server does not enforce."""
-    format = body.get("response_format")
-    if format is not None and (not isinstance(format, Mapping) or format.get("type") != "text"):
-        raise bad_request(
-            "response_format: this server gives plain text only, no schemas", "response_format"
-        )
 
 
 @dataclass
@@ -161,6 +152,10 @@ class ChatAnswer:
                 "timings": timings_of(self.told),
             })  # fmt: skip
         yield event("[DONE]")
+
+    def failed(self, error: ApiError) -> bytes:
+        """The last event of a stream that breaks: no [DONE] behind it."""
+        return event(error.body())
 
     def _open(self, answers: Answers) -> None:
         prompt = answers.prompts[0].text

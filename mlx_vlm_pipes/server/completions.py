@@ -12,7 +12,7 @@ from mlx_vlm_pipes.log_probabilities import LogProbabilities
 from mlx_vlm_pipes.processing.tokenizer import Tokenizer
 from mlx_vlm_pipes.server.answers import Answers, Question
 from mlx_vlm_pipes.server.chat import Form, wants_usage
-from mlx_vlm_pipes.server.errors import bad_request
+from mlx_vlm_pipes.server.errors import ApiError, bad_request
 from mlx_vlm_pipes.server.events import event
 from mlx_vlm_pipes.server.fields import MAX_N, count, option_values, refuse_unknown, switch
 from mlx_vlm_pipes.server.told import Told, text_logprobs, timings_of, usage_of
@@ -85,6 +85,10 @@ class TextAnswer:
         if self.form.with_usage:
             yield event({**self._head(), "choices": [], **self._figures()})
         yield event("[DONE]")
+
+    def failed(self, error: ApiError) -> bytes:
+        """The last event of a stream that breaks: no [DONE] behind it."""
+        return event(error.body())
 
     def _event(self, choices: list[dict[str, Any]]) -> bytes:
         usage = {"usage": None} if self.form.with_usage else {}

@@ -50,6 +50,8 @@ _TYPES = {
     429: "rate_limit_error",
     503: "service_unavailable",
 }
+# what the errors of an answer's form begin with
+FORMS = ("schema", "regex", "grammar", "the answer's form")
 _CODES: dict[type[InputError], str] = {
     ContextTooLong: "context_length_exceeded",
     MediaError: "invalid_media",
@@ -73,7 +75,8 @@ def api_error(error: Exception, prompt_param: str) -> ApiError:
     if isinstance(error, UnknownAdapter):
         return bad_request(message, "adapter", _CODES[UnknownAdapter])
     if isinstance(error, InputError):
-        return bad_request(message, prompt_param, _CODES.get(type(error)))
+        param = "response_format" if message.startswith(FORMS) else prompt_param
+        return bad_request(message, param, _CODES.get(type(error)))
     if isinstance(error, EngineClosed):
         return ApiError(503, message, code="model_unloaded", headers={"Retry-After": "5"})
     if isinstance(error, CheckpointError):

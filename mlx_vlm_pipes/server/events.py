@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from typing import Any
 
@@ -21,15 +21,17 @@ def event(value: dict[str, Any] | str, name: str | None = None) -> bytes:
 
 
 class EventStream(Response):
-    """Sends events as they are made. The iterator is closed in any case, at once where the client
-    has gone or takes longer than stall_s to read one."""
+    """Sends events as they are made; ends at once where the client has gone or takes longer than
+    stall_s to read one. close: is called at the end, however it comes."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[bytes], stall_s: float) -> None:
+    def __init__(
+        self, events: AsyncIterator[bytes], stall_s: float, close: Callable[[], object]
+    ) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self._events, self._stall_s = events, stall_s
+        self._events, self._stall_s, self._close = events, stall_s, close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         work = asyncio.create_task(self._send(send))
@@ -41,6 +43,7 @@ class EventStream(Response):
             if not work.done():
                 work.cancel()
             await asyncio.gather(work, gone, return_exceptions=True)
+            self._close()
 
     async def _send(self, send: Send) -> None:
         loop, work = asyncio.get_running_loop(), asyncio.current_task()

@@ -42,6 +42,7 @@ class Told:
     calls: list[Call] = field(default_factory=list)
     text: str = ""
     reason: str | None = None
+    stop: str | None = None
     usage: Usage | None = None
     timings: Timings | None = None
     scores: list[LogProbabilities] = field(default_factory=list)
@@ -59,7 +60,8 @@ class Told:
         if chunk.logprobs is not None:
             self.scores.append(chunk.logprobs)
         if chunk.finish_reason is not None:
-            self.reason, self.usage, self.timings = chunk.finish_reason, chunk.usage, chunk.timings
+            self.reason, self.stop = chunk.finish_reason, chunk.stop
+            self.usage, self.timings = chunk.usage, chunk.timings
         return pieces
 
     @property

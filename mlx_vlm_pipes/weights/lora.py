@@ -112,7 +112,12 @@ def read_adapter(
     if not pairs:
         raise WeightsError(f"{folder}: no LoRA tensors")
     _check_pairs(folder, pairs, max_rank)
-    renamed = _canonical(pairs, layouts)
+    try:
+        renamed = _canonical(pairs, layouts)
+    except WeightsError:
+        raise WeightsError(
+            f"{folder}: an adapter of another model; it adapts {group_names(pairs, 3)}"
+        ) from None
     return LoRAAdapter(name, max(pair.rank for pair in renamed.values()), renamed)
 
 

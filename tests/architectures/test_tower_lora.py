@@ -119,6 +119,8 @@ def test_an_adapter_of_another_tower_is_refused(tmp_path: Path) -> None:
     folder, _ = adapt(FIXTURES / "idefics3", tmp_path)
     with pytest.raises(WeightsError, match=r"does not fit 13 linears: .*another model"):
         load(adapter=folder)
+    with pytest.raises(WeightsError, match=r"^.*adapter: an adapter of another model; it adapts "):
+        load(FIXTURES / "llama-tied", adapter=folder)
 
 
 COOKBOOK = ["down_proj", "o_proj", "k_proj", "q_proj", "gate_proj", "up_proj", "v_proj"]

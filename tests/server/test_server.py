@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -109,6 +110,25 @@ def test_n_answers_are_those_of_their_seeds(pipe: Pipeline, port: int) -> None:
     assert parts == texts
 
 
+def test_answers_in_a_form(port: int) -> None:
+    properties = {"colour": {"enum": ["red", "blue"]}, "size": {"type": "integer"}}
+    schema = {"type": "object", "properties": properties, "required": ["colour", "size"]}
+    schema["additionalProperties"] = False
+    form = {
+        "type": "json_schema",
+        "json_schema": {"name": "shape", "strict": True, "schema": schema},
+    }
+    for more in ({"response_format": form}, {"guided_json": schema}):
+        told = call(port, CHAT, plain(temperature=1.0, seed=1, max_tokens=100, **more)).json
+        value = json.loads(told["choices"][0]["message"]["content"])
+        assert value["colour"] in ("red", "blue")
+    told = call(port, CHAT, plain(guided_regex="[ab]{3}")).json
+    assert re.fullmatch("[ab]{3}", told["choices"][0]["message"]["content"])
+    asked = {"input": "Who?", "text": {"format": {"type": "json_schema", "schema": schema}}}
+    told = call(port, "/v1/responses", {**asked, "max_output_tokens": 100}).json
+    assert "colour" in json.loads(told["output"][0]["content"][0]["text"])
+
+
 def test_completions_continue_texts(pipe: Pipeline, port: int) -> None:
     prompts = ["a large", "a small red"]
     told = call(port, "/v1/completions", {"prompt": prompts, "max_tokens": 4, "echo": True, "n": 2})
@@ -122,6 +142,7 @@ def test_completions_continue_texts(pipe: Pipeline, port: int) -> None:
     assert scores["text_offset"][1] == len(scores["tokens"][0])
 
 
+SCHEMA_FROG = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "frog"}}}
 WRONG: list[tuple[Any, str | None, str]] = [
     (b"[" * 100_000, None, "no JSON"),
     (b"[1]", None, "expected an object"),
@@ -138,7 +159,11 @@ WRONG: list[tuple[Any, str | None, str]] = [
     (plain(logit_bias={"a": 1}), "logit_bias", "token ids"),
     (plain(n=0), "n", "n is 0"),
     (plain(modalities=["audio"]), "modalities", "not supported"),
-    (plain(response_format={"type": "json_object"}), "response_format", "plain text"),
+    (plain(response_format={"type": "xml"}), "response_format", "json_schema"),
+    (plain(response_format={"type": "json_schema"}), "response_format", "no schema"),
+    (plain(response_format=SCHEMA_FROG), "response_format", "Invalid type"),
+    (plain(guided_regex=5), "guided_regex", "no text"),
+    (plain(guided_regex="a", guided_json={}), "guided_json", "one form"),
     (plain(adapter="mine"), "adapter", "mine"),
     (plain(max_tokens=5000), "messages", "this model holds 2048"),
     ({"messages": "Who?"}, "messages", "no list"),

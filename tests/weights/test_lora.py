@@ -113,7 +113,7 @@ def test_formats_give_the_same_pairs(case: str, tmp_path: Path) -> None:
         (PEFT | {"r": "2"}, peft(), "expected a number"),
         (PEFT | {"alpha_pattern": {"(a+)+$": 1}}, peft(), "regular expression"),
         (PEFT, {}, "no LoRA tensors"),
-        (PEFT, peft("strange.q_proj"), "no tensor name is known"),
+        (PEFT, peft("strange.q_proj"), "of another model; it adapts strange.q_proj"),
         (PEFT, {**peft(), "other.weight": A}, "1 tensors are no LoRA pairs: other.weight"),
         (PEFT, {"base_model.model.model.layers.3.q.lora_A.weight": A}, "lack a half"),
         (PEFT, {**peft(), **dict.fromkeys(list(peft())[1:], A)}, "no \\[r, in\\]"),
