@@ -167,7 +167,7 @@ def test_logits_are_pefts(folder: Path, options: dict[str, Any], tmp_path: Path)
     with load(folder, dtype="float32", adapter=tmp_path) as pipe:
         encoded = pipe.encode("What is this?", [image])
         found = pipe.logits("What is this?", [image])
-        plain = load(folder, dtype="float32").logits("What is this?", [image])
+    plain = logits(folder, {"prompt": "What is this?", "images": [image]})
     ids = torch.tensor([encoded.input_ids])
     media = {name: torch.tensor(array) for name, array in encoded.hf_arrays.items()}
     if "image_grid_thw" in media:
