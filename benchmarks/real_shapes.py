@@ -1,6 +1,7 @@
 """Published shapes with random weights, one picture: load, first token, decode, peak memory.
 
     python benchmarks/real_shapes.py [--rounds 3] [--models smolvlm-256m ...] [--sides ours ...]
+        [--text-layers N] [--tower-layers N]
 
 Needs an environment with torch and transformers, and mlx-vlm where it is to be compared. Float32
 on the CPU; each run in a process of its own, the sides one after the other in every round, medians.
@@ -12,12 +13,14 @@ All sides get the token ids and pixels of this package's processor, outside of t
 - peak: the most memory of the process (its high-water mark), libraries included.
 
 Shapes: config.json of HuggingFaceTB/SmolVLM-256M-Instruct, OpenGVLab/InternVL3-1B-hf (text:
-Qwen2.5-0.5B) and Qwen/Qwen2.5-VL-3B-Instruct; of the last with 2 of its 36 text layers.
+Qwen2.5-0.5B) and Qwen/Qwen2.5-VL-3B-Instruct; of the last with 2 of its 36 text layers. On a slow
+machine --text-layers and --tower-layers cut them further; the table then says so.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import resource
 import shutil
@@ -27,6 +30,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -101,20 +105,60 @@ SHAPES: dict[str, dict[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
+TOWER_DEPTH = {"qwen2.5-vl-3b": "depth"}  # others call it num_hidden_layers
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How many layers to run at most; None for as many as the shape has."""
+
+    text: int | None = None
+    tower: int | None = None
+
+    def shape(self, name: str) -> dict[str, dict[str, Any]]:
+        """The files' values of a shape with so many layers."""
+        values = copy.deepcopy(SHAPES[name])
+        config = values["config.json"]
+        text, tower = config.get("text_config", config), config["vision_config"]
+        depth = TOWER_DEPTH.get(name, "num_hidden_layers")
+        text["num_hidden_layers"] = min(text["num_hidden_layers"], self.text or sys.maxsize)
+        tower[depth] = min(tower[depth], self.tower or sys.maxsize)
+        if "fullatt_block_indexes" in tower:
+            kept = [i for i in tower["fullatt_block_indexes"] if i < tower[depth]]
+            tower["fullatt_block_indexes"] = kept or [tower[depth] - 1]
+        return values
+
+    def flags(self) -> list[str]:
+        """The options that say the same."""
+        given = {"--text-layers": self.text, "--tower-layers": self.tower}
+        return [str(part) for pair in given.items() if pair[1] is not None for part in pair]
+
+    def title(self, name: str) -> str:
+        """The model's name, and how many of its layers are run where that is not all of them."""
+        own, whole = self.shape(name)["config.json"], SHAPES[name]["config.json"]
+        depth = TOWER_DEPTH.get(name, "num_hidden_layers")
+        parts = {
+            "text": [c.get("text_config", c)["num_hidden_layers"] for c in (own, whole)],
+            "tower": [c["vision_config"][depth] for c in (own, whole)],
+        }
+        said = [f"{have} of {of} {part}" for part, (have, of) in parts.items() if have < of]
+        return f"{name} ({', '.join(said)} layers)" if said else name
+
+
 def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     """The old values with the new ones in their places, dictionaries merged."""
     nested = {k: merged(old[k], v) for k, v in new.items() if isinstance(v, dict) and k in old}
     return {**old, **new, **nested}
 
 
-def write_model(name: str, target: Path) -> None:
+def write_model(name: str, target: Path, cut: Cut) -> None:
     """A fixture's tokenizer and processor with a published shape, random weights in float32."""
     import torch
     import transformers
 
     source = ROOT / "tests" / "fixtures" / FIXTURES[name]
     shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.safetensors*", "reference*"))
-    for file, values in SHAPES[name].items():
+    for file, values in cut.shape(name).items():
         facts = merged(json.loads((target / file).read_text()), values)
         (target / file).write_text(json.dumps(facts))
     config = json.loads((target / "config.json").read_text())
@@ -232,11 +276,13 @@ def in_own_process(side: str, folder: Path, picture_px: tuple[int, int]) -> dict
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def compare(name: str, sides: list[str], rounds: int, picture_px: tuple[int, int]) -> None:
+def compare(
+    name: str, sides: list[str], rounds: int, picture_px: tuple[int, int], cut: Cut
+) -> None:
     """Print a row of the table for each side."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / name
-        writing = [sys.executable, __file__, "--write", name, str(folder)]
+        writing = [sys.executable, __file__, "--write", name, str(folder), *cut.flags()]
         subprocess.run(writing, check=True)  # so that torch's memory is given back
         tokens = write_inputs(folder, picture_px)
         results: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
@@ -248,16 +294,17 @@ def compare(name: str, sides: list[str], rounds: int, picture_px: tuple[int, int
                     failed[side] = result
                 else:
                     results[side].append(result)
+    title = cut.title(name)
     for side in sides:
         if side in failed:
-            print(f"| {name} | {tokens} | {side} | {failed[side]} | | | |", flush=True)
+            print(f"| {title} | {tokens} | {side} | {failed[side]} | | | |", flush=True)
             continue
         load, first, decode, peak = (
             statistics.median(r[key] for r in results[side])
             for key in ("load", "first", "decode", "peak")
         )
         print(
-            f"| {name} | {tokens} | {side} | {load:.2f} | {first:.2f} | {decode:.2f} "
+            f"| {title} | {tokens} | {side} | {load:.2f} | {first:.2f} | {decode:.2f} "
             f"| {peak / 1e9:.2f} |",
             flush=True,
         )
@@ -269,12 +316,15 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES)
     parser.add_argument("--picture", nargs=2, type=int, default=PICTURE_PX, help="width, height")
+    parser.add_argument("--text-layers", type=int, help="at most so many")
+    parser.add_argument("--tower-layers", type=int, help="at most so many")
     parser.add_argument("--run", nargs=2, help=argparse.SUPPRESS)  # a side and a folder
     parser.add_argument("--write", nargs=2, help=argparse.SUPPRESS)  # a model and a folder
     args = parser.parse_args()
     picture_px = (args.picture[0], args.picture[1])
+    cut = Cut(args.text_layers, args.tower_layers)
     if args.write:
-        write_model(args.write[0], Path(args.write[1]))
+        write_model(args.write[0], Path(args.write[1]), cut)
         return
     if args.run:
         figures = RUNS[args.run[0]](Path(args.run[1]), picture_px)
@@ -285,7 +335,7 @@ def main() -> None:
     print("| model | tokens | side | load s | first token s | decode tokens/s | peak GB |")
     print("| --- | --- | --- | --- | --- | --- | --- |", flush=True)
     for name in args.models:
-        compare(name, args.sides, args.rounds, picture_px)
+        compare(name, args.sides, args.rounds, picture_px, cut)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """One picture's encode and prefill beside mlx-vlm: same checkpoint, interleaved, medians, ratio.
 
-    python benchmarks/vision.py [--rounds 5] [--families idefics3 pixtral internvl qwen2_5_vl]
+    python benchmarks/vision.py [--rounds 5] [--families idefics3 pixtral qwen2_vl ...]
 
 Needs an environment with mlx-vlm, torch and transformers beside this package: the fixtures'
 checkpoints are widened with random weights (HF's own classes save them) and take pictures of
@@ -30,6 +30,7 @@ FIXTURES = {
     "idefics3": "idefics3",
     "pixtral": "pixtral",
     "internvl": "internvl-qwen3",  # mlx-vlm cannot load the Llama and Qwen2 ones
+    "qwen2_vl": "qwen2vl",
     "qwen2_5_vl": "qwen25vl",
 }
 TEXT = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6}
@@ -51,6 +52,7 @@ LARGER: dict[str, dict[str, dict[str, Any]]] = {
         "processor_config.json": {"image_seq_length": 64},
         "config.json": {"image_seq_length": 64},
     },
+    "qwen2_vl": {"preprocessor_config.json": {"max_pixels": 256 * 256}},
     "qwen2_5_vl": {"preprocessor_config.json": {"max_pixels": 256 * 256}},
 }
 TOWER_PX: dict[str, Any] = {"idefics3": 128, "pixtral": 256, "internvl": [112, 112]}
@@ -74,6 +76,8 @@ def widen(family: str, source: Path, target: Path) -> None:
         vision = {"hidden_size": 256, "intermediate_size": 768, "depth": 6}
         vision["out_hidden_size"] = TEXT["hidden_size"]
         vision["fullatt_block_indexes"] = [2, 5]
+    if config["model_type"] == "qwen2_vl":
+        vision = {"embed_dim": 256, "hidden_size": TEXT["hidden_size"], "mlp_ratio": 3, "depth": 6}
     tower = config["vision_config"]
     tower.update(vision)
     if family in TOWER_PX:

@@ -35,14 +35,16 @@ if TYPE_CHECKING:
         WeightsError,
     )
     from mlx_vlm_pipes.loading import load
+    from mlx_vlm_pipes.media.records import MediaRecord
     from mlx_vlm_pipes.options import GenerateOptions
-    from mlx_vlm_pipes.pipeline import GenerationResult, Pipeline
+    from mlx_vlm_pipes.pipeline import Pipeline
+    from mlx_vlm_pipes.result import GenerationResult
 
 __version__ = "0.1.0"
 __all__ = [
     "CheckpointError", "CheckpointNotFound", "Chunk", "ConfigError", "ContextTooLong",
     "Conversation", "EngineClosed", "EngineConfig", "GenerateOptions", "GenerationResult", "Handle",
-    "ImageTokenMismatch", "InputError", "KVCacheConfig", "MediaError", "ModelConfig",
+    "ImageTokenMismatch", "InputError", "KVCacheConfig", "MediaError", "MediaRecord", "ModelConfig",
     "OutOfBudget", "Pipeline", "PipelineConfig", "PipesError", "PipesWarning", "Plan",
     "PrefixError", "ProcessorError", "SamplingParams", "SavedPrefix", "Timings", "UnknownAdapter",
     "UnsupportedModel", "Usage", "WeightsError", "load",
@@ -54,9 +56,10 @@ _HOMES = {
     "Conversation": "conversation",
     "EngineConfig": "engine.state",
     "GenerateOptions": "options",
-    "GenerationResult": "pipeline",
+    "GenerationResult": "result",
     "Handle": "engine.requests",
     "KVCacheConfig": "config",
+    "MediaRecord": "media.records",
     "ModelConfig": "config",
     "Pipeline": "pipeline",
     "PipelineConfig": "config",

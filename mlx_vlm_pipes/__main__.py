@@ -14,7 +14,8 @@ from mlx_vlm_pipes.command import new_parser, put, run_command
 COMMANDS = {
     "generate": "answer a prompt about pictures and clips",
     "chat": "talk about pictures and clips in the terminal",
-    "convert": "write a model folder in another type, quantised, or with an adapter in it",
+    "convert": "write a model folder: of another type, quantised, with a LoRA fused",
+    "bench": "measure how fast a model is on this machine",
     "serve": "answer OpenAI's clients over HTTP",
     "check": "say what a model, or this machine, is good for",
 }

@@ -65,11 +65,13 @@ def _run(args: argparse.Namespace) -> int:
     if args.model is None and not args.quiet:
         say(BUNDLED_NOTE)
     with load_pipeline(args) as pipe, terminable(), Lines(list(COMMANDS)) as lines:
-        session = Session(pipe, pipe.chat(**options), lines, has_limit=args.max_length is not None)
+        chat = pipe.chat(**options)
+        session = Session(pipe, chat, lines, has_limit=args.max_length is not None)
         if not args.quiet:
             _greet(pipe, args.model)
         if args.load is not None:
             session.load(args.load)
+            chat.system = options.get("system", chat.system)  # what is given now wins
         session.attach("image", args.image)
         session.attach("video", args.video)
         return session.run()

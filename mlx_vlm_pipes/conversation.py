@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol
 
 from mlx_vlm_pipes.errors import InputError, clip
 from mlx_vlm_pipes.given_media import listed, named_media
@@ -24,25 +24,17 @@ if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
 
     from mlx_vlm_pipes.engine.plan import Plan
-    from mlx_vlm_pipes.engine.requests import Chunk, Handle
+    from mlx_vlm_pipes.engine.requests import Chunk, ChunkIterator
     from mlx_vlm_pipes.given_media import Media
+    from mlx_vlm_pipes.media.records import MediaRecord
+    from mlx_vlm_pipes.result import GenerationResult
 
 Message = dict[str, Any]
 FORMAT, VERSION = "mlx_vlm_pipes conversation", 1
 MAX_FILE_BYTES = 2**30
 
 
-class Answer(Protocol):
-    """A finished answer."""
-
-    @property
-    def text(self) -> str: ...
-
-
-AnswerT = TypeVar("AnswerT", bound=Answer, covariant=True)
-
-
-class Answers(Protocol[AnswerT]):
+class Answers(Protocol):
     """Whoever answers messages: a Pipeline."""
 
     def generate(
@@ -51,14 +43,14 @@ class Answers(Protocol[AnswerT]):
         images: Media = (),
         videos: Media = (),
         **options: Unpack[GenerateOptions],
-    ) -> AnswerT: ...
-    def submit(
+    ) -> GenerationResult: ...
+    def stream(
         self,
         prompt: list[Message],
         images: Media = (),
         videos: Media = (),
         **options: Unpack[GenerateOptions],
-    ) -> Handle: ...
+    ) -> ChunkIterator: ...
     def plan(
         self,
         prompt: list[Message],
@@ -68,14 +60,14 @@ class Answers(Protocol[AnswerT]):
     ) -> Plan: ...
 
 
-class Conversation(Generic[AnswerT]):
+class Conversation:
     """Turns with a model. For one thread at a time.
 
     history: the messages so far, as `generate` takes them; it may be read and changed between turns
     (messages of the role `tool`, say, are appended to it). options: what holds for every turn.
     """
 
-    def __init__(self, pipe: Answers[AnswerT], options: GenerateOptions) -> None:
+    def __init__(self, pipe: Answers, options: GenerateOptions) -> None:
         given = read_options(options, OPTIONS)
         self.history: list[Message] = []
         self.system = given.pop("system", None)
@@ -108,7 +100,7 @@ class Conversation(Generic[AnswerT]):
         images: Media = (),
         videos: Media = (),
         **options: Unpack[GenerateOptions],
-    ) -> AnswerT:
+    ) -> GenerationResult:
         """Say something, and wait for the answer; both are then part of the history.
 
         text None: answer the history as it stands: what was appended to it, or the last question
@@ -135,7 +127,7 @@ class Conversation(Generic[AnswerT]):
         words, or where the request fails, the history stays as it was. Raises: as `send`, at once.
         """
         messages, given = self._turn(text, images, videos, options)
-        handle = self._pipe.submit(messages, **given)
+        chunks = self._pipe.stream(messages, **given)
         self._is_answering = True
 
         def settle(answer: str | None) -> None:
@@ -143,9 +135,9 @@ class Conversation(Generic[AnswerT]):
             if answer is not None:
                 self._keep(messages, answer)
 
-        return AnswerStream(handle, settle)
+        return AnswerStream(chunks, settle)
 
-    def retry(self, **options: Unpack[GenerateOptions]) -> AnswerT:
+    def retry(self, **options: Unpack[GenerateOptions]) -> GenerationResult:
         """Answer the last question once more, for instance with another seed: `send(None)`."""
         return self.send(None, **options)
 
@@ -198,7 +190,7 @@ class Conversation(Generic[AnswerT]):
             raise InputError(f"{clip(path, 200)}: cannot be written ({reason})") from None
 
     def load(self, path: str | os.PathLike[str]) -> Self:
-        """Take the history of a file that `save` wrote, in place of this one.
+        """Take the history that `save` wrote, its system message too, in place of this one.
 
         Raises: InputError for a file that is no such thing; the history then stays as it was.
         """
@@ -252,19 +244,24 @@ class AnswerStream(Iterator["Chunk"]):
     text: the answer so far. settle: called once, with it, or with None where none is to be kept.
     """
 
-    def __init__(self, handle: Handle, settle: Callable[[str | None], None]) -> None:
-        self._handle, self._chunks = handle, iter(handle)
+    def __init__(self, chunks: ChunkIterator, settle: Callable[[str | None], None]) -> None:
+        self._chunks = chunks
         self._settle: Callable[[str | None], None] | None = settle
         self.text = ""
+
+    @property
+    def media(self) -> tuple[MediaRecord, ...]:
+        """What the model saw of all pictures and clips of the conversation."""
+        return self._chunks.media
 
     def __next__(self) -> Chunk:
         try:
             chunk = next(self._chunks)
-        except Exception:  # the request failed, or has ended
-            self._end(None)
-            raise
-        except BaseException:  # Ctrl-C
+        except (StopIteration, KeyboardInterrupt):
             self.close()
+            raise
+        except BaseException:
+            self._end(None)
             raise
         self.text += chunk.text
         if chunk.finish_reason is not None:
@@ -277,8 +274,16 @@ class AnswerStream(Iterator["Chunk"]):
     def __del__(self) -> None:
         self.close()
 
+    def _ipython_display_(self) -> None:
+        """Show the answer in a cell as it comes; it is then part of the conversation."""
+        try:
+            self._chunks._ipython_display_()
+        finally:
+            for _ in self:  # what was shown can be read once more
+                pass
+
     def _end(self, answer: str | None) -> None:
-        self._handle.close()
+        self._chunks.close()
         settle, self._settle = self._settle, None
         if settle is not None:
             settle(answer)

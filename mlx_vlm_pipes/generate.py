@@ -19,7 +19,7 @@ from mlx_vlm_pipes.arguments import (
     refuse_foreign_flags,
 )
 from mlx_vlm_pipes.command import INTERRUPTED, new_parser, put, put_json, run_command, say
-from mlx_vlm_pipes.display.view import picture_kind, shown_answer
+from mlx_vlm_pipes.display.view import require_folder, shown_answer
 from mlx_vlm_pipes.errors import InputError
 from mlx_vlm_pipes.options import PROMPT_OPTIONS, SAMPLING_OPTIONS
 from mlx_vlm_pipes.prompt_cache import PromptCache
@@ -90,6 +90,9 @@ def _run(args: argparse.Namespace) -> int:
         say(BUNDLED_NOTE)
     with load_pipeline(args) as pipe:
         if args.plan:
+            if args.show:
+                reading = {k: v for k, v in options.items() if k in PROMPT_OPTIONS}
+                pipe.show(images, args.video, prompt, **reading).save(args.show)
             return _print_plan(pipe.plan(prompt, images, args.video, **options), args)
         cache = None
         if args.prompt_cache is not None:
@@ -107,9 +110,9 @@ def _check_show(args: argparse.Namespace) -> None:
     """Raises: InputError for a --show that nothing can be written for."""
     if args.show is None:
         return
-    picture_kind(args.show)
-    if args.plan or not (args.image or args.video):
-        raise InputError("--show: there is no picture to show; give --image or --video, no --plan")
+    require_folder(args.show)
+    if not args.image and not args.video:
+        raise InputError("--show: there is no picture to show; give --image or --video")
 
 
 def _asked(args: argparse.Namespace) -> str:

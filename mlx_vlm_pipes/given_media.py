@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from mlx_vlm_pipes.errors import InputError
+
+
+class Array(Protocol):
+    """An array that numpy can read: its own, MLX's."""
+
+    def __array__(self) -> Any: ...
+
 
 if TYPE_CHECKING:
     import os
     from typing import BinaryIO, TypeAlias
 
-    import numpy as np
     from PIL.Image import Image
 
     # A list of pictures or clips, one of them alone, or none.
-    Media: TypeAlias = Sequence[Any] | Image | np.ndarray | os.PathLike[str] | BinaryIO | None
+    Media: TypeAlias = Sequence[Any] | Image | Array | os.PathLike[str] | BinaryIO | None
 
 
 def named_media(

@@ -166,7 +166,11 @@ class SamplingOptions(TypedDict, total=False):
 class GenerateOptions(PromptOptions, SamplingOptions, total=False):
     """How a prompt is read, how it is answered, and what is told of the answer.
 
-    adapter: by default the only one that is loaded.
+    adapter: by default the only one that is loaded. logits_processors: mlx-lm's contract, called
+    on the engine's thread for each token with the tokens of prompt and answer so far, mx.array
+    int32 [n], and logits float32 [1, vocab_size]; what they return goes on to bias, penalties and
+    temperature. logprobs are those of the model's own logits. A step may be under way already when
+    an answer ends: they may be called once more than there are tokens.
     """
 
     logprobs: Annotated[

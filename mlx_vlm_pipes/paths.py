@@ -1,8 +1,10 @@
-"""Paths as people write them."""
+"""Paths as people write them, and as what is being written lies beside them."""
 
 from __future__ import annotations
 
 import os
+import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from mlx_vlm_pipes.errors import PipesError, clip
@@ -33,4 +35,35 @@ def is_there(path: Path, error: type[PipesError]) -> bool:
         raise error(f"{clip(path, 200)}: cannot be opened ({reason.strerror})") from None
     except ValueError:
         raise error(f"{clip(path, 200)}: cannot be the name of a file") from None
+    return True
+
+
+def unfinished_path(out: Path) -> Path:
+    """A hidden name beside `out` for a file or folder that is not whole yet.
+
+    What killed processes have left under such names for the same `out` is removed.
+    """
+    prefix = f".{out.name}.incomplete-"
+    with suppress(OSError):  # no such parent yet, or one that cannot be listed
+        for path in out.parent.iterdir():
+            number = path.name.removeprefix(prefix)
+            if number == path.name or not number.isdecimal() or _is_running(int(number)):
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+    return out.parent / f"{prefix}{os.getpid()}"
+
+
+def _is_running(process: int) -> bool:
+    """Whether there is such a process, this one not counted: it has not begun."""
+    if process == os.getpid():
+        return False
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        return True  # another user's
     return True

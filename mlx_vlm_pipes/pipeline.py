@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import uuid
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
@@ -86,6 +86,13 @@ class Pipeline:
     def __exit__(self, *error: object) -> None:
         self.close()
 
+    def __iter__(self) -> NoReturn:
+        """Says what to write instead of `model, processor = load(...)`, as mlx-vlm is used."""
+        raise TypeError(
+            "load() gives one pipeline, no pair of model and processor; write "
+            "pipe = load(...), then pipe.generate(prompt, images)"
+        )
+
     def __repr__(self) -> str:
         model = self.model
         return (
@@ -139,8 +146,8 @@ class Pipeline:
 
         prompt: text, wrapped as one user message, chat messages, or what this method has returned
         (as all methods take it: a prompt is then read once for several uses). images: paths, URLs,
-        PIL images, numpy arrays or bytes, in a list or one alone. videos: a list of paths or lists
-        of frames, or one path or array alone.
+        PIL images, arrays or bytes, in a list or one alone; a PDF is its pages, `doc.pdf#page=2-3`
+        some of them. videos: a list of paths or lists of frames, or one path or array alone.
         Raises: InputError for a prompt and media that do not fit each other.
         """
         images, videos, given = named_media(images, videos, options)
@@ -312,7 +319,7 @@ class Pipeline:
         return self.engine.plan(self._context(processed, given))
 
     @shows(OPTIONS)
-    def chat(self, **options: Unpack[GenerateOptions]) -> Conversation[GenerationResult]:
+    def chat(self, **options: Unpack[GenerateOptions]) -> Conversation:
         """A conversation, which remembers its turns: `.send(text, images=...)`, `.stream(...)`.
 
         system stands before its turns, the other options hold for each of them, unless a turn has
@@ -339,8 +346,9 @@ class Pipeline:
         """
         name = OPTIONS["adapter"].read(adapter)
         processed = self.encode(prompt, images, videos, **options)
-        context = self._context(processed, {"max_tokens": 1, "adapter": name})
-        return self.engine.save_prefix(user_path(path), context, self.tokenizer.stream_decoder())
+        context = self._context(processed, {"adapter": name})
+        with bar(is_on=self.has_bars) as watch:
+            return self.engine.save_prefix(user_path(path), context, watch)
 
     def load_prefix(self, path: str | os.PathLike[str]) -> SavedPrefix:
         """Read a file of `save_prefix`: requests that begin with its tokens take them from there.

@@ -21,6 +21,23 @@ def attend(
     return mx.fast.scaled_dot_product_attention(*wide, scale=scale, mask=mask).astype(q.dtype)
 
 
+def is_fused(
+    q: mx.array, k: mx.array, v: mx.array, mask: mx.array | str, device: mx.Device | None = None
+) -> bool:
+    """Whether MLX has one kernel for this attention, so that its scores are never in memory.
+
+    device: MLX's default where none is given. MLX is asked to take no other way, and raises where
+    it would have to; that computes nothing.
+    """
+    try:
+        mx.fast.scaled_dot_product_attention(
+            q, k, v, scale=1.0, mask=mask, force_fused=True, stream=device
+        )
+    except ValueError:
+        return False
+    return True
+
+
 def packed_product(  # mx.quantized_matmul's
     x: mx.array,
     weight: mx.array,

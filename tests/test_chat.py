@@ -63,6 +63,8 @@ def test_each_line_of_a_pipe_is_a_turn(
     assert stored[0]["content"][0] == {"type": "image", "image": str(SHAPES)}
     assert piped("/retry", monkeypatch, "--load", str(saved)) == 0
     assert capsys.readouterr().out == f"{WANTED}\n"
+    assert piped("/system", monkeypatch, "--load", str(saved), "--system", "Be brief.") == 0
+    assert capsys.readouterr().err.splitlines()[-1] == "system: Be brief."
 
 
 @pytest.mark.parametrize(

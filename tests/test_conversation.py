@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from mlx_vlm_pipes import InputError, MediaError, Pipeline, load
+from mlx_vlm_pipes.processing.chat_template import ChatTemplate
 from tests.fixtures_helper import FIXTURES
 
 ROOT = Path(__file__).parent.parent
@@ -24,8 +25,11 @@ def pipe() -> Iterator[Pipeline]:
         yield pipe
 
 
+EXAMPLES = ("tiny-internvl", "tiny-pixtral", "tiny-qwen2_5vl")
+
+
 @pytest.mark.parametrize(
-    "name", ["tiny-idefics3", "tiny-internvl", "tiny-pixtral", "tiny-qwen2_5vl"]
+    "name", ["tiny-idefics3", *(pytest.param(name, marks=pytest.mark.slow) for name in EXAMPLES)]
 )
 def test_a_turn_computes_only_what_is_new(name: str) -> None:
     """The prompt of the second turn begins with all of the first, its picture and its answer."""
@@ -43,14 +47,48 @@ def test_a_turn_computes_only_what_is_new(name: str) -> None:
     assert second.tokens == alone.tokens
 
 
-def test_a_template_that_changes_an_earlier_turn_is_read_again_from_there() -> None:
-    """Qwen3's leaves out the thinking of earlier answers."""
+def use_template(pipe: Pipeline, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("chat_template", "tool_template"):
+        monkeypatch.setattr(pipe.tokenizer, name, ChatTemplate(source, "here"))
+
+
+def test_a_template_that_changes_an_earlier_turn_is_read_again_from_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As those do that leave out the thinking of earlier answers."""
+    source = (
+        "{% for m in messages %}{{ m.role }}: "
+        "{{ m.content[3:] if m.role == 'assistant' else m.content }}\n{% endfor %}assistant: "
+    )
     with load(FIXTURES / "qwen3") as pipe:
-        chat = pipe.chat(max_tokens=4)
-        first = chat.send("Hi")
-        chat.history[-1]["content"] = "<think>\nwell\n</think>\n\nHello"
-        second = chat.send("And?")
+        use_template(pipe, source, monkeypatch)
+        chat = pipe.chat(max_tokens=6, ignore_eos=True)
+        first, second = chat.send("Hi"), chat.send("And?")
+        alone = pipe.generate(chat.history[:-1], max_tokens=6, ignore_eos=True)
     assert 0 < second.usage.cached_tokens <= first.usage.prompt_tokens
+    assert second.tokens == alone.tokens
+
+
+def test_options_of_the_conversation_reach_every_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    def weather(city: str) -> str:
+        """How it is outside.
+
+        Args:
+            city: where.
+        """
+        return city
+
+    source = "{{ tools | tojson }}{{ enable_thinking }}{% for m in messages %}{{ m }}{% endfor %}"
+    options = {"tools": [weather], "chat_template_kwargs": {"enable_thinking": False}}
+    with load(FIXTURES / "qwen3") as pipe:
+        use_template(pipe, source, monkeypatch)
+        chat = pipe.chat(max_tokens=3, **options)
+        for _ in range(2):
+            result = chat.send("Hi")
+            messages = chat.history[:-1]
+            prompt = pipe.encode(messages, **options)
+            assert '"weather"' in prompt.text
+            assert result.usage.prompt_tokens == len(prompt.input_ids)
 
 
 def test_the_history_is_what_generate_takes(pipe: Pipeline) -> None:
@@ -100,6 +138,17 @@ def test_a_stream_that_is_left_keeps_what_was_said(pipe: Pipeline) -> None:
     chat.stream("And now?")  # dropped before its first word
     assert len(chat.history) == 2
     assert chat.send("And now?").text
+
+
+def test_an_answer_shown_in_a_cell_is_part_of_the_conversation(
+    pipe: Pipeline, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chat = pipe.chat()
+    stream = chat.stream("Describe the picture.", images=SHAPES)
+    assert [record.num_tokens for record in stream.media] == [16]
+    stream._ipython_display_()
+    assert WANTED in capsys.readouterr().out
+    assert chat.history[-1]["content"] == WANTED
 
 
 def test_ctrl_c_keeps_what_was_said(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,6 +215,7 @@ def test_saved_and_loaded(pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.Mo
     assert list(tmp_path.iterdir()) == [file]
 
 
+@pytest.mark.slow
 def test_clips_are_saved_too(tmp_path: Path) -> None:
     frames = [np.full((56, 56, 3), shade, np.uint8) for shade in (0, 128, 255, 128)]
     with load(ROOT / "examples/models/tiny-qwen2_5vl") as pipe:

@@ -35,6 +35,11 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "activations with weights in tower and projector": (
         "internvl", {"vision.hidden_act": "xielu", "outer.projector_hidden_act": "prelu"},
     ),
+    "a packed tower of Qwen2-VL": (
+        "qwen2_vl",
+        {"vision.hidden_act": "prelu", "vision.mlp_ratio": 3,
+         "convert": {**FOUR_BITS, "quantize_vision": True}},
+    ),
     "one of each in Pixtral, converted": (
         "pixtral",
         {"vision.hidden_act": "prelu", "outer.projector_hidden_act": "xielu",

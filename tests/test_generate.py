@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from mlx_vlm_pipes import Chunk, __version__, load
 from mlx_vlm_pipes.__main__ import COMMANDS
@@ -63,6 +65,32 @@ def test_json_result(capsys: pytest.CaptureFixture[str]) -> None:
     assert record["completion_tokens"] == len(record["tokens"]) == 3
     assert record["finish_reason"] == "length"
     assert err == ""
+
+
+def test_show_writes_what_was_seen(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with load() as pipe:
+        wanted = pipe.show(SHAPES).picture
+    answered, planned = tmp_path / "answered.png", tmp_path / "planned.png"
+    assert main(["--image", SHAPES, "--quiet", "--max-tokens", "1", "--show", str(answered)]) == 0
+    assert main(["--image", SHAPES, "--quiet", "--plan", "--show", str(planned)]) == 0
+    for path in (answered, planned):
+        with Image.open(path) as written:
+            assert written.size == wanted.size
+            np.testing.assert_array_equal(np.asarray(written)[:300], np.asarray(wanted)[:300])
+    monkeypatch.setattr("mlx_vlm_pipes.loading.load", None)  # mistakes are told before it
+    capsys.readouterr()
+    for wrong, reason in (
+        (["--image", SHAPES, "--show", "a.txt"], "a picture's name ends in .png"),
+        (["--image", SHAPES, "--show", str(tmp_path / "no" / "a.png")], "is no folder; make it"),
+        (["--prompt", "Hi", "--show", "a.png"], "there is no picture to show"),
+    ):
+        assert main(wrong) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert reason in err
+        assert err.count("\n") == 1
 
 
 def test_image_from_standard_input(

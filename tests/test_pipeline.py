@@ -191,6 +191,8 @@ def test_whole_characters_only(pipe: Pipeline) -> None:
 
 
 def test_mistakes_are_one_line_errors(pipe: Pipeline) -> None:
+    with pytest.raises(TypeError, match="no pair of model and processor; write pipe = load"):
+        _, _ = pipe  # pyright: ignore[reportGeneralTypeIssues]  # as mlx-vlm's load is used
     with pytest.raises(InputError, match="unknown option 'max_token'"):
         pipe.generate(PROMPT, max_token=3)  # pyright: ignore[reportCallIssue]  # the mistake under test
     with pytest.raises(InputError, match="unknown option 'min_p'; options: allow_private, chat_"):

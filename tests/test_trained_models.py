@@ -10,8 +10,9 @@ from tools.train_tiny.evaluate import evaluate
 EXAMPLES = Path(__file__).parent.parent / "examples" / "models"
 
 
-def test_bundled_model_on_20_unseen_pictures() -> None:
-    report = evaluate(BUNDLED, cases=20, seed=2)
+@pytest.mark.parametrize("media_last", [False, True], ids=["picture first", "question first"])
+def test_bundled_model_on_20_unseen_pictures(*, media_last: bool) -> None:
+    report = evaluate(BUNDLED, cases=20, seed=2, media_last=media_last)
     assert report["exact"] >= 0.9, report["wrong"]
 
 

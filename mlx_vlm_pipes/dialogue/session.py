@@ -66,7 +66,7 @@ class Session:
     """What a line typed by the user does. has_limit: whether --max-length made the model's own."""
 
     def __init__(
-        self, pipe: Pipeline, chat: Conversation[Any], lines: Lines, *, has_limit: bool
+        self, pipe: Pipeline, chat: Conversation, lines: Lines, *, has_limit: bool
     ) -> None:
         self._pipe, self._chat, self._lines, self._has_limit = pipe, chat, lines, has_limit
         self._waiting: list[Waiting] = []
@@ -221,8 +221,8 @@ class Session:
         assert last.usage is not None
         used, held = last.usage.prompt_tokens + last.usage.completion_tokens, self._pipe.max_seq_len
         if last.finish_reason == "length" and used < held:
-            new = last.usage.completion_tokens
-            say(f"cut after {new} tokens; begin with a larger --max-tokens for longer answers")
+            new = _counted(last.usage.completion_tokens, "token")
+            say(f"cut after {new}; begin with a larger --max-tokens for longer answers")
         if used >= ALMOST_FULL * held:
             say(f"{min(used, held)} of the {held} tokens that fit are used; /reset begins anew")
 

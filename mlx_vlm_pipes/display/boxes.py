@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from mlx_vlm_pipes.errors import InputError, shown
 from mlx_vlm_pipes.facts import Coordinates
 from mlx_vlm_pipes.media.records import MediaRecord
@@ -23,7 +25,10 @@ MAX_LABEL = 60  # characters
 NUMBER = r"\s*(\d+(?:\.\d+)?)\s*"
 PAIRS = re.compile(rf"\({NUMBER},{NUMBER}\),\s*\({NUMBER},{NUMBER}\)")
 LISTS = re.compile(rf"\[{NUMBER},{NUMBER},{NUMBER},{NUMBER}\]")
-NESTED = re.compile(r"\[(?:\s*\[[\d\s.,]{7,80}\]\s*,?)+\s*\]")
+INNER = r"\[[\d\s.,]{7,80}\]"
+NESTED = re.compile(
+    rf"\[\s*{INNER}(?:\s*,\s*{INNER})*\s*\]"
+)  # one way to match: no text takes long
 OBJECT = re.compile(r"\{[^{}]{0,2000}\}")
 MARKS = re.compile(r"<\|?/?(?:object_ref|box|ref)(?:_start|_end)?\|?>")
 
@@ -41,6 +46,7 @@ def given_boxes(boxes: Sequence[Any]) -> list[Box]:
 
     Raises: InputError for anything else.
     """
+    boxes = boxes.tolist() if isinstance(boxes, np.ndarray) else boxes
     if not isinstance(boxes, (list, tuple)):
         raise InputError(f"boxes is a {type(boxes).__name__}; expected a list of boxes")
     return [_given(box) for box in boxes]
@@ -64,9 +70,12 @@ def _from_mapping(box: Mapping[str, Any]) -> Box | None:
 
 
 def _from_numbers(values: Any) -> Box | None:
+    values = values.tolist() if isinstance(values, np.ndarray) else values
     if not isinstance(values, (list, tuple)) or len(values) not in (2, 4):
         return None
-    good = all(isinstance(v, (int, float)) and abs(v) < 1e9 for v in values)  # no NaN passes
+    good = all(
+        isinstance(v, (int, float, np.number)) and abs(v) < 1e9 for v in values
+    )  # no NaN passes
     return Box(tuple(values)) if good else None
 
 

@@ -37,7 +37,8 @@ LINE = "1px solid rgba(128,128,128,.35)"
 ROW = "display:flex;flex-wrap:wrap;gap:10px 14px;align-items:flex-start"
 QUIET = "opacity:.7;font-size:90%"
 UNITS = ("bytes", "kB", "MB", "GB", "TB")
-# a table's own, against what Jupyter gives to tables
+# tables say all of their style: Jupyter gives them fixed columns, stripes and a small font
+TABLE = "border-collapse:collapse;margin:0;table-layout:auto"
 PLAIN = "font-size:inherit;background:none;border:0;text-align:left;padding:1px 14px 1px 0"
 MONO = "white-space:pre-wrap;overflow-wrap:anywhere;font-family:monospace;font-size:90%"
 
@@ -85,7 +86,7 @@ def table_html(title: str, rows: Mapping[str, str]) -> str:
         for name, value in rows.items()
     )
     head = f'<div style="font-weight:600">{escape(title)}</div>'
-    return card(head, f'<table style="border-collapse:collapse;margin:0">{cells}</table>')
+    return card(head, f'<table style="{TABLE}">{cells}</table>')
 
 
 def bars_html(title: str, sizes: Mapping[str, int], whole: int, note: str) -> str:
@@ -96,7 +97,7 @@ def bars_html(title: str, sizes: Mapping[str, int], whole: int, note: str) -> st
     rows = "".join(_bar(name, size, largest) for name, size in sizes.items())
     limit = _bar("the device has", whole, largest, fill="rgba(128,128,128,.35)") if near else ""
     head = f'<div style="font-weight:600">{escape(title)}</div>'
-    table = f'<table style="border-collapse:collapse;margin:0;width:100%">{rows}{limit}</table>'
+    table = f'<table style="{TABLE};width:100%">{rows}{limit}</table>'
     return card(head, table, quiet_html(note))
 
 
@@ -160,7 +161,7 @@ def _noted(image: str, note: str) -> str:
 
 def _legend(index: int, box: Box, record: MediaRecord) -> str:
     """A box in words: its label, as the model wrote it, and in pixels of the source."""
-    written = ", ".join(f"{value:g}" for value in box.values)
+    written = ", ".join(f"{value:.4g}" for value in box.values)
     source = ", ".join(f"{value:.0f}" for value in record.to_source(box.values))
     mark = f"background:{colour_of(index)};color:#000;padding:0 5px;border-radius:2px"
     return (

@@ -24,7 +24,8 @@ class Cell:
     def __init__(self, media: Sequence[MediaRecord]) -> None:
         self._media, self._text, self._shown_s = media, "", 0.0
         pictures = View(media)._repr_html_() if media and has_cells() else ""
-        self._top = _Output(pictures, "") if pictures else None
+        self._names = "\n".join(map(str, media))
+        self._top = _Output(pictures, self._names) if pictures else None
         self._output = _Output(card(answer_html("", is_whole=False)), "")
 
     def add(self, text: str) -> None:
@@ -40,7 +41,7 @@ class Cell:
         self._output.replace(card(answer_html(self._text), quiet_html(note)), self._text)
         boxes = drawn_boxes(self._text, self._media)
         if self._top is not None and boxes:
-            self._top.replace(View(self._media, boxes)._repr_html_(), "")
+            self._top.replace(View(self._media, boxes)._repr_html_(), self._names)
         self._output.end()
 
 

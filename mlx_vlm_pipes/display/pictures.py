@@ -5,6 +5,7 @@ Letters are Pillow's own font. All sizes in pixels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from mlx_vlm_pipes.media.records import MediaRecord
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-SIDE_PX = 720  # of a drawn picture with its overview, at most
+SIDE_PX = 680  # of a drawn picture with its overview, at most; three quarters of it high
 ENLARGED_PX = 320  # of one that is smaller than this
 FRAME_PX = 150  # of a frame on a contact sheet
 CELL_PX = 9  # tokens that are drawn smaller than this get no lines
@@ -34,7 +35,8 @@ def colour_of(index: int) -> str:
 def draw_picture(record: MediaRecord, boxes: Sequence[Box] = (), side: int = SIDE_PX) -> Image:
     """The resized picture, with lines between its tiles, and boxes.
 
-    With its overview it is at most `side` wide and high. One that is not kept any more is grey.
+    With its overview it is at most `side` wide, and three quarters of that high. One that is not
+    kept any more is grey.
     """
     image = _scaled(_kept(record, 0), record.resized_size, drawn_scale(record, side))
     _draw_grid(image, record)
@@ -107,11 +109,16 @@ def caption(record: MediaRecord) -> str:
     if tiles.rows * tiles.columns > 1:
         whole = " and the whole" if tiles.overview else ""
         parts.append(f"{_rows(tiles.rows, tiles.columns)} tiles of {_by(tiles.size)}{whole}")
-    each = " each" if record.num_parts > 1 else ""
+    each = _each(record) if record.num_parts > 1 else ""
     parts.append(f"{_rows(*tiles.tokens)} tokens{each}")
     where = f"{record.num_tokens} in all, " if each else ""
     parts.append(f"{where}at {record.start_idx} to {record.end_idx} of the prompt")
     return "; ".join(parts)
+
+
+def _each(record: MediaRecord) -> str:
+    frames = math.ceil(record.num_frames / record.num_parts)
+    return f" for {frames} frames each" if frames > 1 else " each"
 
 
 def distortion(record: MediaRecord) -> str:
@@ -151,7 +158,7 @@ def drawn_scale(record: MediaRecord, side: int) -> float:
     """Small pictures are enlarged, by whole factors, so that their pixels stay squares."""
     width, height = record.resized_size
     extra = record.tiles.size[0] + GAP_PX if record.tiles.overview else 0
-    longest = max(width + extra, height)
+    longest = max(width + extra, height * 4 // 3)
     if longest > side:
         return side / longest
     return max(min(side // longest, ENLARGED_PX // max(width, height)), 1)

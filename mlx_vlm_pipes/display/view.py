@@ -78,6 +78,14 @@ def picture_kind(path: str | os.PathLike[str]) -> str:
     return KINDS[ending]
 
 
+def require_folder(path: str | os.PathLike[str]) -> None:
+    """Raises: InputError where no picture can be written under this name."""
+    picture_kind(path)
+    folder = user_path(path).absolute().parent
+    if not folder.is_dir():
+        raise InputError(f"{folder} is no folder; make it first")
+
+
 def save_picture(picture: Image, path: str | os.PathLike[str]) -> None:
     """As `View.save`."""
     kind, target = picture_kind(path), user_path(path)

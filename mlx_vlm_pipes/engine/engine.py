@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -12,7 +14,7 @@ import numpy as np
 from mlx_vlm_pipes.contexts import TextContext
 from mlx_vlm_pipes.engine.memory import set_limits
 from mlx_vlm_pipes.engine.plan import Plan, default_limits, make_plan
-from mlx_vlm_pipes.engine.requests import Handle, PromptLogits
+from mlx_vlm_pipes.engine.requests import Handle, PromptLogits, PromptRow
 from mlx_vlm_pipes.engine.saving import PrefixFiles, SavedPrefix
 from mlx_vlm_pipes.engine.scheduler import Scheduler
 from mlx_vlm_pipes.engine.state import EngineConfig, EngineStats
@@ -21,6 +23,8 @@ from mlx_vlm_pipes.engine.worker import OwnerThread
 from mlx_vlm_pipes.errors import EngineClosed, InputError
 from mlx_vlm_pipes.interfaces import PipelineModelWithKVCache
 from mlx_vlm_pipes.progress import Watch
+
+OutcomeT = TypeVar("OutcomeT", PromptLogits, PromptRow)
 
 
 class Engine:
@@ -76,28 +80,43 @@ class Engine:
         never fit.
         """
 
-        def queue() -> tuple[Handle, PromptLogits]:
-            handle, logits = self.scheduler.submit_logits(context)
-            handle.watch = watch
-            return handle, logits
+        return self._run_prompt(self.scheduler.submit_logits, context, watch).whole()
 
-        handle, logits = self.worker.call(queue)
-        try:
-            handle.next_chunk()  # there are none: it waits for the end
-        finally:
-            handle.close()
-        return logits.whole()
-
-    def save_prefix(self, path: Path, context: TextContext, decoder: StreamDecoder) -> SavedPrefix:
+    def save_prefix(
+        self, path: Path, context: TextContext, watch: Watch | None = None
+    ) -> SavedPrefix:
         """Write what is cached of a prompt to a file; one that is not cached is run for it.
 
-        Raises: as `PrefixFiles.save`.
+        watch: is told how far it has come. Raises: as `PrefixFiles.save`.
         """
-        return self.prefix_files.save(path, context, lambda: _finish(self.submit(context, decoder)))
+        submit = self.scheduler.submit_row
+        return self.prefix_files.save(
+            path, context, lambda: self._run_prompt(submit, context, watch).whole()
+        )
 
     def load_prefix(self, path: Path) -> SavedPrefix:
         """Put a file of `save_prefix` into the caches. Raises: as `PrefixFiles.load`."""
         return self.prefix_files.load(path)
+
+    def _run_prompt(
+        self,
+        submit: Callable[[TextContext], tuple[Handle, OutcomeT]],
+        context: TextContext,
+        watch: Watch | None,
+    ) -> OutcomeT:
+        """Queue a request for something of its prompt alone, and wait for it."""
+
+        def queue() -> tuple[Handle, OutcomeT]:
+            handle, outcome = submit(context)
+            handle.watch = watch
+            return handle, outcome
+
+        handle, outcome = self.worker.call(queue)
+        try:
+            handle.next_chunk()  # there are none: it waits for the end
+        finally:
+            handle.close()
+        return outcome
 
     def plan(self, context: TextContext) -> Plan:
         """What a request would need on this engine; nothing is computed."""
@@ -136,9 +155,3 @@ class Engine:
     def close(self) -> None:
         """Stop the owning thread; running requests fail with EngineClosed."""
         self._finalizer()
-
-
-def _finish(handle: Handle) -> None:
-    """Wait for a request's end. Raises: what it failed with."""
-    for _ in handle:
-        pass

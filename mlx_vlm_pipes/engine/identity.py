@@ -62,8 +62,11 @@ def adapter_digest(model: PipelineModelWithKVCache, name: str) -> str:
     lora = model.pipeline_config.lora
     paths = dict(split_lora_path(entry) for entry in (lora.lora_paths if lora else ()))
     folder, state = paths[name], hashlib.sha256()
+    files = sorted(path for path in folder.glob("adapter*") if path.is_file())
+    if not files:
+        raise PrefixError(f"{clip(folder)}: the files of the adapter '{clip(name)}' are gone")
     try:
-        for path in sorted(folder.glob("adapter*")):
+        for path in files:
             state.update(f"{path.name} {path.stat().st_size}\n".encode())
             _update(state, path)
     except OSError as error:

@@ -185,7 +185,7 @@ class Prefill:
         for job, _ in group:
             if job.first_logits is None:
                 job.context.tokens.advance_chunk()
-            elif job.prompt_logits is None:
+            elif job.wants_answer:
                 ended.append(job)
             else:
                 self.jobs.remove(job)

@@ -20,6 +20,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -31,7 +32,7 @@ import numpy as np
 from mlx_vlm_pipes.dtypes import DType
 from mlx_vlm_pipes.encoding import COMPUTE_TYPES
 from mlx_vlm_pipes.errors import InputError, PrefixError, WeightsError, clip
-from mlx_vlm_pipes.paths import is_there
+from mlx_vlm_pipes.paths import is_there, unfinished_path
 from mlx_vlm_pipes.weights.safetensors import (
     Header,
     HostArray,
@@ -41,6 +42,7 @@ from mlx_vlm_pipes.weights.safetensors import (
 
 FORMAT, VERSION = "mlx_vlm_pipes.prefix", 1
 TOKENS, IMAGES, CACHE, FEATURES = "tokens", "images", "cache.", "features."
+_WRITING = threading.Lock()  # one thread at a time: the hidden names are the process's
 Shapes = Mapping[str, tuple[DType, tuple[int, ...]]]
 
 
@@ -64,6 +66,7 @@ class PrefixHeader:
     path: Path
     owner: PrefixOwner
     header: Header
+    stamp: tuple[int, ...]  # of the file that the header was read from
 
     @property
     def num_tokens(self) -> int:
@@ -102,10 +105,15 @@ class PrefixHeader:
             raise damaged(self.path, f"tensor '{clip(wrong[0])}' is not as the model has it")
 
     def read(self) -> dict[str, HostArray]:
-        """All tensors. Raises: PrefixError unless they are what was written."""
+        """All tensors.
+
+        Raises: PrefixError unless they are what was written; for a file that was replaced since.
+        """
         arrays = {}
         try:
             with self.path.open("rb") as file:
+                if _stamp(os.fstat(file.fileno())) != self.stamp:
+                    raise PrefixError(f"{self.path}: replaced while it was read; load it again")
                 _skip_header(file)
                 for info in self.header.tensors.values():  # in the order of their data
                     raw = file.read(info.nbytes)
@@ -128,6 +136,10 @@ def _unreadable(path: Path, error: OSError) -> PrefixError:
     return PrefixError(f"{path}: cannot be read ({error.strerror or error})")
 
 
+def _stamp(stat: os.stat_result) -> tuple[int, ...]:
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
 def _skip_header(file: BinaryIO) -> None:
     length = int.from_bytes(file.read(8), "little")
     file.seek(8 + length)
@@ -140,7 +152,10 @@ def read_prefix_header(path: Path) -> PrefixHeader:
     if not path.is_file():
         raise PrefixError(f"{clip(path, 200)}: not a file; expected one of save_prefix")
     try:
+        stamp = _stamp(path.stat())
         header = read_safetensors_header(path)
+    except OSError as error:
+        raise _unreadable(path, error) from None
     except WeightsError as error:
         reason = str(error).removeprefix(f"{path}: ").partition(";")[0]
         raise PrefixError(f"{path}: not a whole prefix file ({reason})") from None
@@ -155,7 +170,7 @@ def read_prefix_header(path: Path) -> PrefixHeader:
         )
     texts = {name: said.get(name, "") for name in PrefixOwner.__annotations__}
     table = _count(path, said, "rope_table")
-    return PrefixHeader(path, PrefixOwner(**{**texts, "rope_table": table}), header)
+    return PrefixHeader(path, PrefixOwner(**{**texts, "rope_table": table}), header, stamp)
 
 
 def _count(path: Path, metadata: Mapping[str, str], name: str) -> int:
@@ -203,15 +218,16 @@ def require_replaceable(path: Path) -> None:
 @contextmanager
 def _whole_file(path: Path) -> Iterator[Path]:
     """A hidden name beside `path` to write to; it becomes `path` at the end, or disappears."""
-    partial = path.parent / f".{path.name}.incomplete-{os.getpid()}"
-    try:
-        yield partial
-        partial.replace(path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror})") from None
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
+    with _WRITING:
+        partial = unfinished_path(path)
+        try:
+            yield partial
+            partial.replace(path)
+        except OSError as error:
+            raise InputError(f"{path}: cannot be written ({error.strerror})") from None
+        finally:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
 
 
 def prompt_digest(arrays: Mapping[str, HostArray]) -> str:

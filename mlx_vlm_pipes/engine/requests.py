@@ -9,7 +9,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import mlx.core as mx
@@ -19,6 +19,7 @@ from mlx_vlm_pipes.contexts import TextContext
 from mlx_vlm_pipes.engine.row_sampler import RowSampler
 from mlx_vlm_pipes.engine.text import StreamDecoder, TextStream
 from mlx_vlm_pipes.engine.worker import require_same_process
+from mlx_vlm_pipes.errors import EngineClosed
 from mlx_vlm_pipes.kv_cache import CacheRow
 from mlx_vlm_pipes.log_probabilities import LogProbabilities
 from mlx_vlm_pipes.media.records import MediaRecord
@@ -80,6 +81,23 @@ def figures(reason: str | None, usage: Usage, timings: Timings) -> str:
         f"{usage.prompt_tokens} prompt tokens{of_them} in {timings.prompt_s:.2f} s · "
         f"{usage.completion_tokens} new tokens{rate} · {ended}"
     )
+
+
+def show_in_cell(media: Sequence[MediaRecord], take: Callable[[], Chunk | None]) -> None:
+    """Show an answer in a notebook's cell while it comes. take: the next chunk, None at the end.
+
+    Raises: what take raises; the cell then keeps what came before.
+    """
+    from mlx_vlm_pipes.display.live import Cell
+
+    cell, note = Cell(media), "ended early"
+    try:
+        while (chunk := take()) is not None:
+            cell.add(chunk.text)
+            if chunk.usage is not None and chunk.timings is not None:
+                note = figures(chunk.finish_reason, chunk.usage, chunk.timings)
+    finally:
+        cell.finish(note)
 
 
 @dataclass
@@ -145,21 +163,19 @@ class Handle:
 
     def _ipython_display_(self) -> None:
         """Show the answer in a cell as it comes; its chunks can be read afterwards as before."""
-        from mlx_vlm_pipes.display.live import Cell
+        chunks: list[Chunk] = []
 
-        cell, chunks, note = Cell(self.media), [], "interrupted"
+        def take() -> Chunk | None:
+            chunk = self.next_chunk()
+            chunks.extend([chunk] if chunk else [])
+            return chunk
+
         try:
-            while (chunk := self.next_chunk()) is not None:
-                chunks.append(chunk)
-                cell.add(chunk.text)
-            last = chunks[-1] if chunks else None
-            if last is not None and last.usage is not None and last.timings is not None:
-                note = figures(last.finish_reason, last.usage, last.timings)
+            show_in_cell(self.media, take)
         except BaseException:
             self.close()
             raise
         finally:
-            cell.finish(note)
             self._put_back(chunks)
 
     def _put_back(self, chunks: list[Chunk]) -> None:
@@ -287,6 +303,23 @@ class PromptLogits:
         return np.concatenate(self._parts)
 
 
+class PromptRow:
+    """What is cached of a prompt: a staged row of its own."""
+
+    def __init__(self) -> None:
+        self._row: CacheRow | None = None
+
+    def add(self, row: CacheRow) -> None:
+        """An evaluated copy, of the prompt's tokens alone."""
+        self._row = row
+
+    def whole(self) -> CacheRow:
+        """The row, once the request has ended. Raises: EngineClosed where that was before it."""
+        if self._row is None:
+            raise EngineClosed("the request was cancelled before its prompt was run")
+        return self._row
+
+
 @dataclass(eq=False)
 class Job:
     """One request inside the engine. It owns its arrays; nothing else holds per-request state.
@@ -294,8 +327,8 @@ class Job:
     keys: int64 [prompt], what the prefix cache compares. capacity: cache tokens at its longest.
     held: its cache row, from its admission to its end. features: vision rows, by image key, that
     its prompt still needs. first_logits: logits [1, V] behind its prompt, until its first token
-    is out. failure: what its sampler raised. prompt_logits: where the logits of its prompt go, if
-    it is these that are asked for, and no answer.
+    is out. failure: what its sampler raised. prompt_logits, prompt_row: where the logits or the
+    keys and values of its prompt go, if it is these that are asked for, and no answer.
     """
 
     context: TextContext
@@ -314,6 +347,7 @@ class Job:
     prompt_logprobs: LogProbabilities | None = None
     echoed: list[LogProbabilities] = field(default_factory=list)
     prompt_logits: PromptLogits | None = None
+    prompt_row: PromptRow | None = None
 
     @property
     def row(self) -> CacheRow:
@@ -330,6 +364,11 @@ class Job:
     def wants_echo(self) -> bool:
         """Whether the prompt's tokens are still to be scored."""
         return self.context.log_probabilities_echo and self.prompt_logprobs is None
+
+    @property
+    def wants_answer(self) -> bool:
+        """Whether tokens are made behind its prompt."""
+        return self.prompt_logits is None and self.prompt_row is None
 
     @property
     def wants_all_logits(self) -> bool:

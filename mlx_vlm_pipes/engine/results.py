@@ -110,8 +110,12 @@ class Results:
         return Chunk(text, token, score, reason, job.usage(), timings, scored, stop)
 
     def finish_prompt(self, job: Job) -> None:
-        """End a request for the logits of its prompt, which has them all."""
-        self._end(job, None)
+        """End a request for the logits or the cached row of its prompt, which are all there."""
+        if job.prompt_row is not None:
+            copied = self._state.cache.copy_row(job.row, job.context.tokens.prompt_length)
+            mx.eval(copied.arrays())
+            job.prompt_row.add(copied)
+        self._end(job, None, is_kept=job.prompt_row is not None)
 
     def cancel(self, job: Job) -> None:
         """The requester has gone: keep what was computed, free the row."""

@@ -40,7 +40,7 @@ from mlx_vlm_pipes.engine.state import EngineState
 from mlx_vlm_pipes.engine.worker import OwnerThread
 from mlx_vlm_pipes.errors import InputError, OutOfBudget, PrefixError, clip
 from mlx_vlm_pipes.hf_config import lookup
-from mlx_vlm_pipes.kv_cache import Layer
+from mlx_vlm_pipes.kv_cache import CacheRow, Layer
 from mlx_vlm_pipes.weights.safetensors import HostArray
 
 
@@ -67,7 +67,9 @@ class PrefixFiles:
 
     # ---- saving
 
-    def save(self, path: Path, context: TextContext, compute: Callable[[], object]) -> SavedPrefix:
+    def save(
+        self, path: Path, context: TextContext, compute: Callable[[], CacheRow]
+    ) -> SavedPrefix:
         """Write the prefix of a prompt; compute runs the prompt where it is not cached.
 
         Raises: PrefixError for a file of another kind in its place, OutOfBudget for a prefix that
@@ -75,15 +77,12 @@ class PrefixFiles:
         """
         require_replaceable(path)
         self._require_caching()
-        # before the prompt is run: the context then has a token more
-        keys, owner = self._worker.call(lambda: (self._keys(context), self._owner(context)))
-        layers = self._worker.call(lambda: self._cached(keys))
-        if layers is None:
+        keys, owner = self._keys(context), self._owner(context)
+        row = self._worker.call(lambda: self._cached(keys))
+        if row is None:
             self._require_budget(len(keys), "the prompt")
-            compute()
-            layers = self._worker.call(lambda: self._cached(keys))
-        if layers is None:
-            raise OutOfBudget("the prompt's prefix was not kept; raise EngineConfig.prefix_bytes")
+            row = compute()
+        layers = self._worker.call(lambda: _on_host(row))
         arrays = _named(context, layers)
         for i, image in enumerate(_distinct(context.images)):  # one a call: others go on between
             arrays[f"{FEATURES}{i}"] = self._worker.call(partial(self._rows, image))
@@ -94,14 +93,10 @@ class PrefixFiles:
         planned = self._state.planned_length(context)
         return prefix_keys(context, self._state.salt(context, planned))
 
-    def _cached(self, keys: np.ndarray) -> list[list[HostArray]] | None:
-        """The arrays of each layer, cut to these tokens; None where not all of them are cached."""
+    def _cached(self, keys: np.ndarray) -> CacheRow | None:
+        """A staged row of exactly these tokens; None where not all of them are cached."""
         length, row = self._state.prefixes.match(keys)
-        if row is None or length < len(keys):
-            return None
-        twin = row.copy(length, length)
-        mx.eval(twin.arrays())
-        return [[HostArray.of(array) for array in layer] for layer in twin.layers]
+        return row.copy(length, length) if row is not None and length == len(keys) else None
 
     def _rows(self, image: ImageMetadata) -> HostArray:
         """A picture's vision rows, from the cache or encoded."""
@@ -128,7 +123,8 @@ class PrefixFiles:
             group = kv_group_size(params.head_dim, params.group_size)
             kept = f"{params.bits} bits in groups of {group}"
         kind = str(lookup(model.huggingface_config, "model_type"))
-        return PrefixOwner(kind, model.dtype.name, kept, self._state.model_digest, "", "", 0)
+        digest = self._worker.call(lambda: self._state.model_digest)
+        return PrefixOwner(kind, model.dtype.name, kept, digest, "", "", 0)
 
     # ---- loading
 
@@ -140,7 +136,7 @@ class PrefixFiles:
         """
         self._require_caching()
         header = read_prefix_header(path)
-        adapter = self._worker.call(lambda: self._fitting(header))
+        adapter = self._fitting(header)
         header.require_shapes(self._worker.call(lambda: self._shapes(header)))
         self._require_budget(header.num_tokens, str(path))
         arrays = header.read()
@@ -159,24 +155,25 @@ class PrefixFiles:
             ("dtype", owner.dtype, here.dtype, "load with that dtype"),
             ("a KV cache of", owner.cache, here.cache, "load with those kv_bits"),
         )
-        for what, saved, loaded, remedy in pairs:
-            if saved != loaded:
+        for what, saved, own, remedy in pairs:
+            if saved != own:
                 raise PrefixError(
-                    f"{header.path}: saved with {what} {clip(saved)}, this pipeline has {loaded}; "
+                    f"{header.path}: saved with {what} {clip(saved)}, this pipeline has {own}; "
                     f"{remedy} or save the prefix again"
                 )
-        if owner.model != here.model:
+        loaded = ("", *model.adapters)
+        adapter = next((n for n in loaded if adapter_digest(model, n) == owner.adapter), None)
+        if adapter is None:
+            raise PrefixError(
+                f"{header.path}: saved with the adapter '{clip(owner.adapter_name)}'; loaded are: "
+                f"{', '.join(model.adapters) or 'none'}; load it or save the prefix again"
+            )
+        if owner.model != here.model:  # a tower with an adapter merged into it is another one
             raise PrefixError(
                 f"{header.path}: saved with another {here.model_type} model (its weights or its "
                 "config.json differ); load that model or save the prefix again"
             )
-        for name in ("", *model.adapters):
-            if adapter_digest(model, name) == owner.adapter:
-                return name
-        raise PrefixError(
-            f"{header.path}: saved with the adapter '{clip(owner.adapter_name)}'; loaded are: "
-            f"{', '.join(model.adapters) or 'none'}; load it or save the prefix again"
-        )
+        return adapter
 
     def _shapes(self, header: PrefixHeader) -> Shapes:
         """The tensors that a prefix of so many tokens has; how many vision rows the file says."""
@@ -254,6 +251,11 @@ class PrefixFiles:
                 f"{what}: {tokens} tokens take {need / 1e6:.3g} MB, the engine keeps at most "
                 f"{budget / 1e6:.3g} MB of prefixes; raise EngineConfig.prefix_bytes"
             )
+
+
+def _on_host(row: CacheRow) -> list[list[HostArray]]:
+    mx.eval(row.arrays())
+    return [[HostArray.of(array) for array in layer] for layer in row.layers]
 
 
 def _distinct(images: Sequence[ImageMetadata]) -> list[ImageMetadata]:

@@ -16,7 +16,7 @@ from mlx_vlm_pipes.engine.caches import common_prefix, prefix_keys
 from mlx_vlm_pipes.engine.decode import Decode
 from mlx_vlm_pipes.engine.plan import require_room
 from mlx_vlm_pipes.engine.prefill import SHARED_MIN, Prefill
-from mlx_vlm_pipes.engine.requests import Handle, Job, PromptLogits, new_job
+from mlx_vlm_pipes.engine.requests import Handle, Job, PromptLogits, PromptRow, new_job
 from mlx_vlm_pipes.engine.results import Results
 from mlx_vlm_pipes.engine.state import EngineConfig, EngineState, EngineStats
 from mlx_vlm_pipes.engine.text import NoText, StreamDecoder
@@ -79,6 +79,19 @@ class Scheduler:
         job = new_job(context, NoText(), self.vocab_size, np.zeros(0, np.int64), capacity)
         job.prompt_logits = PromptLogits()
         return self._queue(job), job.prompt_logits
+
+    def submit_row(self, context: TextContext) -> tuple[Handle, PromptRow]:
+        """Queue a request for the keys and values of a prompt: once its handle has ended, they are
+        there, and in the prefix cache. Raises: as `submit`.
+        """
+        require_known_tokens(context.tokens.all, self.vocab_size)
+        self.state.require_slice(context)
+        keys = prefix_keys(context, self.state.salt(context, self.state.planned_length(context)))
+        capacity = self.state.capacity_needed(context, 1)
+        require_room(self.state, context, 1, scored=False)
+        job = new_job(context, NoText(), self.vocab_size, keys, capacity)
+        job.prompt_row = PromptRow()
+        return self._queue(job), job.prompt_row
 
     def _queue(self, job: Job) -> Handle:
         self._results.live.add(job)

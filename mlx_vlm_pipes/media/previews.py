@@ -1,8 +1,7 @@
-"""Pictures as a model was given them, kept for who may want to look: bounded in size and number.
+"""Pictures as a model was given them, kept for who may want to look: bounded, and free till then.
 
-A request costs nothing for it but a reference; only what is larger than MAX_PIXELS is shrunk, by a
-whole factor. What is kept of all requests together stays below KeptPreviews' bound: the oldest
-are forgotten, and show their tiles without the picture.
+A request keeps a reference to what it resized anyway. Where those that somebody still holds come to
+more than a bound, the oldest are shrunk, then forgotten: they show their tiles without the picture.
 """
 
 from __future__ import annotations
@@ -16,9 +15,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-MAX_PIXELS = 2**20  # of one picture, or of all kept frames of a clip
-MAX_FRAMES = 48
-KEPT_BYTES = 2**25
+MAX_FRAMES = 48  # of a clip
+MAX_PIXELS = 2**20  # of a picture that was shrunk, or of all kept frames of a clip
+KEPT_PIXELS = 12 * 2**20  # of all requests that somebody holds: 36 MB
 
 
 class Preview:
@@ -30,14 +29,17 @@ class Preview:
     def __init__(self, images: Sequence[Image] = ()) -> None:
         count = min(len(images), MAX_FRAMES)
         self.places = [round(i * (len(images) - 1) / max(count - 1, 1)) for i in range(count)]
-        chosen = [images[place] for place in self.places]
-        pixels = sum(image.width * image.height for image in chosen)
-        factor = math.ceil(math.sqrt(pixels / MAX_PIXELS))
-        self.images = [image.reduce(factor) if factor > 1 else image for image in chosen]
+        self.images = [images[place] for place in self.places]
 
     @property
-    def num_bytes(self) -> int:
-        return sum(3 * image.width * image.height for image in self.images)
+    def num_pixels(self) -> int:
+        return sum(image.width * image.height for image in self.images)
+
+    def shrink(self) -> None:
+        """Make it MAX_PIXELS at most, by a whole factor."""
+        factor = math.ceil(math.sqrt(self.num_pixels / MAX_PIXELS))
+        if factor > 1:
+            self.images = [image.reduce(factor) for image in self.images]
 
     def forget(self) -> None:
         self.images = []
@@ -46,24 +48,29 @@ class Preview:
 class KeptPreviews:
     """The previews that somebody still holds, oldest first. Safe from any thread."""
 
-    def __init__(self, limit_bytes: int = KEPT_BYTES) -> None:
-        self._limit = limit_bytes
-        self._held: list[tuple[weakref.ref[Preview], int]] = []
-        self._bytes = 0
+    def __init__(self, limit_pixels: int = KEPT_PIXELS) -> None:
+        self._limit = limit_pixels
+        self._held: list[weakref.ref[Preview]] = []
+        self._pixels = 0  # never less than what is held
         self._lock = threading.Lock()
 
     def add(self, preview: Preview) -> None:
-        """Keep one more; forget the oldest where all together are beyond the limit."""
+        """Keep one more; shrink, then forget the oldest where all together are beyond the limit."""
         with self._lock:
-            self._held.append((weakref.ref(preview), preview.num_bytes))
-            self._bytes += preview.num_bytes
-            if self._bytes <= self._limit:
-                return
-            self._held = [held for held in self._held if held[0]() is not None]
-            self._bytes = sum(size for _, size in self._held)
-            while self._bytes > self._limit:
-                reference, size = self._held.pop(0)
-                self._bytes -= size
-                oldest = reference()
-                if oldest is not None:
-                    oldest.forget()
+            self._held.append(weakref.ref(preview))
+            self._pixels += preview.num_pixels
+            if self._pixels > self._limit:
+                self._make_room()
+
+    def _make_room(self) -> None:
+        """Down to three quarters of the limit: the next call is then not the next picture's."""
+        alive = [found for found in (reference() for reference in self._held) if found is not None]
+        self._pixels = sum(preview.num_pixels for preview in alive)
+        for lessen in (Preview.shrink, Preview.forget):
+            for preview in alive:
+                if self._pixels <= 3 * self._limit // 4:
+                    break
+                before = preview.num_pixels
+                lessen(preview)
+                self._pixels -= before - preview.num_pixels
+        self._held = [weakref.ref(preview) for preview in alive if preview.images]

@@ -6,8 +6,9 @@ Processors write these records from the arithmetic that they do; nothing is work
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 
 from mlx_vlm_pipes.errors import InputError, shown
 from mlx_vlm_pipes.facts import Coordinates
@@ -145,8 +146,9 @@ class MediaRecord:
 def _scaled(
     box: Sequence[float], whole: tuple[float, float], target: tuple[float, float]
 ) -> tuple[float, ...]:
-    values = list(box)
-    if len(values) not in (2, 4) or not all(math.isfinite(value) for value in values):
+    values = list(box) if isinstance(box, Iterable) else []
+    good = all(isinstance(value, Real) and math.isfinite(value) for value in values)
+    if len(values) not in (2, 4) or not good:
         raise InputError(f"box is {shown(box)}; expected the 2 numbers of a point or 4 of a box")
     return tuple(value * target[i % 2] / whole[i % 2] for i, value in enumerate(values))
 

@@ -36,11 +36,12 @@ from mlx_vlm_pipes.processing.messages import (
     as_lists,
     as_texts,
     conversation,
-    tool_call_forms,
     user_texts,
 )
+from mlx_vlm_pipes.processing.pages import spread
 from mlx_vlm_pipes.processing.settings import PixelSettings, read_json
 from mlx_vlm_pipes.processing.tokenizer import Tokenizer
+from mlx_vlm_pipes.processing.tool_calls import tool_call_forms
 from mlx_vlm_pipes.processing.transforms import image_hash
 from mlx_vlm_pipes.processing.types import ProcessedPrompt, PromptRequest
 from mlx_vlm_pipes.progress import Watch, noted
@@ -303,7 +304,8 @@ class VisionProcessor(TextProcessor, ABC):
         MediaError for a picture that cannot be read; ProcessorError for the chat template.
         """
         if self.is_raw(request):
-            text, images, videos = str(request.prompt), request.images, request.videos
+            text, videos = str(request.prompt), request.videos
+            images = [page for image in request.images for page in spread(image, request.access)]
         else:
             chat = conversation(request, self.tokens.markers)
             text = self.render(self.forms(chat.messages), request.template_variables)

@@ -28,9 +28,25 @@ class Access:
 
 
 def is_url(text: str) -> bool:
-    """Whether a text is an http(s) or data: URL, or another scheme that `fetch` will refuse."""
+    """Whether a text is an http(s) or data: URL, or another scheme that `fetch` will refuse.
+
+    A file: URL is the name of a file (`file_path`).
+    """
     head = text[:5].lower()
-    return head == "data:" or "://" in text[:32]
+    return head == "data:" or ("://" in text[:32] and head != "file:")
+
+
+def file_path(text: str) -> str | None:
+    """The path that a file: URL names, percent-decoded; None for any other text.
+
+    Raises: MediaError for a file of another machine.
+    """
+    if text[:7].lower() != "file://":
+        return None
+    host, slash, path = text[7:].partition("/")
+    if host.lower() not in ("", "localhost"):
+        raise MediaError(f"{text[:100]!r}: a file of another machine; expected file:///...")
+    return urllib.parse.unquote(slash + path)
 
 
 def fetch(url: str, *, allow_private: bool = False, hosts: frozenset[str] | None = None) -> bytes:

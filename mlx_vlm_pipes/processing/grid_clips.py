@@ -14,7 +14,7 @@ import numpy as np
 from mlx_vlm_pipes.processing.base import EncodedMedia
 from mlx_vlm_pipes.processing.grid_processor import GridProcessor
 from mlx_vlm_pipes.processing.grids import Grid, GridImage
-from mlx_vlm_pipes.processing.patches import ClipSettings, PatchDefaults, PatchSettings, fit
+from mlx_vlm_pipes.processing.patches import ClipSettings, PatchDefaults, PatchSettings, cap_of, fit
 from mlx_vlm_pipes.processing.settings import CLIP_MEAN, CLIP_STD
 from mlx_vlm_pipes.processing.types import PromptRequest
 from mlx_vlm_pipes.processing.video import ClipPlan, VideoInfo, arange_indices, load_clip
@@ -49,7 +49,8 @@ class ClipRunProcessor(GridProcessor):
         clip = load_clip(source, plan)
         seconds = float(np.float32(settings.step / clip.fps))
         made = self.clip_image(*self.cut_clip(clip, settings), seconds)
-        return self.encoded_clip(clip, [made], made.grid_thw, self.video_token * made.end_idx)
+        cap = cap_of(clip.source_size, self._capped(settings, clip.num_chosen))
+        return self.encoded_clip(clip, [made], made.grid_thw, self.video_token * made.end_idx, cap)
 
     def _capped(self, settings: PatchSettings, count: int) -> PatchSettings:
         """Limits of one frame so that the whole clip stays within its share of tokens."""

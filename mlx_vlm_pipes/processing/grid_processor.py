@@ -14,7 +14,7 @@ import numpy as np
 from mlx_vlm_pipes.contexts import TextContext
 from mlx_vlm_pipes.errors import ProcessorError
 from mlx_vlm_pipes.hf_config import AutoConfig, HuggingFaceConfig, require_vision_config
-from mlx_vlm_pipes.media.records import Tiles
+from mlx_vlm_pipes.media.records import Cap, Tiles
 from mlx_vlm_pipes.processing.base import (
     ContextFields,
     EncodedMedia,
@@ -27,7 +27,7 @@ from mlx_vlm_pipes.processing.patches import (
     ClipSettings,
     PatchDefaults,
     PatchSettings,
-    capped_size,
+    cap_of,
     fit,
 )
 from mlx_vlm_pipes.processing.records import clip_record, picture_record
@@ -108,7 +108,7 @@ class GridProcessor(VisionProcessor):
         resized = fit(image, image.size, settings)
         frames = np.repeat(to_array(resized, settings.pixels)[None], settings.step, axis=0)
         made = self.grid_image(*cut(frames, settings, image.size))
-        cap = capped_size(image.size, settings)[1] if settings.pixels.do_resize else None
+        cap = cap_of(image.size, settings)
         tiles = Tiles(1, 1, resized.size, self._token_grid(made.grid_thw))
         return EncodedMedia(
             replacement=self.image_token * made.end_idx,
@@ -128,14 +128,22 @@ class GridProcessor(VisionProcessor):
         return cut(frames, settings, clip.source_size)
 
     def encoded_clip(
-        self, clip: Clip, images: Sequence[GridImage], grid: Grid, replacement: str
+        self,
+        clip: Clip,
+        images: Sequence[GridImage],
+        grid: Grid,
+        replacement: str,
+        cap: Cap | None,
     ) -> EncodedMedia:
-        """grid: of the whole clip, which may be several images, one behind the other."""
+        """grid: of the whole clip, which may be several images, one behind the other.
+
+        cap: the limit that decided the size of its frames.
+        """
         return EncodedMedia(
             replacement=replacement,
             token_id=self.video_token_id,
             images=images,
-            record=clip_record(clip, grid, self._token_grid(grid), None),
+            record=clip_record(clip, grid, self._token_grid(grid), cap),
         )
 
     def grid_hash(self, patches: np.ndarray, grid: Grid, more: str = "") -> int:

@@ -18,7 +18,9 @@ import numpy as np
 
 from mlx_vlm_pipes.errors import MediaError, PipesWarning
 from mlx_vlm_pipes.paths import user_path
-from mlx_vlm_pipes.processing.fetch import Access, fetch, is_url
+from mlx_vlm_pipes.processing import pdf
+from mlx_vlm_pipes.processing.fetch import Access, fetch, file_path, is_url
+from mlx_vlm_pipes.processing.formats import foreign, is_heif, open_heif
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -61,25 +63,65 @@ def load_image(source: Any, access: Access = ANYWHERE, *, convert: bool = True) 
 def load_picture(source: Any, access: Access = ANYWHERE, *, convert: bool = True) -> Picture:
     """One picture as RGB, and how it was stored.
 
-    Args: source, a path, an http(s) or data: URL, bytes, a binary file object, a PIL image, or an
-    array: uint8 [H, W], [H, W, 1], [H, W, 3] or [H, W, 4], or floats from 0 to 1. Animations give
-    their first frame; EXIF orientation is applied. access: what a text may name.
+    Args: source, a path, an http(s), file: or data: URL, bytes, a binary file object, a PIL image,
+    a page of a PDF, or an array of numpy, MLX or the like: uint8 [H, W], [H, W, 1], [H, W, 3] or
+    [H, W, 4], or floats from 0 to 1. Animations give their first frame, with a warning; EXIF
+    orientation is applied. access: what a text may name.
     convert: False does as transformers where `do_convert_rgb` is false: files lose their
     transparency, pictures and arrays give their three channels whatever these mean.
     Raises: MediaError naming the source.
     """
     from PIL import Image as pil
 
+    source = source if isinstance(source, pil.Image) else as_array(source)
     name = describe(source)
     if isinstance(source, (pil.Image, np.ndarray)):
         image = _from_array(source) if isinstance(source, np.ndarray) else source
         orientation = _orientation(image, name)
         rgb = to_rgb(image, name) if convert else _three_channels(image, name)
         return Picture(rgb, orientation)
-    image = open_image(read_bytes(source, access), name)
+    if isinstance(source, pdf.Page):
+        return Picture(pdf.draw(source))
+    data = read_bytes(source, access)
+    if pdf.is_pdf(data):
+        return Picture(pdf.draw(pdf.only_page(data, name)))
+    image = open_image(data, name)
+    warn_of_more(image, name)
     orientation = _orientation(image, name)  # decoding a TIFF turns it and drops the tag
-    rgb = to_rgb(image if convert else _decoded(image, name).convert("RGB"), name)
+    rgb = to_rgb(image, name) if convert else _decoded(image, name).convert("RGB")
     return Picture(rgb, orientation)
+
+
+def as_array(source: Any) -> Any:
+    """An array of another library (MLX's, by numpy's own protocol) as numpy's; else the source.
+
+    Raises: MediaError for an array that numpy cannot hold, as of bfloat16.
+    """
+    if isinstance(source, np.ndarray) or not callable(getattr(source, "__array__", None)):
+        return source
+    try:
+        return np.asarray(source)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:120]
+        raise MediaError(
+            f"{type(source).__name__} object cannot be read as an array ({reason}); give uint8 or "
+            "float32"
+        ) from error
+
+
+def warn_of_more(image: Image, name: str) -> None:
+    """Warn where a file holds more than the one picture that is taken."""
+    if image.format == "MPO":  # a photo, and what its camera keeps beside it
+        return
+    try:
+        is_several = bool(getattr(image, "is_animated", False))
+    except Exception:  # its first frame may still be whole
+        return
+    if is_several:
+        hint = "split it" if image.format == "TIFF" else "give it as a video for all of them"
+        warnings.warn(
+            f"{name} holds several pictures, the first is taken; {hint}", PipesWarning, stacklevel=1
+        )
 
 
 def read_bytes(source: Any, access: Access = ANYWHERE) -> bytes:
@@ -109,6 +151,8 @@ def open_image(data: bytes, name: str) -> Image:
 
     if not data:
         raise MediaError(f"{name} is empty")
+    if is_heif(data):
+        return open_heif(data, name, MAX_IMAGE_PIXELS)
     pil.init()
     known = [kind for kind in FORMATS if kind in pil.OPEN]
     try:
@@ -118,7 +162,8 @@ def open_image(data: bytes, name: str) -> Image:
     except pil.DecompressionBombError as error:
         raise MediaError(f"{name}: more than {MAX_IMAGE_PIXELS} pixels") from error
     except Exception as error:
-        raise MediaError(f"{name} cannot be read as a picture") from error
+        what = foreign(data) or "cannot be read as a picture"
+        raise MediaError(f"{name} {what}") from error
     check_size(image.size, name)
     return image
 
@@ -225,10 +270,15 @@ def _quoted(name: str) -> str:
 
 
 def local_file(source: str | os.PathLike[str], access: Access) -> Path:
-    """A path that a user names. Raises: MediaError where no text may name one."""
-    if isinstance(source, str) and not access.local_files:
+    """A path, or file: URL, that a user names. Raises: MediaError where no text may name one."""
+    if not isinstance(source, str):
+        return user_path(source)
+    if not access.local_files:
         raise MediaError(f"{describe(source)}: only http(s) and data: URLs are allowed here")
-    return user_path(source)
+    if not source:
+        raise MediaError("an empty text names no file")
+    path = file_path(source)
+    return user_path(source) if path is None else Path(path)
 
 
 def read_file(path: Path, name: str) -> bytes:
@@ -254,7 +304,10 @@ def open_file(path: Path, name: str) -> BinaryIO:
     except ValueError as error:
         raise MediaError(f"{name} cannot be the name of a file") from error
     if file is None:
-        raise MediaError(f"{name} is a folder or a device; expected a file")
+        kind = (
+            "a folder; name its files, or give frames as a video" if path.is_dir() else "a device"
+        )
+        raise MediaError(f"{name} is {kind}")
     return file
 
 

@@ -2,36 +2,50 @@
 
 Accepted content: a text; or a list of parts, each a text, {"type": "text", "text": ...},
 {"type": "image"}, {"type": "image", "image" | "url" | "path" | "base64": source},
-{"type": "image_url", "image_url": {"url": ...}}, and the same with video. Parts without a source
-take the next of the request's images (videos). Messages without any image part get the request's
+{"type": "image_url", "image_url": {"url": ...}}, and the same with video; Anthropic's
+{"type": "image", "source": {"type": "base64" | "url", ...}}; a document or file, which is a PDF,
+as so many pictures as it has pages. Parts without a source take the next of the request's images
+(videos). Messages without any image part get the request's
 images in front of their first user turn, clips after images, as mlx-vlm and the Hugging Face
 pipelines do; unless their text already holds as many placeholders as there are images.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from mlx_vlm_pipes.errors import InputError, shown
-from mlx_vlm_pipes.processing.chat_template import plain
+from mlx_vlm_pipes.processing.fetch import Access
+from mlx_vlm_pipes.processing.pages import spread
 from mlx_vlm_pipes.processing.types import PromptRequest
 
 KINDS = ("image", "video")
 SOURCE_KEYS = {
-    "image": ("image", "image_url", "input_image", "url", "path", "base64"),
+    "image": (
+        "image", "image_url", "input_image", "url", "path", "base64", "source", "file",
+        "file_data", "file_url",
+    ),
     "video": ("video", "video_url", "url", "path", "base64"),
-}
+}  # fmt: skip
 PART_TYPES = {
     "text": "text", "input_text": "text", "output_text": "text", "image": "image",
     "image_url": "image", "input_image": "image", "video": "video", "video_url": "video",
+    "document": "image", "file": "image", "input_file": "image",
 }  # fmt: skip
 
 REASONING = ("reasoning_content", "thinking", "reasoning")  # names for the same, the usual first
 
 Message = dict[str, Any]
+
+
+@dataclass
+class MediaPart:
+    """A picture, a clip or a document in a message; sources: None where it has yet to be given."""
+
+    kind: str
+    sources: list[Any] | None
 
 
 @dataclass(frozen=True)
@@ -49,24 +63,34 @@ def conversation(
     """Normalise a request that is not raw.
 
     Args: markers, by kind, placeholders that a user may have written into the text.
-    Raises: InputError for a malformed message, or when pictures and image parts differ in number.
+    Raises: InputError for a malformed message, or when pictures and image parts differ in number;
+    MediaError for a document whose pages cannot be counted.
     """
-    given = {"image": list(request.images), "video": list(request.videos)}
+    given = {
+        "image": [spread(source, request.access) for source in request.images],
+        "video": [[clip] for clip in request.videos],
+    }
     messages = _messages(request)
-    inline: dict[str, list[Any]] = {"image": [], "video": []}
+    parts: dict[str, list[MediaPart]] = {"image": [], "video": []}
     for message in messages:
         if isinstance(message["content"], list):
-            message["content"] = [_part(part, inline) for part in message["content"]]
-    loose = [kind for kind in KINDS if given[kind] and not inline[kind]]
+            message["content"] = [_part(part, request.access) for part in message["content"]]
+            for part in message["content"]:
+                if isinstance(part, MediaPart):
+                    parts[part.kind].append(part)
+    loose = [kind for kind in KINDS if given[kind] and not parts[kind]]
+    sources = {kind: [source for sources in given[kind] for source in sources] for kind in loose}
+    for kind in KINDS:
+        if kind not in loose:
+            sources[kind] = _filled(parts[kind], given[kind], kind)
+    for message in messages:
+        if isinstance(message["content"], list):
+            message["content"] = [p for part in message["content"] for p in _plain(part)]
     written = {kind: _written(messages, (markers or {}).get(kind, ())) for kind in loose}
-    front = [kind for kind in loose if written[kind] != len(given[kind])]
+    front = [kind for kind in loose if written[kind] != len(sources[kind])]
     if front:
-        parts = [{"type": kind} for kind in front for _ in given[kind]]
-        _first_user(messages)["content"][:0] = parts
-    sources = {
-        kind: given[kind] if kind in loose else _filled(inline[kind], given[kind], kind)
-        for kind in KINDS
-    }
+        parts_before = [{"type": kind} for kind in front for _ in sources[kind]]
+        _first_user(messages)["content"][:0] = parts_before
     return Conversation(messages, sources["image"], sources["video"])
 
 
@@ -97,49 +121,6 @@ def as_texts(messages: Sequence[Message], markers: Mapping[str, str]) -> list[Me
     return out
 
 
-def tool_call_forms(messages: Sequence[Message]) -> list[list[Message]]:
-    """The same messages, the arguments of tool calls first as objects, then as JSON texts.
-
-    OpenAI's API gives them as texts, most templates want objects and print them as JSON. One form,
-    as it is, where there are no arguments.
-    """
-    if not any(isinstance(m.get("tool_calls"), (list, tuple)) for m in messages):
-        return [list(messages)]
-    return [[_with_arguments(m, change) for m in messages] for change in (_as_object, _as_json)]
-
-
-def _with_arguments(message: Message, change: Callable[[Any], Any]) -> Message:
-    calls = message.get("tool_calls")
-    if not isinstance(calls, (list, tuple)):
-        return message
-    return {**message, "tool_calls": [_call(call, change) for call in calls]}
-
-
-def _call(call: Any, change: Callable[[Any], Any]) -> Any:
-    """A call as OpenAI writes it, {"function": {"name", "arguments"}}, or its inner part alone."""
-    if not isinstance(call, Mapping):
-        return call
-    if isinstance(call.get("function"), Mapping):
-        return {**call, "function": _call(call["function"], change)}
-    return {**call, "arguments": change(call["arguments"])} if "arguments" in call else call
-
-
-def _as_object(arguments: Any) -> Any:
-    if not isinstance(arguments, str):
-        return arguments
-    try:
-        value = json.loads(arguments)
-    except (ValueError, RecursionError):
-        return arguments  # what a model wrote need not be JSON
-    return value if isinstance(value, dict) else arguments
-
-
-def _as_json(arguments: Any) -> Any:
-    if not isinstance(arguments, Mapping):
-        return arguments
-    return json.dumps(plain(arguments), ensure_ascii=False)
-
-
 def user_texts(messages: Sequence[Message]) -> list[str]:
     """Every text of the user and system turns, stripped; what a template must not lose."""
     found = []
@@ -166,6 +147,11 @@ def _messages(request: PromptRequest) -> list[Message]:
 
 
 def _message(message: Any, index: int) -> Message:
+    if isinstance(message, str):
+        raise InputError(
+            f"message {index} is a text; several prompts are for generate_batch, a message is "
+            '{"role": "user", "content": ...}'
+        )
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise InputError(f"message {index} is not an object with a text as its role")
     content = message.get("content")
@@ -191,7 +177,7 @@ def _with_reasoning(message: Mapping[str, Any]) -> Message:
     return {"thinking": found, **message, "reasoning_content": found}
 
 
-def _part(part: Any, inline: dict[str, list[Any]]) -> dict[str, Any]:
+def _part(part: Any, access: Access) -> MediaPart | dict[str, Any]:
     if isinstance(part, str):
         return {"type": "text", "text": part}
     if not isinstance(part, Mapping):
@@ -204,8 +190,10 @@ def _part(part: Any, inline: dict[str, list[Any]]) -> dict[str, Any]:
         if not isinstance(part.get("text"), str):
             raise InputError("a text part carries no text")
         return {"type": "text", "text": part["text"]}
-    inline[kind].append(_source(part, kind))
-    return {"type": kind}
+    source = _source(part, kind)
+    if source is None:
+        return MediaPart(kind, None)
+    return MediaPart(kind, spread(source, access) if kind == "image" else [source])
 
 
 def _source(part: Mapping[str, Any], kind: str) -> Any:
@@ -214,20 +202,47 @@ def _source(part: Mapping[str, Any], kind: str) -> Any:
         if value is None:
             continue
         if isinstance(value, Mapping):
-            value = value.get("url")
+            return _inner_source(value, key)
         return f"data:;base64,{value}" if key == "base64" else value
     return None
 
 
-def _filled(inline: list[Any], given: list[Any], kind: str) -> list[Any]:
-    empty = sum(source is None for source in inline)
-    if empty != len(given):
+def _inner_source(value: Mapping[str, Any], key: str) -> Any:
+    """What {"url": ...} and {"file_data": ...} of OpenAI's API name, or a `source` of Anthropic's.
+
+    Raises: InputError where nothing is there that can be reached.
+    """
+    if value.get("type") == "base64":
+        return f"data:{value.get('media_type', '')};base64,{value.get('data')}"
+    source = next((value[k] for k in ("url", "file_data") if value.get(k) is not None), None)
+    if source is None:
+        raise InputError(f"a part's {key} has {shown(list(value))}; expected a url, or base64 data")
+    return source
+
+
+def _filled(parts: Sequence[MediaPart], given: Sequence[list[Any]], kind: str) -> list[Any]:
+    """All sources in order, after parts without one have taken those that were given.
+
+    A document is for one part, or each of its pages is.
+    """
+    empty = [part for part in parts if part.sources is None]
+    pages = [[source] for sources in given for source in sources]
+    groups = given if len(given) == len(empty) else pages
+    if len(empty) != len(groups):
         raise InputError(
-            f"{len(given)} {kind}s for {empty} {kind} parts without a source in the messages; "
+            f"{len(pages)} {kind}s for {len(empty)} {kind} parts without a source in the messages; "
             "give one for each"
         )
-    rest = iter(given)
-    return [next(rest) if source is None else source for source in inline]
+    for part, sources in zip(empty, groups, strict=True):
+        part.sources = sources
+    return [source for part in parts for source in part.sources or ()]
+
+
+def _plain(part: MediaPart | dict[str, Any]) -> list[dict[str, Any]]:
+    """A part as templates take it; a document as many parts as it has pages."""
+    if isinstance(part, dict):
+        return [part]
+    return [{"type": part.kind} for _ in part.sources or ()]
 
 
 def _written(messages: Sequence[Message], markers: Sequence[str]) -> int:

@@ -121,6 +121,11 @@ def smart_size(size: tuple[int, int], settings: PatchSettings, frames: int = 1) 
     return capped_size(size, settings, frames)[0]
 
 
+def cap_of(size: tuple[int, int], settings: PatchSettings, frames: int = 1) -> Cap | None:
+    """The limit that decided the size of a picture; arguments and errors as `capped_size`."""
+    return capped_size(size, settings, frames)[1] if settings.pixels.do_resize else None
+
+
 def capped_size(
     size: tuple[int, int], settings: PatchSettings, frames: int = 1
 ) -> tuple[tuple[int, int], Cap | None]:

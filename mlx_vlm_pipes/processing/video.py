@@ -22,6 +22,7 @@ from mlx_vlm_pipes.processing.animations import Animation, is_animation, read_an
 from mlx_vlm_pipes.processing.fetch import Access, is_url
 from mlx_vlm_pipes.processing.images import (
     ANYWHERE,
+    as_array,
     check_size,
     describe,
     load_image,
@@ -100,6 +101,7 @@ def load_clip(source: Any, plan: ClipPlan) -> Clip:
     """
     from PIL import Image as pil
 
+    source = source if isinstance(source, pil.Image) else as_array(source)
     if isinstance(source, np.ndarray) and source.ndim == 4:
         source = list(source)
     if isinstance(source, (list, tuple)):

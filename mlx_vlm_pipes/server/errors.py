@@ -50,7 +50,8 @@ _TYPES = {
     429: "rate_limit_error",
     503: "service_unavailable",
 }
-FORMS = ("schema", "regex", "grammar", "the answer's form")  # what the errors of an answer's form begin with
+# what the errors of an answer's form begin with
+FORMS = ("schema", "regex", "grammar", "the answer's form")
 _CODES: dict[type[InputError], str] = {
     ContextTooLong: "context_length_exceeded",
     MediaError: "invalid_media",

@@ -170,7 +170,8 @@ def test_references_are_still_what_transformers_computes(tmp_path: Path) -> None
         assert (old.messages, old.ids, old.tokens) == (new.messages, new.ids, new.tokens)
         assert (old.picture == new.picture).all()
         if old.logits is not None:
-            assert np.abs(old.logits - new.logits).max() < 1e-4
+            # stored to 4e-6 of the largest: one more or less where the noise of float32 decides
+            assert np.abs(old.logits - new.logits).max() < 1e-5 * np.abs(old.logits).max()
 
 
 # ---- faults

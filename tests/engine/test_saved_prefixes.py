@@ -331,6 +331,7 @@ def test_a_file_appears_whole_or_not_at_all(
         partial.write_bytes(b"half")
         raise KeyboardInterrupt
 
+    (tmp_path / ".a.prefix.incomplete-99999999").write_bytes(b"of a process that was killed")
     with monkeypatch.context() as patch:
         patch.setattr(prefix_file, "write_host_arrays", fail)
         with pytest.raises(KeyboardInterrupt):
@@ -360,3 +361,20 @@ def test_the_budget_holds(pipe: Pipeline, good: Path, tmp_path: Path) -> None:
     forgetful = EngineConfig(enable_prefix_caching=False)
     with load(IDEFICS3, engine=forgetful) as without, pytest.raises(InputError, match="no prefix"):
         without.load_prefix(good)
+
+
+def test_what_others_do_meanwhile_costs_no_prefix(
+    pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither an empty prefix cache behind the prompt, nor a file that is replaced."""
+    path, state = tmp_path / "a", pipe.engine.scheduler.state
+    with monkeypatch.context() as patch:
+        patch.setattr(state, "remember", lambda _: pipe.engine.forget())
+        saved = pipe.save_prefix(path, ASK, pictures(1))
+    assert len(state.prefixes) == 0
+    assert pipe.load_prefix(path) == saved
+    assert answer(pipe, ASK, pictures(1))[2:] == (saved.tokens - 1, 0)
+    header = read_prefix_header(path)
+    pipe.save_prefix(path, LONGER, pictures(1))
+    with pytest.raises(PrefixError, match="replaced while it was read; load it again"):
+        header.read()

@@ -23,7 +23,8 @@ PATCH, MERGE = 8, 2  # of the Qwen fixtures
 UNITS = {
     "idefics3": lambda size: (1, 1), "smolvlm": lambda size: (1, 1), "pixtral": lambda size: (1, 1),
     "internvl-qwen2": lambda size: (1000, 1000), "internvl-chat": lambda size: (1000, 1000),
-    "qwen25vl": lambda size: size, "qwen3vl": lambda size: (1000, 1000),
+    "qwen2vl": lambda size: (1000, 1000), "qwen25vl": lambda size: size,
+    "qwen3vl": lambda size: (1000, 1000),
 }  # fmt: skip
 GIF = Path(__file__).parent.parent.parent / "examples" / "images" / "moving_circle.gif"
 
@@ -111,7 +112,7 @@ def test_numbers_that_are_known() -> None:
         assert record.to_source(box) == (1500, 2000, 3000, 4000)
         assert record.to_model((1500, 2000, 3000, 4000)) == box
         assert record.to_source(box[:2]) == (1500, 2000)
-    for wrong in ((1, 2, 3), (1, math.nan), ()):
+    for wrong in ((1, 2, 3), (1, math.nan), (), "ab", 5):
         with pytest.raises(InputError, match="expected the 2 numbers of a point or 4 of a box"):
             qwen.to_source(wrong)
 
@@ -155,6 +156,23 @@ def test_caps(name: str, size: tuple[int, int], cap: Cap | None) -> None:
     assert seen(name, picture(*size)).media[0].cap == cap
 
 
+@pytest.mark.parametrize(
+    ("name", "size", "cap"),
+    [
+        ("qwen25vl", (200, 200), Cap("max_pixels", 5120)),  # of each frame
+        ("qwen25vl", (64, 48), None),
+        ("qwen3vl", (200, 200), Cap("max_pixels", 4096)),  # of the four together
+        ("qwen3vl", (32, 32), None),
+        ("smolvlm", (200, 200), Cap("max_image_size", 64)),
+        ("smolvlm", (64, 48), None),
+        ("internvl-qwen2", (200, 200), Cap("image_size", 28)),
+    ],
+)
+def test_caps_of_clips(name: str, size: tuple[int, int], cap: Cap | None) -> None:
+    clip = [picture(*size, i) for i in range(4)]
+    assert seen(name, videos=[clip]).media[0].cap == cap
+
+
 @pytest.mark.parametrize("name", UNITS)
 def test_tokens_of_tiles(name: str) -> None:
     """Spans of all tiles hold all image tokens, in order, and as many as a tile's grid has."""
@@ -195,22 +213,22 @@ def test_clips(name: str) -> None:
     assert {end - start for start, end in listed.tile_spans} == {rows * columns}
 
 
-def test_previews_are_bounded() -> None:
-    large = Preview([Image.new("RGB", (3000, 2000))])
-    assert large.images[0].size == (1000, 667)
+def test_previews_are_references_until_there_are_too_many() -> None:
+    small, large = Image.new("RGB", (10, 10)), Image.new("RGB", (3000, 2000))
+    assert Preview([large]).images[0] is large
     many = Preview([Image.new("RGB", (512, 512))] * 200)
     assert len(many.images) == MAX_FRAMES
     assert (many.places[0], many.places[-1]) == (0, 199)
-    assert many.num_bytes <= 3.1 * MAX_PIXELS
-    small = Image.new("RGB", (9, 9))
-    assert Preview([small]).images[0] is small
-    kept = KeptPreviews(limit_bytes=3 * 243)
-    held = [Preview([small]) for _ in range(3)]
-    for _ in range(9):
-        kept.add(Preview([small]))  # what nobody holds makes nothing go
+    many.shrink()
+    assert many.num_pixels <= MAX_PIXELS
+    kept = KeptPreviews(limit_pixels=4 * MAX_PIXELS)
+    for _ in range(99):
+        kept.add(Preview([large]))  # what nobody holds makes nothing go
+    held = [Preview([large]), *(Preview([small]) for _ in range(5))]
     for one in held:
         kept.add(one)
-    assert all(preview.images for preview in held)
-    last = Preview([small])
-    kept.add(last)
-    assert [len(preview.images) for preview in (*held, last)] == [0, 1, 1, 1]
+    assert [one.images[0].size for one in held] == [(1000, 667), *[(10, 10)] * 5]
+    last = [Preview([Image.new("RGB", (1024, 1024))]) for _ in range(4)]
+    for one in last:
+        kept.add(one)
+    assert [len(one.images) for one in (*held, *last)] == [0] * 7 + [1] * 3

@@ -87,23 +87,33 @@ def test_without_conversion_three_channels_are_taken_as_they_are() -> None:
             load_image(Image.new(mode, (3, 2)), convert=False)
     clear = Image.new("RGBA", (2, 3), (255, 7, 0, 0))  # a file is opened as RGB, not laid on white
     assert load_image(encoded(clear), convert=False).getpixel((0, 0)) == (255, 7, 0)
+    indexed = clear.convert("RGB").quantize(2)
+    indexed.info["transparency"] = indexed.getpixel((0, 0))
+    assert load_image(encoded(indexed), convert=False).getpixel((0, 0)) == (255, 7, 0)
 
 
 def test_first_frame_of_an_animation() -> None:
     frames = [Image.new("RGB", (4, 4), color) for color in ("red", "blue")]
     data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
-    assert load_image(data).getpixel((0, 0)) == (255, 0, 0)
+    with pytest.warns(PipesWarning, match="holds several pictures, the first is taken; give it as"):
+        assert load_image(data).getpixel((0, 0)) == (255, 0, 0)
 
 
 @pytest.mark.parametrize(
     ("source", "message"),
     [
         (b"", "empty"),
+        ("", "an empty text names no file"),
         (b"not a picture", "13 bytes cannot be read"),
         (encoded(picture(50, 50))[:500], "cannot be decoded"),
         ("/nowhere/x.png", "'/nowhere/x.png': no such file"),
         ("\x00", "cannot be the name of a file"),
-        ("file:///etc/passwd", "only http, https and data"),
+        ("file:///no%20where.png", "'file:///no%20where.png': no such file"),
+        ("file://host/x.png", "a file of another machine"),
+        (str(Path(__file__).parent), "is a folder; name its files, or give frames as a video"),
+        (b'<?xml version="1.0"?>\n<svg width="9"/>', "SVG drawing; have a browser or rsvg-convert"),
+        (b"\n<!DOCTYPE html><html>", "is a web page"),
+        (b"\0\0\0\x18ftypisom\0\0\2\0isommp42", "is a film; give it as a video"),
         ("ftp://x/y.png", "only http, https and data"),
         ("http://[::1", "only http, https and data"),
         ("data:image/png;base64,@@", "base64"),
@@ -134,8 +144,8 @@ def test_limits(monkeypatch) -> None:
         ("~$report.png", r"'~\$report.png': no such file"),
         ("~no-such-user/a.png", "no such file"),
         ("a" * 300 + ".png", "cannot be opened \\(File name too long"),
-        ("/dev/zero", "folder or a device"),
-        ("/tmp", "folder or a device"),
+        ("/dev/zero", "is a device$"),
+        ("/tmp", "is a folder; name its files"),
         ("a\x00b", "cannot be the name"),
     ],
 )

@@ -64,6 +64,7 @@ def test_images_without_parts_go_into_the_first_user_turn() -> None:
         ([user({"type": ["x"]})], [], "expected text, image or video"),
         ([user({"type": "text"})], [], "no text"),
         ([{"role": 1, "content": "x"}], [], "message 0"),
+        (["one", "two"], [], "several prompts are for generate_batch"),
         ([{"role": "user", "content": 5}], [], "int"),
         ([{"role": "system", "content": "x"}], ["a"], "user message"),
         ([], [], "empty"),

@@ -1,7 +1,7 @@
 """Measure how many unseen cases a model answers exactly, through mlx_vlm_pipes.
 
     python tools/train_tiny/evaluate.py --model FOLDER [--cases 500] [--seed 1]
-        [--dtype bfloat16] [--kv-bits 8]
+        [--dtype bfloat16] [--kv-bits 8] [--media-last]
 
 Prints one JSON object: the share of exact answers, counts by kind, the first wrong answers.
 """
@@ -26,9 +26,18 @@ TOGETHER = 16  # cases that are asked in one batch
 
 
 def evaluate(
-    model: Path, cases: int, seed: int, *, dtype: str = "auto", kv_bits: int | None = None
+    model: Path,
+    cases: int,
+    seed: int,
+    *,
+    media_last: bool = False,
+    dtype: str = "auto",
+    kv_bits: int | None = None,
 ) -> dict:
-    """The report of a Score over that many unseen cases; dtype, kv_bits: as for `load`."""
+    """The report of a Score over that many unseen cases.
+
+    media_last: the question stands before its picture. dtype, kv_bits: as for `load`.
+    """
     from mlx_vlm_pipes import load
 
     model_type = json.loads((model / "config.json").read_text())["model_type"]
@@ -37,7 +46,7 @@ def evaluate(
     with load(str(model), dtype=dtype, kv_bits=kv_bits) as pipe:
         for begin in range(0, cases, TOGETHER):
             indices = range(begin, min(cases, begin + TOGETHER))
-            drawn = [unseen_case(model_type, seed, index) for index in indices]
+            drawn = [unseen_case(model_type, seed, i, media_last=media_last) for i in indices]
             results = pipe.generate_batch([request(c) for c in drawn], max_tokens=MAX_TOKENS)
             for index, case, result in zip(indices, drawn, results, strict=True):
                 score.add(index, case, result.text)
@@ -57,9 +66,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--dtype", default="auto", help="what to compute in")
     parser.add_argument("--kv-bits", type=int, help="of a quantised KV cache")
+    parser.add_argument("--media-last", action="store_true", help="the question before the picture")
     args = parser.parse_args()
     started = time.time()
-    settings = {"dtype": args.dtype, "kv_bits": args.kv_bits}
+    settings = {"media_last": args.media_last, "dtype": args.dtype, "kv_bits": args.kv_bits}
     report = evaluate(args.model, args.cases, args.seed, **settings)
     facts = {"model": str(args.model), "cases": args.cases, "seed": args.seed, **settings}
     print(json.dumps({**facts, **report, "seconds": round(time.time() - started, 1)}, indent=2))

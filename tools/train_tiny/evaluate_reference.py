@@ -1,6 +1,7 @@
 """The same measurement through transformers: AutoTokenizer, PIL image processors, generate().
 
     python -m tools.train_tiny.evaluate_reference --model FOLDER [--cases 500] [--seed 1]
+        [--media-last]
 
 Also checks, for every case, that the pixel path of training equals transformers' processors.
 """
@@ -77,11 +78,11 @@ def encode_cases(family: Family, model: Path, cases: list[Case]) -> dict[tuple, 
     return groups
 
 
-def evaluate(model: Path, cases: int, seed: int) -> dict:
+def evaluate(model: Path, cases: int, seed: int, *, media_last: bool = False) -> dict:
     """The report of a Score over that many unseen cases, weights widened to float32."""
     model_type = json.loads((model / "config.json").read_text())["model_type"]
     family = make_family(FAMILY_OF[model_type])
-    drawn = [unseen_case(model_type, seed, index) for index in range(cases)]
+    drawn = [unseen_case(model_type, seed, i, media_last=media_last) for i in range(cases)]
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     network = getattr(transformers, family.architecture).from_pretrained(model, dtype=torch.float32)
     score = Score()
@@ -109,12 +110,14 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--cases", type=int, default=500)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--media-last", action="store_true", help="the question before the picture")
     args = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.set_num_threads(1)
-    facts = {"model": str(args.model), "cases": args.cases, "seed": args.seed}
-    print(json.dumps({**facts, **evaluate(args.model, args.cases, args.seed)}, indent=2))
+    settings = {"cases": args.cases, "seed": args.seed, "media_last": args.media_last}
+    report = evaluate(args.model, **settings)
+    print(json.dumps({"model": str(args.model), **settings, **report}, indent=2))
 
 
 if __name__ == "__main__":

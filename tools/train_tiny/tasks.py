@@ -64,13 +64,17 @@ Turn = tuple[str, str]  # question, answer
 
 @dataclass
 class Case:
-    """Pictures or one clip, and a conversation about them; media precede the first question."""
+    """Pictures or one clip, and a conversation about them.
+
+    The media precede the first question, or follow it (OpenAI's order) where media_last is set.
+    """
 
     turns: list[Turn]
     images: list[Image.Image] = field(default_factory=list)
     clip: list[Image.Image] = field(default_factory=list)
     fps: float = 2.0
     scenes: list[Scene] = field(default_factory=list)  # of the pictures, or of the frames
+    media_last: bool = False
 
 
 HARD_CAPTIONS = Mix(small=0.7, single=0.25, ask="captions")
@@ -224,22 +228,25 @@ TASKS: dict[str, Task] = {  # by model_type of config.json
 }
 
 
-def unseen_case(model_type: str, seed: int, index: int) -> Case:
+def unseen_case(model_type: str, seed: int, index: int, *, media_last: bool = False) -> Case:
     """Case number index of an evaluation; no training draws from these generators.
 
     The last turn is the one to answer, after the true answers of the turns before it.
     """
     rng = np.random.default_rng((EVALUATION_STREAM, seed, index))
     case = TASKS[model_type](rng)
-    return replace(case, turns=case.turns[: int(rng.integers(1, len(case.turns) + 1))])
+    turns = case.turns[: int(rng.integers(1, len(case.turns) + 1))]
+    return replace(case, turns=turns, media_last=media_last)
 
 
 def messages_of(case: Case) -> list[dict]:
-    """The chat up to the last question in Hugging Face's content-list form, media first."""
+    """The chat up to the last question in Hugging Face's content-list form."""
     media = [{"type": "image"} for _ in case.images] + [{"type": "video"}] * bool(case.clip)
     messages = []
     for question, answer in case.turns:
-        messages.append({"role": "user", "content": [*media, {"type": "text", "text": question}]})
+        text = [{"type": "text", "text": question}]
+        content = text + media if case.media_last else media + text
+        messages.append({"role": "user", "content": content})
         messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
         media = []
     return messages[:-1]

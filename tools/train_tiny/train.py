@@ -85,7 +85,9 @@ def train(family: Family, model: torch.nn.Module, args: argparse.Namespace) -> f
     losses, started = [], time.time()
     for step in range(1, args.steps + 1):
         mix = mixes[0] if len(mixes) == 1 else mixes[int(rng.choice(len(mixes), p=shares))]
-        inputs, labels, cells = family.batch(family.sample_batch(rng, args.batch_size, mix))
+        cases = family.sample_batch(rng, args.batch_size, mix)
+        cases = [replace(case, media_last=rng.random() < args.media_last) for case in cases]
+        inputs, labels, cells = family.batch(cases)
         loss = answer_loss(model, inputs, labels)
         taught = teacher.loss(cells)
         (loss + args.teacher * taught).backward()
@@ -115,6 +117,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--mix", choices=MIXES, default="even", help="what to concentrate on")
     parser.add_argument("--tiled", type=float, default=EVEN.tiled, help="see Mix; InternVL only")
+    parser.add_argument(
+        "--media-last", type=float, default=0.5, help="share of chats with the question first"
+    )
     parser.add_argument("--teacher", type=float, default=0.5, help="weight of the cells' loss")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--save-every", type=int, default=300)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mlx_vlm_pipes.architectures.grid_facts import LIMITS, MROPE_TEXT, TOKEN_IDS
 from mlx_vlm_pipes.config_limits import number, size
-from mlx_vlm_pipes.facts import Composite, RoomFacts
+from mlx_vlm_pipes.facts import Composite, Coordinates, RoomFacts
 
 FACTS = RoomFacts(
     class_defaults={
@@ -21,6 +21,8 @@ FACTS = RoomFacts(
             flat=True,
         ),
     },
+    # 0 to 1000, whatever the size: technical report, arXiv 2409.12191
+    coordinates=Coordinates.THOUSANDTHS,
     connectors=("merger.",),
     limits={
         **LIMITS, "in_chans": size(2**6), "embed_dim": size(2**18), "mlp_ratio": number(0, 2**10),

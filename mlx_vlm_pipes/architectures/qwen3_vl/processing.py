@@ -22,7 +22,7 @@ from mlx_vlm_pipes.errors import InputError
 from mlx_vlm_pipes.hf_config import AutoConfig
 from mlx_vlm_pipes.processing.base import EncodedMedia, MediaTokens
 from mlx_vlm_pipes.processing.grid_processor import START, GridProcessor
-from mlx_vlm_pipes.processing.patches import ClipSettings, PatchDefaults, PatchSettings, fit
+from mlx_vlm_pipes.processing.patches import ClipSettings, PatchDefaults, PatchSettings, cap_of, fit
 from mlx_vlm_pipes.processing.settings import CLIP_MEAN, CLIP_STD, HALF
 from mlx_vlm_pipes.processing.types import PromptRequest
 from mlx_vlm_pipes.processing.video import ClipPlan, VideoInfo, load_clip
@@ -70,9 +70,14 @@ class Qwen3VLProcessor(GridProcessor):
         def choose(info: VideoInfo) -> np.ndarray:
             return sample_frames(info, request, self.clip_settings)
 
+        def limits(
+            first: tuple[int, int], count: int
+        ) -> tuple[tuple[int, int], PatchSettings, int]:
+            limited = capped(settings, self.clip_settings, count)
+            return at_least(first, settings.factor), limited, count
+
         def prepare(frame: Image, first: tuple[int, int], count: int) -> Image:
-            limits = capped(settings, self.clip_settings, count)
-            return fit(frame, at_least(first, settings.factor), limits, count)
+            return fit(frame, *limits(first, count))
 
         convert = settings.pixels.convert_rgb
         plan = ClipPlan(request.fps, choose, prepare, request.access, convert_rgb=convert)
@@ -90,7 +95,8 @@ class Qwen3VLProcessor(GridProcessor):
             f"<{second:.1f} seconds>{START}{self.video_token * image.end_idx}{END}"
             for second, image in zip(seconds, images, strict=True)
         ]
-        return self.encoded_clip(clip, images, (times, rows, columns), "".join(texts))
+        cap = cap_of(*limits(clip.source_size, clip.num_chosen))
+        return self.encoded_clip(clip, images, (times, rows, columns), "".join(texts), cap)
 
 
 def sample_frames(info: VideoInfo, request: PromptRequest, limits: ClipSettings) -> np.ndarray:

@@ -10,7 +10,7 @@ import numpy as np
 
 from mlx_vlm_pipes.doctor.device.report import Recorder
 from mlx_vlm_pipes.dtypes import default_device
-from mlx_vlm_pipes.rounding import attend, packed_product
+from mlx_vlm_pipes.rounding import attend, is_fused, packed_product
 
 # SmolVLM, Qwen and Llama text: 64, 80, 96, 128; SigLIP 72; Qwen2.5-VL's tower 80; the bundled
 # model 32. MLX has fused kernels for some, and puts the same together from others elsewhere.
@@ -39,7 +39,8 @@ def check_attention(record: Recorder) -> None:
                 worst = max(_decode_error(dim, dtype, keys) for keys in CAPACITIES)
                 record.at_most(f"{name}: decode", worst, bar)
                 for phase, args in {"prefill": _prompt(dim), "decode": _step(dim, 96)}.items():
-                    if _is_fused(args, dtype):
+                    q, k, v = (mx.array(a).astype(dtype) for a in args[:3])
+                    if is_fused(q, k, v, mx.array(args[3])):
                         fused[phase].append(_NAMES[dtype])
         figures = {f"head size {dim}, {phase}": names for phase, names in fused.items()}
         record.figures("fused attention", figures)
@@ -98,19 +99,6 @@ def _attend(args: Inputs, dtype: mx.Dtype, mask: np.ndarray | str) -> mx.array:
     q, k, v = (mx.array(a).astype(dtype) for a in args[:3])
     shown = mask if isinstance(mask, str) else mx.array(mask)
     return attend(q, k, v, scale=q.shape[-1] ** -0.5, mask=shown)
-
-
-def _is_fused(args: Inputs, dtype: mx.Dtype) -> bool:
-    """Whether MLX has one kernel for it: asked to take no other way, it raises ValueError else."""
-    q, k, v = (mx.array(a).astype(dtype) for a in args[:3])
-    try:
-        out = mx.fast.scaled_dot_product_attention(
-            q, k, v, scale=1.0, mask=mx.array(args[3]), force_fused=True
-        )
-        mx.eval(out)
-    except ValueError:
-        return False
-    return True
 
 
 def _as_held(args: Inputs, dtype: mx.Dtype) -> Inputs:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,7 +9,6 @@ from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_vlm_pipes.doctor.device.precision import FLOAT32_BAR
@@ -24,10 +21,19 @@ from mlx_vlm_pipes.errors import PipesError
 from mlx_vlm_pipes.loading import BUNDLED
 from mlx_vlm_pipes.pipeline import Pipeline
 from mlx_vlm_pipes.processing.base import VisionProcessor
+from mlx_vlm_pipes.processing.types import ProcessedPrompt
+from mlx_vlm_pipes.speed.stopwatch import (
+    QUESTION,
+    cold_answer,
+    drawn_picture,
+    rows_rate,
+    seconds,
+    text_prompt,
+    tower_seconds,
+)
 
 ROWS = 8
 COPIED = 0.5  # of the cache, held twice beyond what steps in turn hold: their own arrays
-SENTENCE = "a large green triangle above a small red circle. "
 MB = 1e6
 
 
@@ -70,7 +76,7 @@ def copy_bandwidth(nbytes: int) -> float:
     """Bytes a second, read and written, of the best of five copies."""
     source = mx.zeros(nbytes // 4, mx.uint32)
     mx.eval(source)
-    return 2 * nbytes / min(_seconds(lambda: mx.eval(source + 1)) for _ in range(5))
+    return 2 * nbytes / min(seconds(lambda: mx.eval(source + 1)) for _ in range(5))
 
 
 def weight_bytes_a_token(pipe: Pipeline) -> int:
@@ -83,18 +89,6 @@ def weight_bytes_a_token(pipe: Pipeline) -> int:
         for name, array in arrays
         if not (own_head and name.startswith("embed_tokens."))
     )
-
-
-def text_prompt(pipe: Pipeline, tokens: int) -> str:
-    """A raw prompt of about so many tokens."""
-    count = len(pipe.encode(SENTENCE * 8, raw=True).input_ids)
-    return SENTENCE * max(1, round(8 * tokens / count))
-
-
-def _seconds(run: Callable[[], object]) -> float:
-    begun = time.perf_counter()
-    run()
-    return time.perf_counter() - begun
 
 
 def _measure_float32(record: Recorder) -> None:
@@ -116,9 +110,8 @@ def _measure(
     with opened(folder) as pipe:
         prompt = text_prompt(pipe, amount.prompt_tokens)
         pipe.engine.worker.call(mx.reset_peak_memory)
-        cold, warm = (_first_answer(pipe, prompt) for _ in range(2))
-        one = _tokens_a_second(pipe, prompt, 1, amount.new_tokens)
-        eight = _tokens_a_second(pipe, prompt, ROWS, amount.new_tokens)
+        cold, warm = (seconds(lambda: cold_answer(pipe, prompt, 3)) for _ in range(2))
+        one, eight = (_traced_rate(pipe, prompt, rows, amount.new_tokens) for rows in (1, ROWS))
         used = weight_bytes_a_token(pipe) * one / bandwidth
         values: dict[str, Any] = {
             "dtype": pipe.model.kv_params.dtype.name,
@@ -139,36 +132,22 @@ def _measure(
         record.figures(subject, values)
 
 
-def _first_answer(pipe: Pipeline, prompt: str) -> float:
-    """Seconds for three tokens, nothing of the prompt being cached."""
-    pipe.engine.forget()
-    return _seconds(lambda: pipe.generate(prompt, raw=True, max_tokens=3, ignore_eos=True))
-
-
-def _tokens_a_second(pipe: Pipeline, prompt: str, rows: int, tokens: int) -> float:
-    """Of all rows together, while all decode; traced at this size before."""
-    options: dict[str, Any] = {"raw": True, "max_tokens": tokens, "ignore_eos": True}
-    pipe.generate_n(prompt, rows, **options)
-    results = pipe.generate_n(prompt, rows, **options)
-    return sum((tokens - 1) / result.timings.generation_s for result in results)
+def _traced_rate(pipe: Pipeline, prompt: ProcessedPrompt, rows: int, tokens: int) -> float:
+    """Tokens a second of all rows together, traced at this size before."""
+    rows_rate(pipe, prompt, rows, tokens)
+    return rows_rate(pipe, prompt, rows, tokens)
 
 
 def _picture(pipe: Pipeline, amount: Amount) -> dict[str, Any]:
     """Milliseconds of one picture's way through the tower, and its tokens; nothing without one."""
     if not isinstance(pipe.processor, VisionProcessor):
         return {}
-    pixels = np.random.default_rng(0).integers(0, 256, (amount.side, amount.side, 3), np.uint8)
     try:
-        prompt = pipe.encode("Describe the picture.", images=[pixels])
+        prompt = pipe.encode(QUESTION, images=[drawn_picture(amount.side, amount.side)])
     except PipesError as error:  # a base model has no chat template
         return {"a picture": str(error)}
-    context = pipe.processor.new_context(prompt, max_length=pipe.max_seq_len)
-
-    def encode() -> None:
-        mx.eval(pipe.model.encode_images(context.images))
-
-    _, *times = (pipe.engine.worker.call(lambda: _seconds(encode)) for _ in range(3))
-    tokens = len(context.image_token_indices)
+    _, *times = (tower_seconds(pipe, prompt) for _ in range(3))
+    tokens = sum(record.num_tokens for record in prompt.media)
     return {"a picture, ms": min(times) * 1e3, "a picture, tokens": tokens}
 
 
@@ -181,7 +160,7 @@ def _measure_ways(record: Recorder, subject: str, folder: Path, amount: Amount) 
     for way, limit in ways.items():
         with opened(folder, engine=replace(config, overlap_bytes=limit)) as pipe:
             prompt = text_prompt(pipe, amount.prompt_tokens)
-            speed = _tokens_a_second(pipe, prompt, ROWS, amount.new_tokens)
+            speed = _traced_rate(pipe, prompt, ROWS, amount.new_tokens)
             overlapped, share = _held_twice(pipe, prompt, 4 * amount.new_tokens)
         least = share if way == "in turn" else least
         values = {
@@ -193,10 +172,10 @@ def _measure_ways(record: Recorder, subject: str, folder: Path, amount: Amount) 
         record.figures(subject, {f"steps {way}, {name}": value for name, value in values.items()})
 
 
-def _held_twice(pipe: Pipeline, prompt: str, tokens: int) -> tuple[bool, float]:
+def _held_twice(pipe: Pipeline, prompt: ProcessedPrompt, tokens: int) -> tuple[bool, float]:
     """Whether eight rows' steps overlap, and the share of their cache that is held twice."""
     scheduler, device = pipe.engine.scheduler, pipe.model.device
-    options: dict[str, Any] = {"raw": True, "max_tokens": tokens, "ignore_eos": True}
+    options: dict[str, Any] = {"max_tokens": tokens, "ignore_eos": True}
     handles = [pipe.submit(prompt, **options) for _ in range(ROWS)]
     try:
         for handle in handles:

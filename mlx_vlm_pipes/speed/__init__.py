@@ -1,0 +1,1 @@
+"""How fast a loaded model is: the stopwatch of `bench` and of `check --device`."""
