@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from mlx_vlm_pipes import chat
 
@@ -67,6 +68,15 @@ def test_each_line_of_a_pipe_is_a_turn(
     assert capsys.readouterr().err.splitlines()[-1] == "system: Be brief."
 
 
+def test_what_was_seen_is_written_before_and_after_the_answer(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    first, then = tmp_path / "first.png", tmp_path / "then.png"
+    lines = [f"/image {SHAPES}", f"/show {first}", "Describe it.", f"/show {then}", "/show a.txt"]
+    assert piped("\n".join(lines), monkeypatch) == 2  # the last is no picture
+    assert Image.open(first).size == Image.open(then).size > (300, 300)
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [
@@ -77,6 +87,8 @@ def test_each_line_of_a_pipe_is_a_turn(
         (f"/image {__file__} What?", "cannot be read as a picture"),
         (f"/video {SHAPES}", "not made for video"),
         ("/undo", "nothing to take back"),
+        ("/show a.png", "no picture to show; /image PATH gives one"),
+        ("/show", "which file? /show FILE.png"),
         ("/retry", "nothing to answer"),
         ("/save", "which file?"),
         ("/load /no/such.json", "cannot be read"),

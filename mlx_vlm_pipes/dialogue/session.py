@@ -19,6 +19,7 @@ from mlx_vlm_pipes.dialogue.dropped import (
     is_media,
     leading_files,
 )
+from mlx_vlm_pipes.display.view import shown_answer
 from mlx_vlm_pipes.errors import ContextTooLong, InputError, OutOfBudget, PipesError, clip
 from mlx_vlm_pipes.options import PROMPT_OPTIONS
 from mlx_vlm_pipes.paths import user_path
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from mlx_vlm_pipes.conversation import AnswerStream, Conversation
     from mlx_vlm_pipes.dialogue.lines import Lines
     from mlx_vlm_pipes.engine.requests import Chunk
+    from mlx_vlm_pipes.media.records import MediaRecord
     from mlx_vlm_pipes.pipeline import Pipeline
 
 ALMOST_FULL = 0.9  # of what the model holds
@@ -44,6 +46,7 @@ COMMANDS = {
     "/load": ("FILE", "go on with one that was saved"),
     "/history": ("", "show the conversation"),
     "/plan": ("TEXT", "what a message would take; runs nothing"),
+    "/show": ("FILE.png", "write what the model saw, or would see of what waits"),
     "/stats": ("", "tokens, speed and memory of the last answer"),
     "/help": ("", "this list"),
     "/exit": ("", "leave; as Ctrl-D"),
@@ -71,6 +74,7 @@ class Session:
         self._pipe, self._chat, self._lines, self._has_limit = pipe, chat, lines, has_limit
         self._waiting: list[Waiting] = []
         self._last: Chunk | None = None
+        self._seen: tuple[str, Sequence[MediaRecord]] = "", ()  # the last answer, and its media
         self._had_mistake = False
         self._runs: dict[str, Callable[[str], object]] = {
             "/image": lambda rest: self._attach_named("image", rest),
@@ -83,6 +87,7 @@ class Session:
             "/load": self.load,
             "/history": self._history,
             "/plan": self._plan,
+            "/show": self._show,
             "/stats": self._stats,
             "/help": self._help,
         }
@@ -217,6 +222,7 @@ class Session:
             put("\n")
             self._last = last
             self._say_limits(last)
+        self._seen = stream.text, stream.media
         if text is not None:
             self._waiting.clear()
         if self._lines.is_terminal:
@@ -274,6 +280,17 @@ class Session:
         plan = self._chat.plan(text or "?", self._sources("image"), self._sources("video"))
         for line in str(plan).split("; "):
             say(line)
+
+    def _show(self, name: str) -> None:
+        path = _file_name(name, "/show FILE.png")
+        if self._waiting:
+            view = self._pipe.show(self._sources("image"), self._sources("video"))
+        elif self._seen[1]:
+            view = shown_answer(*self._seen)
+        else:
+            raise InputError("no picture to show; /image PATH gives one")
+        view.save(path)
+        say(f"written to {path}")
 
     def _stats(self, _: str) -> None:
         last = self._last
