@@ -423,8 +423,8 @@ class Pipeline:
         """The engine's context; refuses what is too long before anything is computed."""
         self._check_length(processed, given.get("max_tokens", 0))
         options = complete_options(given, OPTIONS)
-        grammar = self.grammars.make(options)
-        if grammar is not None and options["ignore_eos"]:
+        constraint = self.grammars.constraint(options, processed.text)
+        if constraint is not None and options["ignore_eos"]:
             raise InputError("ignore_eos: an answer of a form ends with the form; leave it out")
         context = self.processor.new_context(
             processed,
@@ -436,7 +436,7 @@ class Pipeline:
             model_name=self._adapter(options["adapter"]),
             logits_processors=options["logits_processors"] or (),
         )
-        context.constraint = None if grammar is None else grammar.start()
+        context.constraint = constraint
         return context
 
     def _adapter(self, name: str | None) -> str:

@@ -110,6 +110,22 @@ def test_a_mistake_is_one_line_and_it_goes_on(
     assert words in errors[0]
 
 
+def test_ctrl_c_ends_lines_from_a_pipe(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words: list[str] = []
+
+    def interrupted_at_third(text: str) -> None:
+        words.append(text)
+        if len(words) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("mlx_vlm_pipes.dialogue.session.put", interrupted_at_third)
+    assert piped(f"{SHAPES} Describe the picture.\nAnd now?", monkeypatch) == 130
+    assert (words[0], words[3:]) == ("a", ["\n"])
+    assert capsys.readouterr().err.splitlines()[-1] == "interrupted"
+
+
 def test_wrong_arguments_end_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -181,14 +197,14 @@ def terminal() -> Iterator[Terminal]:
 
 
 def test_at_a_terminal(terminal: Terminal, state: Path) -> None:
-    assert re.search(r"float32, [cg]pu, holds 2048 tokens", terminal.wait_for("> "))
+    assert re.search(r"float32, [cg]pu; holds 2048 tokens", terminal.wait_for("> "))
     terminal.type(f"'{SHAPES}' \r")
     terminal.wait_for("[1 picture] > ")
     terminal.type("Describe the picture.\r")
     terminal.wait_for("a large red circle")
     terminal.interrupt("stopped; the answer is kept as far as it came")
     terminal.wait_for("\n> ")
-    terminal.type("/history\r")
+    terminal.type("/hist\t\r")
     terminal.wait_for("> [picture] Describe the picture.\r\na large red circle")
     terminal.wait_for("\n> ")
     terminal.type("half a line")
@@ -202,7 +218,7 @@ def test_at_a_terminal(terminal: Terminal, state: Path) -> None:
     terminal.interrupt(ENDED)
     assert terminal.process.returncode == 130
     kept = state / "mlx_vlm_pipes" / "chat_history"
-    assert kept.read_text().splitlines()[-2:] == ["Describe the picture.", "/history"]
+    assert kept.read_text().splitlines()[-2:] == ["Describe the picture.", "/history "]
     assert kept.stat().st_mode & 0o077 == 0
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_vlm_pipes.arguments import figures
@@ -21,13 +22,12 @@ from mlx_vlm_pipes.dialogue.dropped import (
 from mlx_vlm_pipes.display.view import shown_answer
 from mlx_vlm_pipes.errors import ContextTooLong, InputError, OutOfBudget, PipesError, clip
 from mlx_vlm_pipes.options import PROMPT_OPTIONS
+from mlx_vlm_pipes.paths import user_path
 from mlx_vlm_pipes.processing.fetch import Access, is_url
 from mlx_vlm_pipes.processing.images import describe
 from mlx_vlm_pipes.processing.keeping import lasting
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from mlx_vlm_pipes.conversation import AnswerStream, Conversation
     from mlx_vlm_pipes.dialogue.lines import Lines
     from mlx_vlm_pipes.engine.requests import Chunk
@@ -96,14 +96,16 @@ class Session:
         """Read messages until the user leaves.
 
         Returns: 0; 130 after Ctrl-C twice, and where the input is no terminal 2 if anything in it
-        was refused.
+        was refused. Raises: KeyboardInterrupt where the input is no terminal.
         """
         was_interrupted = False
         while True:
             try:
                 text = self._lines.read(self._sign())
             except KeyboardInterrupt:
-                if was_interrupted or not self._lines.is_terminal:
+                if not self._lines.is_terminal:
+                    raise
+                if was_interrupted:
                     say("")
                     return INTERRUPTED
                 was_interrupted = True
@@ -114,7 +116,7 @@ class Session:
                 return USER_MISTAKE if self._had_mistake and not self._lines.is_terminal else 0
             self._take_safely(text)
 
-    def attach(self, kind: str, sources: Iterable[Any]) -> None:
+    def attach(self, kind: str, sources: Sequence[Any]) -> None:
         """Keep pictures or clips for the next message, all or none, and say what they are to the
         model. Raises: PipesError where one cannot be read, or the model takes none.
         """
@@ -142,6 +144,8 @@ class Session:
         try:
             self._take(text)
         except KeyboardInterrupt:
+            if not self._lines.is_terminal:
+                raise
             self._waiting = before
             say("\nstopped before an answer")
         except PipesError as error:
@@ -208,9 +212,11 @@ class Session:
             last = _print(stream)
         except KeyboardInterrupt:
             stream.close()
-            if not stream.text.strip():
+            is_kept = bool(stream.text.strip())
+            if is_kept:
+                put("\n")
+            if not is_kept or not self._lines.is_terminal:
                 raise
-            put("\n")
             say("stopped; the answer is kept as far as it came")
         else:
             put("\n")
@@ -327,15 +333,11 @@ def _print(stream: AnswerStream) -> Chunk:
 
 
 def _names_media(text: str) -> bool:
-    from pathlib import Path
-
     return is_media(Path(first_word(text.strip())))
 
 
 def _file_name(name: str, usage: str) -> Path:
     """The one file that a command names. Raises: InputError without any."""
-    from mlx_vlm_pipes.paths import user_path
-
     if not name:
         raise InputError(f"which file? {usage}")
     return user_path(first_word(name) if name[0] in "'\"" or "\\ " in name else name)

@@ -85,7 +85,7 @@ def load_picture(source: Any, access: Access = ANYWHERE, *, convert: bool = True
         return Picture(pdf.draw(source))
     data = read_bytes(source, access)
     if pdf.is_pdf(data):
-        return Picture(pdf.draw(pdf.only_page(data, name)))
+        return Picture(pdf.draw(pdf.Document(data, name).only_page()))
     image = open_image(data, name)
     warn_of_more(image, name)
     orientation = _orientation(image, name)  # decoding a TIFF turns it and drops the tag

@@ -118,7 +118,7 @@ def main() -> None:
     parser.add_argument("--mix", choices=MIXES, default="even", help="what to concentrate on")
     parser.add_argument("--tiled", type=float, default=EVEN.tiled, help="see Mix; InternVL only")
     parser.add_argument(
-        "--media-last", type=float, default=0.5, help="share of chats with the question first"
+        "--media-last", type=float, default=0.0, help="share of chats with the question first"
     )
     parser.add_argument("--teacher", type=float, default=0.5, help="weight of the cells' loss")
     parser.add_argument("--threads", type=int, default=1)
