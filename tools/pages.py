@@ -7,6 +7,7 @@ says. The notebooks of examples/ become pages of their own.
 from __future__ import annotations
 
 import base64
+import html
 import inspect
 import json
 import os
@@ -248,6 +249,7 @@ def notebook_page(path: Path) -> str:
 def linked(text: str, root: str) -> str:
     """A notebook's links as the site has them; root: the way from the page to the site's first."""
     text = re.sub(r"\]\((\w+)\.ipynb\)", rf"]({root}notebooks/\1.md)", text)
+    text = re.sub(r'src="images/', f'src="{root}examples/images/', text)
     text = re.sub(r"\]\(\.\./docs/", f"]({root}", text)
     return re.sub(r"\]\(\.\./(\w+\.md)\)", rf"]({repository()}/blob/main/\1)", text)
 
@@ -267,7 +269,8 @@ def output_of(output: dict[str, Any]) -> str:
     if "image/png" in data:
         encoded = "".join(data["image/png"]).replace("\n", "")
         base64.b64decode(encoded, validate=True)
-        return f'<img alt="what the cell draws" src="data:image/png;base64,{encoded}">'
+        alt = html.escape(output["metadata"].get("image/png", {}).get("alt", "what the cell draws"))
+        return f'<img alt="{alt}" src="data:image/png;base64,{encoded}">'
     if "text/html" in data:
         return f'<div class="output">{"".join(data["text/html"])}</div>'
     return fenced("".join(data.get("text/plain", "")))
