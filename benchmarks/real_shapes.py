@@ -89,7 +89,7 @@ SHAPES: dict[str, dict[str, dict[str, Any]]] = {
     },
     "qwen2.5-vl-3b": {
         "config.json": {
-            "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 2,
+            "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36,
             "num_attention_heads": 16, "num_key_value_heads": 2, "vocab_size": 151936,
             "max_position_embeddings": 32768, "tie_word_embeddings": True,
             "rope_scaling": {"mrope_section": [16, 24, 24]},
@@ -105,12 +105,13 @@ SHAPES: dict[str, dict[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
+FEWER_TEXT = {"qwen2.5-vl-3b": 2}  # all of its layers would be 12 GB
 TOWER_DEPTH = {"qwen2.5-vl-3b": "depth"}  # others call it num_hidden_layers
 
 
 @dataclass(frozen=True)
 class Cut:
-    """How many layers to run at most; None for as many as the shape has."""
+    """How many layers to run at most; None for as many as the shape has (FEWER_TEXT for text)."""
 
     text: int | None = None
     tower: int | None = None
@@ -121,7 +122,8 @@ class Cut:
         config = values["config.json"]
         text, tower = config.get("text_config", config), config["vision_config"]
         depth = TOWER_DEPTH.get(name, "num_hidden_layers")
-        text["num_hidden_layers"] = min(text["num_hidden_layers"], self.text or sys.maxsize)
+        most = self.text or FEWER_TEXT.get(name, sys.maxsize)
+        text["num_hidden_layers"] = min(text["num_hidden_layers"], most)
         tower[depth] = min(tower[depth], self.tower or sys.maxsize)
         if "fullatt_block_indexes" in tower:
             kept = [i for i in tower["fullatt_block_indexes"] if i < tower[depth]]

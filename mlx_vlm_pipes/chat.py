@@ -78,14 +78,13 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _greet(pipe: Pipeline, name: str | None) -> None:
-    model = pipe.model
-    called = "tiny-idefics3" if name is None else Path(name).name or name
+    model, memory = pipe.model, pipe.engine.scheduler.state.memory_bytes
+    say("tiny-idefics3" if name is None else Path(name).name or name)
     say(
-        f"{called}: {model.weight_bytes / 1e6:.4g} MB of weights, {model.dtype.name}, "
-        f"{model.device.label}, holds {pipe.max_seq_len} tokens"
+        f"{model.weight_bytes / 1e6:.4g} MB of weights, {model.dtype.name}, {model.device.label}; "
+        f"holds {pipe.max_seq_len} tokens; {memory / 1e9:.3g} GB of memory"
     )
-    memory = pipe.engine.scheduler.state.memory_bytes
-    say(f"{memory / 1e9:.1f} GB of memory for it; /help lists the commands, Ctrl-D leaves\n")
+    say("/help lists the commands, Ctrl-D leaves\n")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import numpy as np
 
 from mlx_vlm_pipes.errors import ConfigError, InputError, clip
 from mlx_vlm_pipes.processing.tokenizer import Tokenizer
+from mlx_vlm_pipes.speech import THINK, THOUGHT
 
 # JSON may be spread over lines and indented, but a small model would go on with spaces for ever.
 JSON_OPTIONS = {"whitespace_pattern": r"(\n {0,16}| )?"}
@@ -35,6 +36,28 @@ class Grammars:
         self._tokenizer, self._size, self._ends = tokenizer, vocab_size, list(ends)
         self._lock = threading.Lock()
         self._tokens: Any = None
+
+    def constraint(self, given: Mapping[str, Any], prompt: str) -> Constraint | Thought | None:
+        """What the options of a request ask of its answer; None where they ask nothing.
+
+        prompt: its text, which may have opened the answer's reasoning: the form begins behind it.
+        Raises: as `make`; InputError for a thinking_budget where the model writes no reasoning.
+        """
+        form, budget = self.make(given), given.get("thinking_budget")
+        started = None if form is None else form.start()
+        is_open = prompt.rstrip().endswith(THINK)
+        if budget is None and not is_open:
+            return started
+        begin, end = (self._tokenizer.token_id(marker) for marker in (THINK, THOUGHT))
+        if end is None or (begin is None and not is_open):
+            if budget is None:
+                return started
+            raise InputError(f"thinking_budget: this tokenizer has no {THOUGHT}; leave it out")
+        if form is None and budget is None:
+            return None
+        return Thought(
+            None if is_open else begin, end, budget, started, ends=self._ends, vocab_size=self._size
+        )
 
     def make(self, given: Mapping[str, Any]) -> Grammar | None:
         """The form among a request's options (`SOURCES`), None where there is none.
@@ -93,6 +116,50 @@ class Grammar:
         return Constraint(self.matcher.deep_copy(), self.vocab_size)
 
 
+class Thought:
+    """The reasoning of an answer, before the form that it must have, if it must have one.
+
+    Args: begin, the token that opens it where the prompt has not (None: it is open); close, the
+    one that closes it; budget, tokens after which it is closed; form, of what follows; ends,
+    tokens that would end the answer before it has its form.
+    """
+
+    def __init__(
+        self,
+        begin: int | None,
+        close: int,
+        budget: int | None,
+        form: Constraint | None,
+        *,
+        ends: Sequence[int],
+        vocab_size: int,
+    ) -> None:
+        self._begin, self._close, self._form, self._size = begin, close, form, vocab_size
+        self._budget = float("inf") if budget is None else budget
+        self._left = self._budget if begin is None else None  # tokens it may have, while open
+        whole = np.full(-(-vocab_size // 32), 2**32 - 1, np.uint32)
+        self._thoughts = whole if form is None else whole & ~_bits(ends, vocab_size)
+
+    def allowed(self) -> np.ndarray:
+        """As `Constraint.allowed`."""
+        if self._left is not None:
+            return self._thoughts if self._left > 0 else _bits([self._close], self._size)
+        if self._form is None:
+            return self._thoughts
+        begin = () if self._begin is None else (self._begin,)
+        return self._form.allowed() | _bits(begin, self._size)
+
+    def accept(self, token: int) -> None:
+        """As `Constraint.accept`."""
+        if self._left is not None:
+            self._left = None if token == self._close else self._left - 1
+        elif token == self._begin:
+            self._left = self._budget
+        elif self._form is not None:
+            self._form.accept(token)
+        self._begin = None  # an answer thinks once, at its beginning
+
+
 class Constraint:
     """One answer on its way through a form."""
 
@@ -116,6 +183,13 @@ class Constraint:
     def _check(self) -> None:
         if self._matcher.is_error():
             raise InputError(f"the answer's form cannot be kept: {_reason(self._matcher)}")
+
+
+def _bits(tokens: Sequence[int], vocab_size: int) -> np.ndarray:
+    """uint32 [ceil(V / 32)] with the bits of these tokens."""
+    flags = np.zeros(-(-vocab_size // 32) * 32, np.uint8)
+    flags[list(tokens)] = 1
+    return np.packbits(flags, bitorder="little").view(np.uint32)
 
 
 def _reason(matcher: Any) -> str:

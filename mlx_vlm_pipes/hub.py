@@ -14,7 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -355,4 +355,8 @@ def _interruptible(work: Callable[[], str], bars: type[Any]) -> str:
         return made.result()
     except KeyboardInterrupt:
         bars.is_cancelled = True
+        with suppress(ImportError):  # Xet's threads, of huggingface_hub 2, are not Python's
+            from huggingface_hub.utils._xet import abort_xet_session
+
+            abort_xet_session()
         raise

@@ -189,6 +189,9 @@ class GenerateOptions(PromptOptions, SamplingOptions, total=False):
     ]
     regex: Annotated[str | None, Option("the answer matches this regular expression")]
     grammar: Annotated[str | None, Option("the answer is of this Lark grammar", has_flag=False)]
+    thinking_budget: Annotated[
+        int | None, Option("close the reasoning after so many tokens", low=0)
+    ]
     # The command's --adapter is the folder of the one that it loads.
     adapter: Annotated[str | None, Option('a loaded adapter\'s name, or "base"', has_flag=False)]
 

@@ -103,6 +103,7 @@ class Pipeline:
 
     def _repr_html_(self) -> str:
         from mlx_vlm_pipes.display.html import said_bytes, table_html
+        from mlx_vlm_pipes.processing.base import VisionProcessor
 
         model, config = self.model, self.engine.config
         rows = {
@@ -113,6 +114,8 @@ class Pipeline:
             "adapters": ", ".join(model.adapters) or "none",
             "checkpoint": str(self.processor.folder),
         }
+        if isinstance(self.processor, VisionProcessor):
+            rows["boxes"] = f"in {self.processor.facts.coordinates.value}"
         return table_html(lookup(model.huggingface_config, "model_type"), rows)
 
     @property
@@ -420,8 +423,8 @@ class Pipeline:
         """The engine's context; refuses what is too long before anything is computed."""
         self._check_length(processed, given.get("max_tokens", 0))
         options = complete_options(given, OPTIONS)
-        grammar = self.grammars.make(options)
-        if grammar is not None and options["ignore_eos"]:
+        constraint = self.grammars.constraint(options, processed.text)
+        if constraint is not None and options["ignore_eos"]:
             raise InputError("ignore_eos: an answer of a form ends with the form; leave it out")
         context = self.processor.new_context(
             processed,
@@ -433,7 +436,7 @@ class Pipeline:
             model_name=self._adapter(options["adapter"]),
             logits_processors=options["logits_processors"] or (),
         )
-        context.constraint = None if grammar is None else grammar.start()
+        context.constraint = constraint
         return context
 
     def _adapter(self, name: str | None) -> str:

@@ -63,6 +63,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--max-tokens", type=int, default=1024, help="of answers whose request names no limit"
     )
     limits.add_argument("--timeout", type=float, default=60, help="seconds for a body and a drain")
+    limits.add_argument(
+        "--idle-unload", type=float, metavar="SECONDS",
+        help="unload a model that nobody asks for that long; default: never",
+    )  # fmt: skip
     limits.add_argument("--media-root", type=Path, help="folder whose files requests may name")
     limits.add_argument(
         "--allow-url-host", action="append", default=[], metavar="HOST",
@@ -90,7 +94,9 @@ def _run(args: argparse.Namespace) -> int:
     is_local = is_loopback(args.host)
     if not is_local and not settings.api_keys:
         say(f"warning: all who reach {args.host} may ask; --api-key-file lets in only some")
-    server = Server(Models(_openers(args)), settings, is_local=is_local)
+    given = _given_models(args)
+    sizes = {name: partial(_weight_bytes, path) for name, path in given.items()}
+    server = Server(Models(_openers(args, given), sizes), settings, is_local=is_local)
     return asyncio.run(_serve(server, _listen(args.host, args.port), settings.timeout_s))
 
 
@@ -100,10 +106,10 @@ def _settings(args: argparse.Namespace) -> ServerSettings:
 
     for name, kind, low in (
         ("max_waiting", int, 0), ("max_tokens", int, 1), ("max_body_mb", float, 1e-3),
-        ("timeout", float, 0.1),
+        ("timeout", float, 0.1), ("idle_unload", float, 0.1),
     ):  # fmt: skip
         flag = "--" + name.replace("_", "-")
-        Option("", name=flag, kind=kind, low=low).read(getattr(args, name))
+        Option("", name=flag, kind=kind, low=low, takes_none=True).read(getattr(args, name))
     if args.media_root is not None and not args.media_root.is_dir():
         raise ConfigError(f"--media-root {args.media_root}: no such folder")
     return ServerSettings(
@@ -114,27 +120,40 @@ def _settings(args: argparse.Namespace) -> ServerSettings:
         media_root=args.media_root,
         url_hosts=frozenset(host.lower() for host in args.allow_url_host),
         timeout_s=args.timeout,
+        idle_unload_s=args.idle_unload,
     )
 
 
-def _openers(args: argparse.Namespace) -> dict[str, Callable[[], Pipeline]]:
-    """By the names that requests give: NAME, or what stands behind --model."""
-    from mlx_vlm_pipes.loading import load
-
+def _given_models(args: argparse.Namespace) -> dict[str, str | None]:
+    """By the names that requests give (NAME, or what stands behind --model): where each lies."""
     given: dict[str, str | None] = {}
     for text in args.model:
-        name, equals, path = text.partition("=")
-        if (name if equals else text) in given:
+        head, equals, path = text.partition("=")
+        name = head if equals else text
+        if name in given:
             raise ConfigError(f"--model {text}: the name {name!r} is given twice")
-        given[name if equals else text] = path if equals else text
+        given[name] = path if equals else text
+    return given or {BUNDLED_NAME: None}
+
+
+def _openers(
+    args: argparse.Namespace, given: dict[str, str | None]
+) -> dict[str, Callable[[], Pipeline]]:
+    from mlx_vlm_pipes.loading import load
+
     options = {
         "dtype": args.dtype, "device": args.device, "adapter": args.adapter,
         "kv_bits": args.kv_bits, "max_length": args.max_length, "progress": False,
     }  # fmt: skip
-    return {
-        name: partial(load, path, **options)
-        for name, path in (given or {BUNDLED_NAME: None}).items()
-    }
+    return {name: partial(load, path, **options) for name, path in given.items()}
+
+
+def _weight_bytes(path: str | None) -> int:
+    """Of a model's files, which are downloaded for it. Raises: as `load`."""
+    from mlx_vlm_pipes.loading import resolve_folder
+    from mlx_vlm_pipes.weights import find_weight_files
+
+    return sum(file.stat().st_size for file in find_weight_files(resolve_folder(path)))
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -189,12 +208,14 @@ async def _serve(server: Server, listening: socket.socket, timeout_s: float) -> 
 
 async def _load_first(server: Server) -> None:
     """Raises: the package's errors, of a model that cannot be opened."""
-    first = server.models.first
+    first, server.models.is_starting = server.models.first, True
     try:
         pipe = await asyncio.to_thread(server.models.load, first)
     except PipesError as error:
         first.failure = error
         raise
+    finally:
+        server.models.is_starting = False
     server.gate.rows = pipe.engine.config.max_batch_size
     say(f"ready: {first.name}, {pipe!r}")
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from mlx_vlm_pipes import chat
 
@@ -67,6 +68,15 @@ def test_each_line_of_a_pipe_is_a_turn(
     assert capsys.readouterr().err.splitlines()[-1] == "system: Be brief."
 
 
+def test_what_was_seen_is_written_before_and_after_the_answer(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    first, then = tmp_path / "first.png", tmp_path / "then.png"
+    lines = [f"/image {SHAPES}", f"/show {first}", "Describe it.", f"/show {then}", "/show a.txt"]
+    assert piped("\n".join(lines), monkeypatch) == 2  # the last is no picture
+    assert Image.open(first).size == Image.open(then).size > (300, 300)
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [
@@ -77,6 +87,8 @@ def test_each_line_of_a_pipe_is_a_turn(
         (f"/image {__file__} What?", "cannot be read as a picture"),
         (f"/video {SHAPES}", "not made for video"),
         ("/undo", "nothing to take back"),
+        ("/show a.png", "no picture to show; /image PATH gives one"),
+        ("/show", "which file? /show FILE.png"),
         ("/retry", "nothing to answer"),
         ("/save", "which file?"),
         ("/load /no/such.json", "cannot be read"),
@@ -96,6 +108,22 @@ def test_a_mistake_is_one_line_and_it_goes_on(
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert words in errors[0]
+
+
+def test_ctrl_c_ends_lines_from_a_pipe(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words: list[str] = []
+
+    def interrupted_at_third(text: str) -> None:
+        words.append(text)
+        if len(words) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("mlx_vlm_pipes.dialogue.session.put", interrupted_at_third)
+    assert piped(f"{SHAPES} Describe the picture.\nAnd now?", monkeypatch) == 130
+    assert (words[0], words[3:]) == ("a", ["\n"])
+    assert capsys.readouterr().err.splitlines()[-1] == "interrupted"
 
 
 def test_wrong_arguments_end_it(
@@ -169,14 +197,14 @@ def terminal() -> Iterator[Terminal]:
 
 
 def test_at_a_terminal(terminal: Terminal, state: Path) -> None:
-    assert re.search(r"float32, [cg]pu, holds 2048 tokens", terminal.wait_for("> "))
+    assert re.search(r"float32, [cg]pu; holds 2048 tokens", terminal.wait_for("> "))
     terminal.type(f"'{SHAPES}' \r")
     terminal.wait_for("[1 picture] > ")
     terminal.type("Describe the picture.\r")
     terminal.wait_for("a large red circle")
     terminal.interrupt("stopped; the answer is kept as far as it came")
     terminal.wait_for("\n> ")
-    terminal.type("/history\r")
+    terminal.type("/hist\t\r")
     terminal.wait_for("> [picture] Describe the picture.\r\na large red circle")
     terminal.wait_for("\n> ")
     terminal.type("half a line")
@@ -190,7 +218,7 @@ def test_at_a_terminal(terminal: Terminal, state: Path) -> None:
     terminal.interrupt(ENDED)
     assert terminal.process.returncode == 130
     kept = state / "mlx_vlm_pipes" / "chat_history"
-    assert kept.read_text().splitlines()[-2:] == ["Describe the picture.", "/history"]
+    assert kept.read_text().splitlines()[-2:] == ["Describe the picture.", "/history "]
     assert kept.stat().st_mode & 0o077 == 0
 
 

@@ -227,6 +227,25 @@ def test_clips_are_saved_too(tmp_path: Path) -> None:
         assert other.send("And?").tokens == chat.send("And?").tokens
 
 
+def test_only_pictures_are_made_absolute(pipe: Pipeline, tmp_path: Path) -> None:
+    """What a tool was called with, and what it said, stays as it is."""
+    call = {"function": {"name": "read", "arguments": {"path": "notes.txt", "url": "x"}}}
+    inner = {"type": "base64", "media_type": "image/png", "data": "iVBORw0KGgo="}
+    history = [
+        {"role": "user", "content": "path"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": [{"type": "text", "text": "notes", "path": "notes.txt"}]},
+        {"role": "user", "content": [{"type": "image", "source": inner}, "what?"]},
+        {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "a.png"}}]},
+    ]
+    chat = pipe.chat()
+    chat.history = [*history]
+    chat.save(tmp_path / "chat.json")
+    found = pipe.chat().load(tmp_path / "chat.json").history
+    assert found[:-1] == history[:-1]
+    assert found[-1]["content"][0]["image_url"] == {"url": str(Path("a.png").absolute())}
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [

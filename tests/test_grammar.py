@@ -120,3 +120,23 @@ def test_without_the_extra_the_error_names_it(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(sys.modules, "llguidance", None)
     with load() as pipe, pytest.raises(ConfigError, match=r"mlx-vlm-pipes\[structured\]"):
         pipe.generate(ASKED, regex="a")
+
+
+def test_reasoning_comes_before_the_form_and_ends_in_time(
+    pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A token of the vocabulary is made to mean </think>: the bundled model has none."""
+    end = pipe.tokenizer.require_token_id("<end_of_utterance>")
+    ids = {"</think>": pipe.tokenizer.require_token_id("!")}
+    monkeypatch.setattr(pipe.tokenizer, "token_id", ids.get)
+    asked: dict[str, Any] = {"raw": True, "max_tokens": 40, "temperature": 1.0, "seed": 4}
+    for budget in (0, 3):
+        result = pipe.generate("Q: <think>", regex="[ab]{3}", thinking_budget=budget, **asked)
+        thought, told = result.tokens[:budget], result.tokens[budget + 1 :]
+        assert len(thought) == budget
+        assert result.tokens[budget] == ids["</think>"]
+        assert re.fullmatch("[ab]{3}", pipe.tokenizer.decode(told))
+        assert told[-1] == end
+    ids.clear()
+    with pytest.raises(InputError, match="thinking_budget: this tokenizer has no </think>"):
+        pipe.generate("Q", thinking_budget=3)

@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
+import threading
+import time
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mlx_vlm_pipes.hub import Repository, _bars, _interruptible
 from tests.fixtures_helper import FIXTURES
 from tests.hub_server import Repo, serving
 
@@ -191,3 +195,22 @@ def test_a_copy_in_the_cache_is_taken(told: dict[str, Any]) -> None:
     assert told["a/gguf offline"]["found"] == "m-Q4_0.gguf"
     assert told["a/ggufs/m-Q8_0.gguf offline"]["found"] == "m-Q8_0.gguf"
     assert told["a/gated as a reader"]["found"] == ["config.json", "model.safetensors"]
+
+
+def test_ctrl_c_ends_what_has_begun() -> None:
+    """The thread that downloads finds out at the next bytes, not at the end of its file."""
+    place, ended = Repository("a/b", None, has_bar=False), threading.Event()
+
+    def endless() -> str:
+        progress_bar = bars(unit="B")
+        threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
+        try:
+            while True:
+                progress_bar.update(1)
+                time.sleep(0.01)
+        finally:
+            ended.set()
+
+    with _bars(place) as bars, pytest.raises(KeyboardInterrupt):
+        _interruptible(endless, bars)
+    assert ended.wait(10)

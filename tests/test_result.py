@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from mlx_vlm_pipes import Pipeline, load
+from tests.display.test_html import Checker
+from tests.fixtures_helper import FIXTURES
 
 IMAGES = Path(__file__).parent.parent / "examples" / "images"
 QUESTION = "What is in the picture?"
@@ -31,3 +33,18 @@ def test_media_are_the_same_everywhere(pipe: Pipeline) -> None:
         media
     ] * 2
     assert pipe.generate("Hi", max_tokens=1).media == ()
+
+
+def test_a_pipeline_shows_what_it_is(pipe: Pipeline) -> None:
+    shown = Checker(pipe._repr_html_()).text
+    for told in (
+        "idefics3",
+        "5.33 MB",
+        "float32",
+        "2048 tokens",
+        "adaptersnone",
+        "in fractions of",
+    ):
+        assert told in shown
+    with load(FIXTURES / "llama-tied") as text_only:
+        assert "boxes" not in Checker(text_only._repr_html_()).text

@@ -7,6 +7,7 @@ says. The notebooks of examples/ become pages of their own.
 from __future__ import annotations
 
 import base64
+import html
 import inspect
 import json
 import os
@@ -223,7 +224,7 @@ def notebook_list() -> str:
         first = cells(path)[0]
         title, _, rest = "".join(first["source"]).strip().partition("\n")
         about = rest.strip().split("\n\n")[0].replace("\n", " ")
-        lines.append(f"- [{title.lstrip('# ')}](notebooks/{path.stem}.md): {about}")
+        lines.append(f"- [{title.lstrip('# ')}](notebooks/{path.stem}.md): {linked(about, '')}")
     return "\n".join(lines) + "\n"
 
 
@@ -241,8 +242,23 @@ def notebook_page(path: Path) -> str:
         elif cell["cell_type"] == "code":
             parts.append(f"```python\n{source}\n```")
             parts += [shown for output in cell["outputs"] if (shown := output_of(output))]
-    name = path.name
-    return "\n\n".join(parts) + f"\n\nThis page is `examples/{name}` with its stored outputs.\n"
+    page = linked("\n\n".join(parts), "../")
+    return f"{page}\n\nThis page is `examples/{path.name}` with its stored outputs.\n"
+
+
+def linked(text: str, root: str) -> str:
+    """A notebook's links as the site has them; root: the way from the page to the site's first."""
+    text = re.sub(r"\]\((\w+)\.ipynb\)", rf"]({root}notebooks/\1.md)", text)
+    text = re.sub(r'src="images/', f'src="{root}examples/images/', text)
+    text = re.sub(r"\]\(\.\./docs/", f"]({root}", text)
+    return re.sub(r"\]\(\.\./(\w+\.md)\)", rf"]({repository()}/blob/main/\1)", text)
+
+
+def repository() -> str:
+    """Its address, from pyproject.toml (tomllib is not in Python 3.10)."""
+    found = re.search(r'^Homepage = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert found is not None
+    return found[1]
 
 
 def output_of(output: dict[str, Any]) -> str:
@@ -253,7 +269,8 @@ def output_of(output: dict[str, Any]) -> str:
     if "image/png" in data:
         encoded = "".join(data["image/png"]).replace("\n", "")
         base64.b64decode(encoded, validate=True)
-        return f'<img alt="what the cell draws" src="data:image/png;base64,{encoded}">'
+        alt = html.escape(output["metadata"].get("image/png", {}).get("alt", "what the cell draws"))
+        return f'<img alt="{alt}" src="data:image/png;base64,{encoded}">'
     if "text/html" in data:
         return f'<div class="output">{"".join(data["text/html"])}</div>'
     return fenced("".join(data.get("text/plain", "")))

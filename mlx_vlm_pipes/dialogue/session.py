@@ -5,8 +5,9 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_vlm_pipes.arguments import figures
@@ -18,18 +19,19 @@ from mlx_vlm_pipes.dialogue.dropped import (
     is_media,
     leading_files,
 )
+from mlx_vlm_pipes.display.view import shown_answer
 from mlx_vlm_pipes.errors import ContextTooLong, InputError, OutOfBudget, PipesError, clip
 from mlx_vlm_pipes.options import PROMPT_OPTIONS
+from mlx_vlm_pipes.paths import user_path
 from mlx_vlm_pipes.processing.fetch import Access, is_url
 from mlx_vlm_pipes.processing.images import describe
 from mlx_vlm_pipes.processing.keeping import lasting
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from mlx_vlm_pipes.conversation import AnswerStream, Conversation
     from mlx_vlm_pipes.dialogue.lines import Lines
     from mlx_vlm_pipes.engine.requests import Chunk
+    from mlx_vlm_pipes.media.records import MediaRecord
     from mlx_vlm_pipes.pipeline import Pipeline
 
 ALMOST_FULL = 0.9  # of what the model holds
@@ -44,6 +46,7 @@ COMMANDS = {
     "/load": ("FILE", "go on with one that was saved"),
     "/history": ("", "show the conversation"),
     "/plan": ("TEXT", "what a message would take; runs nothing"),
+    "/show": ("FILE.png", "write what the model saw, or would see of what waits"),
     "/stats": ("", "tokens, speed and memory of the last answer"),
     "/help": ("", "this list"),
     "/exit": ("", "leave; as Ctrl-D"),
@@ -71,6 +74,7 @@ class Session:
         self._pipe, self._chat, self._lines, self._has_limit = pipe, chat, lines, has_limit
         self._waiting: list[Waiting] = []
         self._last: Chunk | None = None
+        self._seen: tuple[str, Sequence[MediaRecord]] = "", ()  # the last answer, and its media
         self._had_mistake = False
         self._runs: dict[str, Callable[[str], object]] = {
             "/image": lambda rest: self._attach_named("image", rest),
@@ -83,6 +87,7 @@ class Session:
             "/load": self.load,
             "/history": self._history,
             "/plan": self._plan,
+            "/show": self._show,
             "/stats": self._stats,
             "/help": self._help,
         }
@@ -91,14 +96,16 @@ class Session:
         """Read messages until the user leaves.
 
         Returns: 0; 130 after Ctrl-C twice, and where the input is no terminal 2 if anything in it
-        was refused.
+        was refused. Raises: KeyboardInterrupt where the input is no terminal.
         """
         was_interrupted = False
         while True:
             try:
                 text = self._lines.read(self._sign())
             except KeyboardInterrupt:
-                if was_interrupted or not self._lines.is_terminal:
+                if not self._lines.is_terminal:
+                    raise
+                if was_interrupted:
                     say("")
                     return INTERRUPTED
                 was_interrupted = True
@@ -109,7 +116,7 @@ class Session:
                 return USER_MISTAKE if self._had_mistake and not self._lines.is_terminal else 0
             self._take_safely(text)
 
-    def attach(self, kind: str, sources: Iterable[Any]) -> None:
+    def attach(self, kind: str, sources: Sequence[Any]) -> None:
         """Keep pictures or clips for the next message, all or none, and say what they are to the
         model. Raises: PipesError where one cannot be read, or the model takes none.
         """
@@ -137,6 +144,8 @@ class Session:
         try:
             self._take(text)
         except KeyboardInterrupt:
+            if not self._lines.is_terminal:
+                raise
             self._waiting = before
             say("\nstopped before an answer")
         except PipesError as error:
@@ -203,14 +212,17 @@ class Session:
             last = _print(stream)
         except KeyboardInterrupt:
             stream.close()
-            if not stream.text.strip():
+            is_kept = bool(stream.text.strip())
+            if is_kept:
+                put("\n")
+            if not is_kept or not self._lines.is_terminal:
                 raise
-            put("\n")
             say("stopped; the answer is kept as far as it came")
         else:
             put("\n")
             self._last = last
             self._say_limits(last)
+        self._seen = stream.text, stream.media
         if text is not None:
             self._waiting.clear()
         if self._lines.is_terminal:
@@ -269,6 +281,17 @@ class Session:
         for line in str(plan).split("; "):
             say(line)
 
+    def _show(self, name: str) -> None:
+        path = _file_name(name, "/show FILE.png")
+        if self._waiting:
+            view = self._pipe.show(self._sources("image"), self._sources("video"))
+        elif self._seen[1]:
+            view = shown_answer(*self._seen)
+        else:
+            raise InputError("no picture to show; /image PATH gives one")
+        view.save(path)
+        say(f"written to {path}")
+
     def _stats(self, _: str) -> None:
         last = self._last
         if last is None or last.usage is None or last.timings is None:
@@ -310,15 +333,11 @@ def _print(stream: AnswerStream) -> Chunk:
 
 
 def _names_media(text: str) -> bool:
-    from pathlib import Path
-
     return is_media(Path(first_word(text.strip())))
 
 
 def _file_name(name: str, usage: str) -> Path:
     """The one file that a command names. Raises: InputError without any."""
-    from mlx_vlm_pipes.paths import user_path
-
     if not name:
         raise InputError(f"which file? {usage}")
     return user_path(first_word(name) if name[0] in "'\"" or "\\ " in name else name)

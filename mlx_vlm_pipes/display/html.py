@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from mlx_vlm_pipes.display.boxes import Box
 from mlx_vlm_pipes.display.pictures import (
     FRAME_PX,
+    MAX_SHOWN,
     SIDE_PX,
     caption,
     colour_of,
@@ -28,7 +29,6 @@ from mlx_vlm_pipes.media.records import MediaRecord
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-MAX_SHOWN = 12  # pictures and clips of one request
 MAX_PICTURE_BYTES = 150_000  # of one data URL, before base64
 MAX_TEXT = 4000  # characters of a prompt
 BESIDE = 25  # times the largest bar: a longer one would leave nothing of the others

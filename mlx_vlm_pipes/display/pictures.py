@@ -16,6 +16,7 @@ from mlx_vlm_pipes.media.records import MediaRecord
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+MAX_SHOWN = 12  # pictures and clips of one request
 SIDE_PX = 680  # of a drawn picture with its overview, at most; three quarters of it high
 ENLARGED_PX = 320  # of one that is smaller than this
 FRAME_PX = 150  # of a frame on a contact sheet
@@ -85,10 +86,13 @@ def draw_record(record: MediaRecord, boxes: Sequence[Box] = ()) -> Image:
 
 
 def draw_all(media: Sequence[MediaRecord], boxes: Sequence[Sequence[Box]]) -> Image:
-    """All pictures and clips of a request, one below the other. boxes: of each."""
-    sheets = [draw_record(r, own) for r, own in zip(media, boxes, strict=True)]
-    if not sheets:
-        return _paper(1, 1)
+    """Pictures and clips of a request, one below the other, the first MAX_SHOWN. boxes: of each."""
+    pairs = list(zip(media, boxes, strict=True))
+    sheets = [draw_record(record, own) for record, own in pairs[:MAX_SHOWN]]
+    if len(pairs) > MAX_SHOWN:
+        more = _paper(ENLARGED_PX, 2 * GAP_PX + TEXT_PX)
+        _pen(more).text((GAP_PX, GAP_PX), f"and {len(pairs) - MAX_SHOWN} more", INK, font())
+        sheets.append(more)
     paper = _paper(max(s.width for s in sheets), sum(s.height for s in sheets))
     top = 0
     for sheet in sheets:

@@ -142,6 +142,23 @@ class Engine:
         """The memory that MLX's arrays take now, in this process."""
         return self.worker.call(mx.get_active_memory)
 
+    def share(self, others_bytes: int, parts: int) -> None:
+        """Take other budgets: beside other models of so many bytes, in one of `parts` of the rest.
+
+        What is cached beyond them is forgotten; what runs goes on, and new requests wait for it.
+        """
+
+        def limit() -> None:
+            self.config = config = default_limits(self.model, others_bytes, parts)
+            state = self.scheduler.state
+            state.config = config
+            kept = config.prefix_bytes if config.enable_prefix_caching else 0
+            state.prefixes.budget_bytes, state.images.budget_bytes = kept, config.image_bytes
+            state.prefixes.shrink(kept)
+            state.images.shrink(config.image_bytes)
+
+        self.worker.call(limit)
+
     def forget(self) -> None:
         """Empty the prefix and image caches."""
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 from mlx_vlm_pipes.config import KVCacheParams
@@ -120,20 +120,31 @@ def peak_bytes(resident: int, kv: int, transient: int, config: EngineConfig) -> 
     return resident + kv + max(transient, copied)
 
 
-def default_limits(model: PipelineModelWithKVCache) -> EngineConfig:
-    """The engine's limits by the model's own settings and the memory of its device."""
+def default_limits(
+    model: PipelineModelWithKVCache, others_bytes: int = 0, parts: int = 1
+) -> EngineConfig:
+    """The engine's limits by the model's own settings and the memory of its device.
+
+    others_bytes: the weights of other models there; parts: models that share what is left.
+    """
 
     def limits(step_bytes: int) -> EngineConfig:
         return EngineConfig.from_pipeline(
             model.pipeline_config,
             machine_memory(model.device),
-            model.weight_bytes,
+            model.weight_bytes + others_bytes,
             model.kv_cache_config,
             step_bytes,
         )
 
     first = limits(0)
-    return limits(_prompt_bytes(model, min(first.prefill_chunk, model.max_seq_len), first))
+    whole = limits(_prompt_bytes(model, min(first.prefill_chunk, model.max_seq_len), first))
+    return replace(
+        whole,
+        kv_bytes=whole.kv_bytes // parts,
+        prefix_bytes=whole.prefix_bytes // parts,
+        image_bytes=whole.image_bytes // parts,
+    )
 
 
 def require_room(

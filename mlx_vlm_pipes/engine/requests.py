@@ -9,6 +9,7 @@ import os
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -132,6 +133,7 @@ class Handle:
         self._queue: queue.SimpleQueue[Chunk | Work | BaseException | None] = queue.SimpleQueue()
         self._closed = threading.Event()
         self._done = False
+        self._again: deque[Chunk] = deque()  # shown in a cell, to be read once more
         self._wakes: tuple[Callable[[], object], ...] = ()  # of async readers
         self._lock = threading.Lock()  # for _wakes
         self._process = os.getpid()
@@ -176,17 +178,7 @@ class Handle:
             self.close()
             raise
         finally:
-            self._put_back(chunks)
-
-    def _put_back(self, chunks: list[Chunk]) -> None:
-        """Let what was read be read again, in front of what is to come."""
-        rest: list[Chunk | Work | BaseException | None] = []
-        with contextlib.suppress(queue.Empty):
-            while True:
-                rest.append(self._queue.get(block=False))
-        self._done = False
-        for item in (*chunks, *rest):
-            self._queue.put(item)
+            self._again.extend(chunks)
 
     async def __aiter__(self) -> AsyncIterator[Chunk]:
         require_same_process(self._process)
@@ -220,6 +212,8 @@ class Handle:
 
     def _take(self, *, block: bool) -> Chunk | None:
         """The next chunk, None at the end. Raises: queue.Empty where there is none yet."""
+        with contextlib.suppress(IndexError):
+            return self._again.popleft()
         if self._done:
             return None
         try:

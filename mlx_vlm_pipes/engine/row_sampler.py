@@ -145,7 +145,7 @@ def _logits_of(processor: LogitsProcessor, tokens: mx.array, logits: mx.array) -
     if not isinstance(made, mx.array):
         found = type(made).__name__
     elif made.shape != logits.shape or not mx.issubdtype(made.dtype, mx.floating):
-        found = f"{made.dtype} {list(made.shape)}"
+        found = f"{str(made.dtype).rpartition('.')[2]} {list(made.shape)}"
     else:
         return made.astype(mx.float32)
     name = getattr(processor, "__name__", type(processor).__name__)

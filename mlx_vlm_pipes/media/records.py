@@ -135,7 +135,7 @@ class MediaRecord:
         tiles = self.tiles
         cut = f" in {tiles.rows}x{tiles.columns} tiles" if tiles.rows * tiles.columns > 1 else ""
         overview = " and the whole" if tiles.overview else ""
-        cap = f" (cut to {self.cap})" if self.cap else ""
+        cap = f" (limit: {self.cap})" if self.cap else ""
         return (
             f"{self.kind}: {frames if self.kind == 'video' else ''}{sizes}"
             f"{_times(self.resized_size)}{cut}{overview}{cap}, "

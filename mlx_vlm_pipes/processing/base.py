@@ -39,6 +39,7 @@ from mlx_vlm_pipes.processing.messages import (
     user_texts,
 )
 from mlx_vlm_pipes.processing.pages import spread
+from mlx_vlm_pipes.processing.pdf import require_few
 from mlx_vlm_pipes.processing.settings import PixelSettings, read_json
 from mlx_vlm_pipes.processing.tokenizer import Tokenizer
 from mlx_vlm_pipes.processing.tool_calls import tool_call_forms
@@ -310,6 +311,7 @@ class VisionProcessor(TextProcessor, ABC):
             chat = conversation(request, self.tokens.markers)
             text = self.render(self.forms(chat.messages), request.template_variables)
             images, videos = chat.images, chat.videos
+        require_few(images)
         self.check(request, len(videos))
         order = self.place(text, len(images), len(videos))
         encoded = {

@@ -122,8 +122,9 @@ class ChatTemplate:
     def require(self, variables: Mapping[str, Any]) -> None:
         """Raises: InputError for a variable that the template does not read."""
         if variables.get("tools") and "tools" not in self.names:
+            known = f"it reads {', '.join(self.settings)}; " if self.settings else ""
             raise InputError(
-                "tools: this model's chat template takes none; describe them in the system "
+                f"tools: this model's chat template takes none; {known}describe them in the system "
                 "message, or take a model that was trained to call tools"
             )
         for name in variables.keys() - {"tools"}:

@@ -29,6 +29,7 @@ MAX_IMAGE_PIXELS = 178_956_970  # where Pillow itself refuses
 MAX_FILE_BYTES = 2**30  # of a picture: as many pixels, uncompressed and 16 bits deep, take less
 ANYWHERE = Access()
 ORIENTATION = 0x0112  # the EXIF tag
+TURNED = "original_orientation"  # where pillow-heif leaves it, having turned the picture itself
 DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 DEEP_PICTURE = (
     "grey pictures of more than 8 bits are cut off at 255, as transformers does: most of them"
@@ -84,7 +85,7 @@ def load_picture(source: Any, access: Access = ANYWHERE, *, convert: bool = True
         return Picture(pdf.draw(source))
     data = read_bytes(source, access)
     if pdf.is_pdf(data):
-        return Picture(pdf.draw(pdf.only_page(data, name)))
+        return Picture(pdf.draw(pdf.Document(data, name).only_page()))
     image = open_image(data, name)
     warn_of_more(image, name)
     orientation = _orientation(image, name)  # decoding a TIFF turns it and drops the tag
@@ -232,7 +233,7 @@ def _orientation(image: Image, name: str) -> int:
     """The EXIF orientation, 1 where none is named. Raises: MediaError for EXIF without sense."""
     check_size(image.size, name)  # reading the tag of a PNG decodes it
     try:
-        value = image.getexif().get(ORIENTATION, 1)
+        value = image.info.get(TURNED) or image.getexif().get(ORIENTATION, 1)
     except Exception as error:  # the same parsers, and errors, as in decoding
         raise _undecodable(name, error) from error
     return value if value in range(1, 9) else 1

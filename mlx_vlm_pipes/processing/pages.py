@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 from mlx_vlm_pipes.errors import MediaError
 from mlx_vlm_pipes.processing.fetch import Access, is_url
 from mlx_vlm_pipes.processing.images import describe, read_bytes
-from mlx_vlm_pipes.processing.pdf import Page, chosen_pages, is_pdf
+from mlx_vlm_pipes.processing.pdf import Document, is_pdf
 
 CHOICE = re.compile(r"#page=(\d{1,7})(?:-(\d{1,7}))?$")  # as PDF viewers take it
 DATA_URL = re.compile(r"data:application/pdf|data:[^,]{0,80};base64,JVBERi0", re.IGNORECASE)
@@ -29,8 +29,7 @@ def spread(source: Any, access: Access) -> list[Any]:
         return [source]
     data = read_bytes(base, access)
     if is_pdf(data):
-        name = describe(base)
-        return [Page(data, number, name) for number in chosen_pages(data, name, choice)]
+        return [*Document(data, describe(base)).pages(choice)]
     if choice is None:
         return [source]
     raise MediaError(f"{describe(source)}: only a PDF has pages to choose from")

@@ -9,20 +9,23 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mlx_vlm_pipes.errors import MediaError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-MAX_PAGES = 32  # that are taken of one document at once
+MAX_PAGES = 32  # of one document at once
+MAX_REQUEST_PAGES = 64  # of all documents of a request
 DPI = 150  # a page of A4 has 1240 x 1754 pixels
 MAX_PAGE_PIXELS = 2**24  # larger pages are drawn at fewer dots an inch
 MAX_PDF_BYTES = 2**28
-MAX_SECONDS = 30.0  # for a page
+SECONDS, SECONDS_A_PAGE = 10.0, 2.0  # that all pages of a document may take together
 MAX_MEMORY_BYTES = 2**31
 RUN = (
     "import json, sys; sys.path[:] = json.loads(sys.argv.pop(1)); "
@@ -30,47 +33,82 @@ RUN = (
 )
 
 
+@dataclass(eq=False)
+class Document:
+    """A PDF; seconds: how long PDFium may still take for it."""
+
+    data: bytes = field(repr=False)
+    name: str
+    seconds: float = SECONDS
+
+    def pages(self, choice: tuple[int, int] | None) -> list[Page]:
+        """The pages from the first to the last of a choice, or all.
+
+        Raises: MediaError for a document that cannot be opened, a page that it does not have, and
+        more than MAX_PAGES.
+        """
+        count = int(self.ask(0, self.name))
+        first, last = choice or (1, count)
+        if not 1 <= first <= last <= count:
+            asked = f"page {first}" if first == last else f"pages {first} to {last}"
+            raise MediaError(f"{self.name} is a PDF of {count} pages; it has no {asked}")
+        if last - first >= MAX_PAGES:
+            raise MediaError(
+                f"{self.name} is a PDF of {count} pages, of which at most {MAX_PAGES} are taken at "
+                f"once; name them behind it, as #page=1-{MAX_PAGES}"
+            )
+        numbers = range(first, last + 1)
+        self.seconds += SECONDS_A_PAGE * len(numbers)
+        return [Page(self, number) for number in numbers]
+
+    def only_page(self) -> Page:
+        """For a PDF that nothing announced. Raises: as `pages`, and if it has several."""
+        pages = self.pages(None)
+        if len(pages) > 1:
+            raise MediaError(
+                f"{self.name} is a PDF of {len(pages)} pages; name them behind it, as "
+                f"#page=1-{len(pages)}"
+            )
+        return pages[0]
+
+    def ask(self, number: int, title: str) -> bytes:
+        """What `draw_pdf` writes of a page, or of the whole, 0.
+
+        Raises: MediaError, also where the extra is missing.
+        """
+        if find_spec("pypdfium2") is None:
+            raise MediaError(
+                f'{title} is a PDF, whose pages need PDFium; pip install "mlx-vlm-pipes[pdf]"'
+            )
+        if len(self.data) > MAX_PDF_BYTES:
+            size = len(self.data)
+            raise MediaError(f"{title} has {size} bytes; the limit of a PDF is {MAX_PDF_BYTES}")
+        begun = time.monotonic()
+        try:
+            done = _run(self.data, number, max(self.seconds, 0.0))
+        except subprocess.TimeoutExpired:
+            raise MediaError(
+                f"{title} takes PDFium too long to draw; give it as a picture"
+            ) from None
+        except OSError as error:
+            raise MediaError(f"{title}: no process can be started ({error.strerror})") from None
+        self.seconds -= time.monotonic() - begun
+        if done.returncode == 0:
+            return done.stdout
+        raise MediaError(f"{title} cannot be read as a PDF: {_reason(done)}")
+
+
 @dataclass(frozen=True)
 class Page:
     """One page of a document, drawn when it is loaded. number: from 1."""
 
-    data: bytes = field(repr=False)
+    document: Document
     number: int
-    name: str
 
 
 def is_pdf(data: bytes) -> bool:
     """Whether bytes begin as a PDF; some have a few others before."""
     return b"%PDF-" in data[:1024]
-
-
-def chosen_pages(data: bytes, name: str, choice: tuple[int, int] | None) -> range:
-    """The numbers of the pages from the first to the last of a choice, or of all.
-
-    Raises: MediaError for a document that cannot be opened, a page that it does not have, and more
-    than MAX_PAGES.
-    """
-    count = int(_run(data, 0, name))
-    first, last = choice or (1, count)
-    if not 1 <= first <= last <= count:
-        asked = f"page {first}" if first == last else f"pages {first} to {last}"
-        raise MediaError(f"{name} is a PDF of {count} pages; it has no {asked}")
-    if last - first >= MAX_PAGES:
-        raise MediaError(
-            f"{name} is a PDF of {count} pages, of which at most {MAX_PAGES} are taken at once; "
-            f"name them behind it, as #page=1-{MAX_PAGES}"
-        )
-    return range(first, last + 1)
-
-
-def only_page(data: bytes, name: str) -> Page:
-    """For a PDF that nothing announced. Raises: MediaError if it has several, or none."""
-    pages = chosen_pages(data, name, None)
-    if len(pages) > 1:
-        raise MediaError(
-            f"{name} is a PDF of {len(pages)} pages; name them behind it, as #page=1-{len(pages)}"
-        )
-    return Page(data, 1, name)
 
 
 def draw(page: Page) -> Image:
@@ -80,33 +118,29 @@ def draw(page: Page) -> Image:
     """
     from PIL import Image as pil
 
-    made = _run(page.data, page.number, f"{page.name}, page {page.number},")
+    made = page.document.ask(page.number, f"{page.document.name}, page {page.number},")
     head, _, pixels = made.partition(b"\n")
     width, height = map(int, head.split())
     return pil.frombytes("RGB", (width, height), pixels)
 
 
-def _run(data: bytes, number: int, name: str) -> bytes:
-    """What `draw_pdf` writes. Raises: MediaError, also where the extra is missing."""
-    if find_spec("pypdfium2") is None:
+def require_few(sources: Sequence[Any]) -> None:
+    """Raises: MediaError where documents bring more pages than a request may have."""
+    count = sum(isinstance(source, Page) for source in sources)
+    if count > MAX_REQUEST_PAGES:
         raise MediaError(
-            f'{name} is a PDF, whose pages need PDFium; pip install "mlx-vlm-pipes[pdf]"'
+            f"{count} pages of documents; a request may have {MAX_REQUEST_PAGES}, ask for fewer"
         )
-    if len(data) > MAX_PDF_BYTES:
-        raise MediaError(f"{name} has {len(data)} bytes; the limit of a PDF is {MAX_PDF_BYTES}")
+
+
+def _run(data: bytes, number: int, seconds: float) -> subprocess.CompletedProcess[bytes]:
     limits = map(str, (number, DPI, MAX_PAGE_PIXELS, MAX_MEMORY_BYTES))
     command = [sys.executable, "-I", "-c", RUN, json.dumps(sys.path), *limits]
-    try:
-        done = subprocess.run(command, input=data, capture_output=True, timeout=MAX_SECONDS)
-    except subprocess.TimeoutExpired:
-        raise MediaError(
-            f"{name} takes PDFium longer than {MAX_SECONDS:.0f} s; give it as a picture"
-        ) from None
-    except OSError as error:
-        raise MediaError(f"{name}: no process can be started for it ({error.strerror})") from None
-    if done.returncode == 0:
-        return done.stdout
-    said = done.stderr.decode(errors="replace").split("\n")
-    reason = " ".join(said[0].split())[:200] if done.returncode == 1 else "PDFium gave up"
-    hint = "; remove its password" if "password" in reason.lower() else ""
-    raise MediaError(f"{name} cannot be read as a PDF: {reason}{hint}")
+    return subprocess.run(command, input=data, capture_output=True, timeout=seconds)
+
+
+def _reason(done: subprocess.CompletedProcess[bytes]) -> str:
+    if done.returncode != 1:
+        return "PDFium gave up"
+    said = " ".join(done.stderr.decode(errors="replace").split("\n")[0].split())[:200]
+    return f"{said}; remove its password" if "password" in said.lower() else said

@@ -29,7 +29,7 @@ from mlx_vlm_pipes.server.events import EventStream
 from mlx_vlm_pipes.server.gate import Gate
 from mlx_vlm_pipes.server.messages import MessageAnswer, error_body, read_messages, read_prompt
 from mlx_vlm_pipes.server.metrics import Metrics
-from mlx_vlm_pipes.server.models import Models
+from mlx_vlm_pipes.server.models import Model, Models
 from mlx_vlm_pipes.server.responses import PROMPT as RESPONSE_PROMPT
 from mlx_vlm_pipes.server.responses import ResponseAnswer, Store, read_response
 from mlx_vlm_pipes.server.settings import ServerSettings
@@ -63,6 +63,9 @@ class Asked:
     param: str  # what the dialect calls the prompt
 
 
+Read = Callable[[dict[str, Any], Model, Pipeline], Asked]
+
+
 class Server:
     """Models behind HTTP. `app` is the ASGI application."""
 
@@ -92,8 +95,18 @@ class Server:
 
     @asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
-        yield
-        await anyio.to_thread.run_sync(self.models.close)
+        idle = asyncio.create_task(self._unload_idle())
+        try:
+            yield
+        finally:
+            idle.cancel()
+            await anyio.to_thread.run_sync(self.models.close)
+
+    async def _unload_idle(self) -> None:
+        """Look every second, where the server is to unload what nobody asks for."""
+        while self.settings.idle_unload_s is not None:
+            await asyncio.sleep(min(1.0, self.settings.idle_unload_s))
+            await anyio.to_thread.run_sync(self.models.unload_idle, self.settings.idle_unload_s)
 
     def _open(self, handler: Handler) -> Callable[[Request], Awaitable[Response]]:
         async def answer(request: Request) -> Response:
@@ -115,12 +128,22 @@ class Server:
 
         return answer
 
-    async def respond(self, request: Request, read: Callable[[dict[str, Any]], Asked]) -> Response:
+    async def opened(self, name: object, place: ExitStack) -> tuple[Model, Pipeline]:
+        """A model by its name, loaded if it is not, and held for as long as the place is."""
+        model = self.models.find(name)
+        self.models.require_started(model)
+        place.enter_context(model.held())
+        pipe = model.pipe or await anyio.to_thread.run_sync(self.models.load, model)
+        self.gate.rows = max(self.gate.rows, pipe.engine.config.max_batch_size)
+        return model, pipe
+
+    async def respond(self, request: Request, read: Read) -> Response:
         """Read, ask and tell. A place is taken before the first byte of the body is awaited, and
         given back when the answer is out or nobody wants it any more."""
         with ExitStack() as place:
             place.enter_context(self.gate.admitted())
-            asked = read(await read_object(request, self.settings))
+            body = await read_object(request, self.settings)
+            asked = read(body, *await self.opened(body.get("model"), place))
             if asked.stream:
                 answers = await unless_gone(request, self._ask(asked))
                 if answers is None:
@@ -164,8 +187,7 @@ class Server:
 
 
 async def _chat(server: Server, request: Request) -> Response:
-    def read(body: dict[str, Any]) -> Asked:
-        model, pipe = server.models.ready(body.get("model"))
+    def read(body: dict[str, Any], model: Model, pipe: Pipeline) -> Asked:
         question, form = read_chat(body, pipe.tokenizer, server.settings)
         answer = ChatAnswer(model.name, form, pipe.tokenizer)
         return Asked(pipe, question, answer, form.stream, PROMPT)
@@ -174,8 +196,7 @@ async def _chat(server: Server, request: Request) -> Response:
 
 
 async def _completion(server: Server, request: Request) -> Response:
-    def read(body: dict[str, Any]) -> Asked:
-        model, pipe = server.models.ready(body.get("model"))
+    def read(body: dict[str, Any], model: Model, pipe: Pipeline) -> Asked:
         question, form, echoed = read_completion(body)
         answer = TextAnswer(model.name, form, pipe.tokenizer, echoed, question.n)
         return Asked(pipe, question, answer, form.stream, TEXT_PROMPT)
@@ -184,8 +205,7 @@ async def _completion(server: Server, request: Request) -> Response:
 
 
 async def _messages(server: Server, request: Request) -> Response:
-    def read(body: dict[str, Any]) -> Asked:
-        model, pipe = server.models.ready(body.get("model"))
+    def read(body: dict[str, Any], model: Model, pipe: Pipeline) -> Asked:
         question, form = read_messages(body, pipe.tokenizer, server.settings)
         answer = MessageAnswer(model.name, form, tuple(body.get("stop_sequences") or ()))
         return Asked(pipe, question, answer, form.stream, PROMPT)
@@ -194,8 +214,7 @@ async def _messages(server: Server, request: Request) -> Response:
 
 
 async def _respond(server: Server, request: Request) -> Response:
-    def read(body: dict[str, Any]) -> Asked:
-        model, pipe = server.models.ready(body.get("model"))
+    def read(body: dict[str, Any], model: Model, pipe: Pipeline) -> Asked:
         asked = read_response(body, server.store, pipe.tokenizer, server.settings)
         question, form, messages = asked
         answer = ResponseAnswer(model.name, form, body, messages, server.store)
@@ -245,9 +264,10 @@ async def _told_before(
     tell: Callable[[Pipeline, ProcessedPrompt, dict[str, Any]], dict[str, Any]],
 ) -> Response:
     """What can be told of a question without running it."""
-    with server.gate.admitted():
+    with ExitStack() as place:
+        place.enter_context(server.gate.admitted())
         body = await read_object(request, server.settings)
-        _, pipe = server.models.ready(body.get("model"))
+        _, pipe = await server.opened(body.get("model"), place)
         question = read(body, pipe.tokenizer)
 
         def told() -> dict[str, Any]:
@@ -286,7 +306,7 @@ async def _health(server: Server, request: Request) -> Response:
         status = "draining"
     elif first.failure is not None:
         status = "failed"
-    elif first.pipe is None:
+    elif server.models.is_starting:
         status = "loading"
     return JSONResponse({"status": status}, 200 if status == "ok" else 503)
 

@@ -17,7 +17,7 @@ from mlx_vlm_pipes.server.forms import FORM_PARAMS, read_form
 from mlx_vlm_pipes.server.media import allowed_messages
 from mlx_vlm_pipes.server.settings import ServerSettings
 from mlx_vlm_pipes.server.told import Told, chat_logprobs, timings_of, usage_of
-from mlx_vlm_pipes.server.tools import Manner, manner, read_tools
+from mlx_vlm_pipes.server.tools import Manner, forced_calls, manner, read_tools
 from mlx_vlm_pipes.speech import Kind, Piece
 
 PROMPT = "messages"
@@ -64,6 +64,11 @@ def read_chat(
         manner(tokenizer, tools),
     )
     options = option_values(body) | read_form(body)
+    forced = forced_calls(body, tools, tokenizer)
+    if forced is not None:
+        if "response_format" in body:
+            raise bad_request("tool_choice: an answer is a call or a form, not both", "tool_choice")
+        options["grammar"] = forced
     reading = {name: options.pop(name) for name in READING if name in options}
     if tools:
         reading["tools"] = tools

@@ -33,6 +33,7 @@ NAMES = {
     "min_pixels": "min_pixels",
     "max_pixels": "max_pixels",
     "chat_template_kwargs": "chat_template_kwargs",
+    "thinking_budget": "thinking_budget",
 }
 # They change nothing of the answer, or nothing that this server does otherwise.
 IGNORED = frozenset({

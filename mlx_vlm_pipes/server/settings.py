@@ -17,7 +17,8 @@ class ServerSettings:
     max_media: pictures and clips of one request. max_tokens: of answers whose request names no
     limit. media_root: the folder whose files a request may name. url_hosts: the hosts from which
     pictures are fetched. timeout_s: how long a body, a client that does not read, and the requests
-    that run at the end are waited for.
+    that run at the end are waited for. idle_unload_s: when a model that nobody asks for is
+    unloaded; None: never.
     """
 
     api_keys: tuple[str, ...] = ()
@@ -28,6 +29,7 @@ class ServerSettings:
     media_root: Path | None = None
     url_hosts: frozenset[str] = frozenset()
     timeout_s: float = 60.0
+    idle_unload_s: float | None = None
 
 
 def read_keys(path: Path) -> tuple[str, ...]:

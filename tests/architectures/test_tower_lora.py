@@ -25,7 +25,9 @@ from tests.fixtures_helper import FIXTURES
 
 RANK, SCALE = 4, 2.0
 BAR = bar(1e-4)  # of the largest logit: W x + s B (A x) against (W + s B A) x
-ROOMS = ["idefics3", "pixtral", "internvl-qwen2", "internvl-chat", "qwen25vl", "qwen3vl"]
+ROOMS = [
+    "idefics3", "pixtral", "internvl-qwen2", "internvl-chat", "qwen2vl", "qwen25vl", "qwen3vl",
+]  # fmt: skip
 NO_LINEARS = ("embed", "position", "lm_head", "patch")
 
 
@@ -124,29 +126,37 @@ def test_an_adapter_of_another_tower_is_refused(tmp_path: Path) -> None:
 
 
 COOKBOOK = ["down_proj", "o_proj", "k_proj", "q_proj", "gate_proj", "up_proj", "v_proj"]
-RECIPES = {
-    "the usual SmolVLM recipe": (BUNDLED, {"target_modules": COOKBOOK}),
-    "DoRA": (BUNDLED, {"target_modules": COOKBOOK, "use_dora": True}),
-    "rank-stabilised, all linears": (
-        FIXTURES / "qwen25vl", {"target_modules": "all-linear", "use_rslora": True},
+RECIPES = [
+    pytest.param(BUNDLED, {"target_modules": COOKBOOK}, id="the usual SmolVLM recipe"),
+    pytest.param(
+        FIXTURES / "qwen25vl",
+        {"target_modules": "all-linear", "use_rslora": True},
+        id="rank-stabilised, all linears",
     ),
-    "patterns, all linears": (
+    pytest.param(
+        BUNDLED,
+        {"target_modules": COOKBOOK, "use_dora": True},
+        id="DoRA",
+        marks=pytest.mark.slow,
+    ),
+    pytest.param(
         FIXTURES / "pixtral",
         {
             "target_modules": "all-linear",
             "rank_pattern": {"attention.q_proj": 2},
             "alpha_pattern": {"multi_modal_projector.linear_1": 20},
         },
+        id="patterns, all linears",
+        marks=pytest.mark.slow,
     ),
-}  # fmt: skip
+]
 
 
 @pytest.mark.reference
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_logits_are_pefts(recipe: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("folder", "options"), RECIPES)
+def test_logits_are_pefts(folder: Path, options: dict[str, Any], tmp_path: Path) -> None:
     torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
     transformers = pytest.importorskip("transformers")
-    folder, options = RECIPES[recipe]
     torch.manual_seed(2)
     model = transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=8, **options))
@@ -159,7 +169,7 @@ def test_logits_are_pefts(recipe: str, tmp_path: Path) -> None:
     with load(folder, dtype="float32", adapter=tmp_path) as pipe:
         encoded = pipe.encode("What is this?", [image])
         found = pipe.logits("What is this?", [image])
-        plain = load(folder, dtype="float32").logits("What is this?", [image])
+    plain = logits(folder, {"prompt": "What is this?", "images": [image]})
     ids = torch.tensor([encoded.input_ids])
     media = {name: torch.tensor(array) for name, array in encoded.hf_arrays.items()}
     if "image_grid_thw" in media:

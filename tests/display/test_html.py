@@ -14,6 +14,7 @@ from PIL import Image
 from mlx_vlm_pipes.contexts import ImageMetadata
 from mlx_vlm_pipes.display import html
 from mlx_vlm_pipes.display.boxes import Box
+from mlx_vlm_pipes.display.pictures import MAX_SHOWN
 from mlx_vlm_pipes.display.view import View
 from mlx_vlm_pipes.engine.plan import Plan
 from mlx_vlm_pipes.errors import InputError
@@ -74,7 +75,7 @@ def test_nothing_from_outside_is_markup() -> None:
 def test_pictures_are_small_and_described() -> None:
     noise = record(picture(1024, 1024), num_tokens=7)
     checked = Checker(View([noise] * 14)._repr_html_())
-    assert len(checked.images) == 2 * html.MAX_SHOWN
+    assert len(checked.images) == 2 * MAX_SHOWN
     assert "and 2 more" in checked.text
     for image in checked.images:
         assert image["alt"]

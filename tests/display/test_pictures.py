@@ -85,6 +85,8 @@ def test_sheets_hold_the_pictures_and_captions() -> None:
     clip = seen(InternVLProcessor, "tiny-internvl", videos=[GIF])
     both = View([record, clip]).picture
     assert both.height == sheet.height + draw_record(clip).height
+    many = View([record] * 20).picture
+    assert 12 * sheet.height < many.height < 13 * sheet.height
     lines = wrapped("one two three " * 9, 100)
     assert " ".join(lines).split() == ["one", "two", "three"] * 9
     assert len(lines) > 5

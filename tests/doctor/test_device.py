@@ -31,7 +31,7 @@ from mlx_vlm_pipes.doctor.device.parts import FACTS, PARTS, Part
 from mlx_vlm_pipes.doctor.device.random_model import Shape
 from mlx_vlm_pipes.doctor.device.references import FOLDER, load_cases
 from mlx_vlm_pipes.doctor.device.run import run_child
-from mlx_vlm_pipes.engine import sampler
+from mlx_vlm_pipes.engine import batch_sampler
 from mlx_vlm_pipes.json_files import require_json
 from mlx_vlm_pipes.loading import BUNDLED
 from mlx_vlm_pipes.nn import decode_step
@@ -277,12 +277,12 @@ def test_a_sampler_that_ignores_a_setting_is_seen(
 
 def test_frequencies_that_are_off_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sampling, "VOCABULARY", 700)
-    right = sampler.choose
+    right = batch_sampler.choose
 
     def colder(form: Any, logits: mx.array, arrays: Any) -> Any:
         return right(form, logits * 1.5, arrays)
 
-    monkeypatch.setattr(sampler, "choose", colder)
+    monkeypatch.setattr(batch_sampler, "choose", colder)
     failed = {check.name for check in report_of(sampling.check_sampling).failed}
     assert "temperature, stored: frequencies" in failed
 

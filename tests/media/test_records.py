@@ -118,15 +118,21 @@ def test_numbers_that_are_known() -> None:
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "HEIF"])
 def test_turned_pictures(orientation: int, kind: str) -> None:
     """Sizes are told as stored, places as displayed."""
     stored = marked((80, 48), (8, 8, 24, 20))
     exif = Image.Exif()
     exif[0x0112] = orientation
     file = io.BytesIO()
-    stored.save(file, kind, exif=exif)
-    shown = ImageOps.exif_transpose(Image.open(io.BytesIO(file.getvalue())))
+    if kind == "HEIF":
+        heif = pytest.importorskip("pillow_heif")
+        heif.from_pillow(stored).save(file, exif=exif.tobytes(), quality=100)
+    else:
+        stored.save(file, kind, exif=exif)
+    turned = stored.copy()
+    turned.getexif()[0x0112] = orientation
+    shown = ImageOps.exif_transpose(turned)
     out = seen("pixtral", file.getvalue())
     (record,) = out.media
     assert (record.source_size, record.orientation) == ((80, 48), orientation)

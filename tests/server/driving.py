@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import uvicorn
 
@@ -54,9 +54,9 @@ def call(port: int, path: str, body: Any = None, **headers: str) -> Reply:
 
 
 @contextlib.contextmanager
-def running(server: Server) -> Iterator[int]:
+def running(server: Server, lifespan: Literal["on", "off"] = "off") -> Iterator[int]:
     """The port of a server that runs in a thread of this process."""
-    config = uvicorn.Config(server.app, port=0, log_level="warning", lifespan="off")
+    config = uvicorn.Config(server.app, port=0, log_level="warning", lifespan=lifespan)
     web = uvicorn.Server(config)
     thread = threading.Thread(target=lambda: asyncio.run(web.serve()), daemon=True)
     thread.start()

@@ -16,10 +16,13 @@ from mlx_vlm_pipes.pipeline import Pipeline
 from mlx_vlm_pipes.server.app import Server
 from mlx_vlm_pipes.server.models import Models
 from mlx_vlm_pipes.server.settings import ServerSettings
+from mlx_vlm_pipes.server.tools import call_grammar
+from mlx_vlm_pipes.speech import FORMS, Kind, Speech
 from tests.server.driving import call, running
 
 CHAT = "/v1/chat/completions"
-WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+NOTHING = {"type": "object", "properties": {}, "additionalProperties": False}
+WEATHER = {"type": "function", "function": {"name": "weather", "parameters": NOTHING}}
 TEMPLATE = (
     "{% if tools %}Call with <tool_call>. {{ tools | tojson }}{% endif %}"
     "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ m.tool_calls | default('') }}"
@@ -123,11 +126,42 @@ def test_tools_and_results_reach_the_template(pipe: Pipeline, port: int) -> None
     assert told["usage"]["prompt_tokens"] == len(own.input_ids)
 
 
+CITY = {"type": "object", "properties": {"city": {"enum": ["K", "B"]}}, "required": ["city"]}
+TOWN = {"type": "function", "function": {"name": "town", "parameters": CITY}}
+
+
+def test_a_forced_call_is_made(port: int) -> None:
+    named = {"type": "function", "function": {"name": "town"}}
+    for choice in ("required", named):
+        more = {"tools": [WEATHER, TOWN], "tool_choice": choice, "parallel_tool_calls": False}
+        told = call(port, CHAT, asked(temperature=1.0, seed=1, max_tokens=400, **more)).json
+        (made,) = told["choices"][0]["message"]["tool_calls"]
+        assert made["function"]["name"] in (("town",) if choice == named else ("town", "weather"))
+        arguments = json.loads(made["function"]["arguments"])
+        assert made["function"]["name"] == "weather" or arguments["city"] in ("K", "B")
+        assert told["choices"][0]["finish_reason"] == "tool_calls"
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("single", [True, False])
+def test_each_form_is_forced_and_read(pipe: Pipeline, name: str, single: bool) -> None:
+    """What the grammar of a form lets through, its reader takes apart."""
+    functions = [{"name": "town", "parameters": CITY}, {"name": "now"}]
+    text = call_grammar(FORMS[name], functions, pipe.tokenizer.token_id, is_single=single)
+    answer = pipe.generate("Town?", grammar=text, temperature=1.5, seed=3, max_tokens=300)
+    speech = Speech(FORMS[name])
+    pieces = speech.add(answer.text) + speech.finish()
+    assert {piece.kind for piece in pieces} == {Kind.CALL, Kind.ARGUMENTS}
+    assert {piece.text for piece in pieces if piece.kind is Kind.CALL} <= {"town", "now"}
+
+
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"tools": "weather"}, "tools"),
     ({"tools": [{"type": "web_search"}]}, "tools"),
     ({"tool_choice": "auto"}, "tool_choice"),
-    ({"tools": [WEATHER], "tool_choice": "required"}, "tool_choice"),
+    ({"tools": [WEATHER], "tool_choice": "always"}, "tool_choice"),
+    ({"tools": [WEATHER], "tool_choice": {"function": {"name": "x"}}}, "tool_choice"),
+    ({"tool_choice": "required"}, "tool_choice"),
     ({"chat_template_kwargs": {"colour": 1}}, "messages"),
 ]
 
