@@ -15,7 +15,7 @@ from mlx_vlm_pipes.display.view import View
 from mlx_vlm_pipes.engine.engine import Engine
 from mlx_vlm_pipes.engine.plan import Plan
 from mlx_vlm_pipes.engine.requests import ChunkIterator, Handle
-from mlx_vlm_pipes.engine.saving import SavedPrefix
+from mlx_vlm_pipes.engine.saved_prefixes import SavedPrefix
 from mlx_vlm_pipes.errors import ContextTooLong, InputError, shown
 from mlx_vlm_pipes.given_media import listed, named_media
 from mlx_vlm_pipes.grammar import Grammars
