@@ -12,7 +12,7 @@ from mlx_vlm_pipes.arguments import (
     add_media_options,
     add_model_options,
     add_options,
-    figures,
+    figures_lines,
     given_options,
     load_pipeline,
     rate,
@@ -176,7 +176,7 @@ class Answer:
             return 0
         put("\n")
         if not self._is_quiet:
-            for line in figures(last.finish_reason, last.usage, last.timings, memory):
+            for line in figures_lines(last.finish_reason, last.usage, last.timings, memory):
                 say(line)
         return 0
 

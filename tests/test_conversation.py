@@ -276,7 +276,7 @@ def test_what_cannot_be_saved_leaves_no_file(pipe: Pipeline, tmp_path: Path) -> 
     with pytest.raises(InputError, match="cannot be the name of a file"):
         chat.save(tmp_path / "a\0b.json")
     chat.history.append({"role": "user", "content": "half a pair: \ud800"})
-    with pytest.raises(InputError, match="cannot be written .*surrogates"):
+    with pytest.raises(InputError, match=r"cannot be written .*surrogates"):
         chat.save(tmp_path / "chat.json")
     chat.history.clear()
     chat.history.append({"role": "user", "content": {1, 2}})

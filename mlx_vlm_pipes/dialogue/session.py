@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_vlm_pipes.arguments import figures
+from mlx_vlm_pipes.arguments import figures_lines
 from mlx_vlm_pipes.command import INTERRUPTED, USER_MISTAKE, put, say
 from mlx_vlm_pipes.dialogue.dropped import (
     dropped_files,
@@ -58,7 +58,7 @@ Ctrl-C stops an answer and keeps what was said; twice at the prompt it leaves.""
 
 
 @dataclass(frozen=True)
-class Waiting:
+class Attachment:
     """A picture or clip for the next message. kind: "image" or "video"."""
 
     kind: str
@@ -72,7 +72,7 @@ class Session:
         self, pipe: Pipeline, chat: Conversation, lines: Lines, *, has_limit: bool
     ) -> None:
         self._pipe, self._chat, self._lines, self._has_limit = pipe, chat, lines, has_limit
-        self._waiting: list[Waiting] = []
+        self._waiting: list[Attachment] = []
         self._last: Chunk | None = None
         self._seen: tuple[str, Sequence[MediaRecord]] = "", ()  # the last answer, and its media
         self._had_mistake = False
@@ -123,7 +123,7 @@ class Session:
         options = self._chat.options
         reading = {name: options[name] for name in PROMPT_OPTIONS if name in options}
         access = Access(allow_private=options.get("allow_private", False))
-        added = [Waiting(kind, lasting(source, access)) for source in sources]
+        added = [Attachment(kind, lasting(source, access)) for source in sources]
         for one, source in zip(added, sources, strict=True):
             media = {f"{kind}s": [one.source]}
             for record in self._pipe.encode("", **media, **reading).media:
@@ -298,7 +298,7 @@ class Session:
             say("no whole answer yet")
             return
         memory = self._pipe.peak_memory_bytes()
-        for line in figures(last.finish_reason, last.usage, last.timings, memory):
+        for line in figures_lines(last.finish_reason, last.usage, last.timings, memory):
             say(line)
         used = last.usage.prompt_tokens + last.usage.completion_tokens
         say(f"{self._described()}, {used} of {self._pipe.max_seq_len} tokens")
