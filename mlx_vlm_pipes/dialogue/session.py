@@ -21,7 +21,7 @@ from mlx_vlm_pipes.dialogue.dropped import (
 )
 from mlx_vlm_pipes.display.view import shown_answer
 from mlx_vlm_pipes.errors import ContextTooLong, InputError, OutOfBudget, PipesError, clip
-from mlx_vlm_pipes.options import PROMPT_OPTIONS
+from mlx_vlm_pipes.options import PROMPT_OPTIONS, among
 from mlx_vlm_pipes.paths import user_path
 from mlx_vlm_pipes.processing.fetch import Access, is_url
 from mlx_vlm_pipes.processing.images import describe
@@ -121,7 +121,7 @@ class Session:
         model. Raises: PipesError where one cannot be read, or the model takes none.
         """
         options = self._chat.options
-        reading = {name: options[name] for name in PROMPT_OPTIONS if name in options}
+        reading = among(options, PROMPT_OPTIONS)
         access = Access(allow_private=options.get("allow_private", False))
         added = [Attachment(kind, lasting(source, access)) for source in sources]
         for one, source in zip(added, sources, strict=True):
