@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from mlx_vlm_pipes.errors import InputError, clip
 from mlx_vlm_pipes.given_media import listed, named_media
 from mlx_vlm_pipes.options import OPTIONS, GenerateOptions, own_names, read_options, shows, unfit
-from mlx_vlm_pipes.paths import user_path
+from mlx_vlm_pipes.paths import user_path, whole_file
 from mlx_vlm_pipes.processing.fetch import Access
 from mlx_vlm_pipes.processing.keeping import lasting, stored_messages
 
@@ -34,7 +34,7 @@ FORMAT, VERSION = "mlx_vlm_pipes conversation", 1
 MAX_FILE_BYTES = 2**30
 
 
-class Answers(Protocol):
+class Answerer(Protocol):
     """Whoever answers messages: a Pipeline."""
 
     def generate(
@@ -67,7 +67,7 @@ class Conversation:
     (messages of the role `tool`, say, are appended to it). options: what holds for every turn.
     """
 
-    def __init__(self, pipe: Answers, options: GenerateOptions) -> None:
+    def __init__(self, pipe: Answerer, options: GenerateOptions) -> None:
         given = read_options(options, OPTIONS)
         self.history: list[Message] = []
         self.system = given.pop("system", None)
@@ -180,14 +180,13 @@ class Conversation:
         """
         file = user_path(path).absolute()
         values = {"format": FORMAT, "version": VERSION, "messages": stored_messages(self.history)}
-        partial = file.parent / f".{file.name}.incomplete-{os.getpid()}"
+        text = json.dumps(values, ensure_ascii=False, indent=1)
         try:
-            partial.write_text(json.dumps(values, ensure_ascii=False, indent=1), encoding="utf-8")
-            partial.replace(file)
-        except (OSError, ValueError) as error:
-            partial.unlink(missing_ok=True)
-            reason = error.strerror if isinstance(error, OSError) else clip(error)
-            raise InputError(f"{clip(path, 200)}: cannot be written ({reason})") from None
+            data = text.encode()
+        except UnicodeEncodeError as error:  # half a surrogate pair
+            raise InputError(f"{clip(path, 200)}: cannot be written ({clip(error)})") from None
+        with whole_file(file) as partial:
+            partial.write_bytes(data)
 
     def load(self, path: str | os.PathLike[str]) -> Self:
         """Take the history that `save` wrote, its system message too, in place of this one.

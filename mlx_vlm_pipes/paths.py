@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
-from contextlib import suppress
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from mlx_vlm_pipes.errors import PipesError, clip
+from mlx_vlm_pipes.errors import InputError, PipesError, clip
+
+_WRITING = threading.Lock()  # one thread at a time: the hidden names are the process's
 
 
 def user_path(name: str | os.PathLike[str]) -> Path:
@@ -36,6 +40,25 @@ def is_there(path: Path, error: type[PipesError]) -> bool:
     except ValueError:
         raise error(f"{clip(path, 200)}: cannot be the name of a file") from None
     return True
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A hidden name beside `path` to write to; it becomes `path` at the end, or disappears.
+
+    Raises: InputError where it cannot be written.
+    """
+    with _WRITING:
+        is_there(path, InputError)  # refuses what cannot be the name of a file
+        partial = unfinished_path(path)
+        try:
+            yield partial
+            partial.replace(path)
+        except OSError as error:
+            raise InputError(f"{path}: cannot be written ({error.strerror})") from None
+        finally:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
 
 
 def unfinished_path(out: Path) -> Path:

@@ -273,6 +273,12 @@ def test_what_cannot_be_saved_leaves_no_file(pipe: Pipeline, tmp_path: Path) -> 
     chat = pipe.chat()
     with pytest.raises(InputError, match="cannot be written"):
         chat.save(tmp_path / "no" / "chat.json")
+    with pytest.raises(InputError, match="cannot be the name of a file"):
+        chat.save(tmp_path / "a\0b.json")
+    chat.history.append({"role": "user", "content": "half a pair: \ud800"})
+    with pytest.raises(InputError, match=r"cannot be written .*surrogates"):
+        chat.save(tmp_path / "chat.json")
+    chat.history.clear()
     chat.history.append({"role": "user", "content": {1, 2}})
     with pytest.raises(InputError, match="'content' of a message is a set"):
         chat.save(tmp_path / "chat.json")

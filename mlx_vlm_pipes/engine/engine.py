@@ -15,7 +15,7 @@ from mlx_vlm_pipes.contexts import TextContext
 from mlx_vlm_pipes.engine.memory import set_limits
 from mlx_vlm_pipes.engine.plan import Plan, default_limits, make_plan
 from mlx_vlm_pipes.engine.requests import Handle, PromptLogits, PromptRow
-from mlx_vlm_pipes.engine.saving import PrefixFiles, SavedPrefix
+from mlx_vlm_pipes.engine.saved_prefixes import PrefixFiles, SavedPrefix
 from mlx_vlm_pipes.engine.scheduler import Scheduler
 from mlx_vlm_pipes.engine.state import EngineConfig, EngineStats
 from mlx_vlm_pipes.engine.text import StreamDecoder

@@ -38,6 +38,13 @@ class Usage:
     images_encoded: int
     completion_tokens: int
 
+    @property
+    def of_prompt(self) -> str:
+        """How many of the prompt's tokens are pictures' or were cached, in brackets; or empty."""
+        kinds = [f"{self.image_tokens} image"] if self.image_tokens else []
+        kinds += [f"{self.cached_tokens} cached"] if self.cached_tokens else []
+        return f" ({', '.join(kinds)})" if kinds else ""
+
 
 @dataclass(frozen=True)
 class Timings:
@@ -70,16 +77,13 @@ class Chunk:
     stop: str | None = None
 
 
-def figures(reason: str | None, usage: Usage, timings: Timings) -> str:
+def figures_line(reason: str | None, usage: Usage, timings: Timings) -> str:
     """What a request was and took, in one line."""
-    kinds = [f"{usage.image_tokens} image"] if usage.image_tokens else []
-    kinds += [f"{usage.cached_tokens} cached"] if usage.cached_tokens else []
-    of_them = f" ({', '.join(kinds)})" if kinds else ""
     seconds, more = timings.generation_s, max(usage.completion_tokens - 1, 0)
     rate = f", {more / seconds:.0f} a second" if more and seconds > 0 else ""
     ended = "cut at its length limit" if reason == "length" else f"ended by {reason}"
     return (
-        f"{usage.prompt_tokens} prompt tokens{of_them} in {timings.prompt_s:.2f} s · "
+        f"{usage.prompt_tokens} prompt tokens{usage.of_prompt} in {timings.prompt_s:.2f} s · "
         f"{usage.completion_tokens} new tokens{rate} · {ended}"
     )
 
@@ -96,7 +100,7 @@ def show_in_cell(media: Sequence[MediaRecord], take: Callable[[], Chunk | None])
         while (chunk := take()) is not None:
             cell.add(chunk.text)
             if chunk.usage is not None and chunk.timings is not None:
-                note = figures(chunk.finish_reason, chunk.usage, chunk.timings)
+                note = figures_line(chunk.finish_reason, chunk.usage, chunk.timings)
     finally:
         cell.finish(note)
 
