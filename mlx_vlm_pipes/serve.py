@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -173,15 +172,10 @@ def _listen(host: str, port: int) -> socket.socket:
 
 async def _serve(server: Server, listening: socket.socket, timeout_s: float) -> int:
     """Listen at once, load meanwhile; end with 0 once a signal has come and all is answered."""
-    import uvicorn
-
     from mlx_vlm_pipes.server.app import drain
+    from mlx_vlm_pipes.server.wire import web_server
 
-    config = uvicorn.Config(
-        server.app, log_level="warning", lifespan="on", timeout_graceful_shutdown=1,
-        access_log=False, h11_max_incomplete_event_size=64 * 1024,
-    )  # fmt: skip
-    uvicorn_server = _uvicorn_class()(config)
+    uvicorn_server = web_server(server.app, timeout_s, lifespan="on")
     loop, stopping = asyncio.get_running_loop(), asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
@@ -218,19 +212,6 @@ async def _load_first(server: Server) -> None:
         server.models.is_starting = False
     server.gate.rows = pipe.engine.config.max_batch_size
     say(f"ready: {first.name}, {pipe!r}")
-
-
-def _uvicorn_class() -> type:
-    import uvicorn
-
-    class Quiet(uvicorn.Server):
-        """Signals are ours: uvicorn would end the process with one after a drain."""
-
-        @contextlib.contextmanager
-        def capture_signals(self) -> Iterator[None]:
-            yield
-
-    return Quiet
 
 
 if __name__ == "__main__":

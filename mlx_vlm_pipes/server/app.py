@@ -152,7 +152,7 @@ class Server:
                 ending.callback(self._count, asked)
                 ending.callback(answers.close)
                 events = self._events(asked, answers)
-                return EventStream(events, self.settings.timeout_s, ending.close)
+                return EventStream(events, ending.close)
             told = await unless_gone(request, self._whole(asked))
             return Response(status_code=CLIENT_GONE) if told is None else JSONResponse(told)
 
