@@ -334,10 +334,12 @@ async def _http_error(request: Request, error: Exception) -> Response:
     return JSONResponse(refusal.body(), refusal.status, dict(error.headers or {}))
 
 
-async def drain(server: Server, seconds: float) -> None:
-    """Let nobody in any more, and wait until those inside have got their answers."""
+async def drain(server: Server) -> None:
+    """Let nobody in any more, and wait until those inside have got their answers. What then still
+    runs fails: a stream ends with an error."""
     server.gate.is_draining = True
     loop = asyncio.get_running_loop()
-    end = loop.time() + seconds
+    end = loop.time() + server.settings.timeout_s
     while server.gate.inside and loop.time() < end:
         await asyncio.sleep(0.05)
+    await anyio.to_thread.run_sync(server.models.close)

@@ -101,7 +101,8 @@ class _Connection(H11Protocol):
         body = json.dumps(error.body()).encode()
         self.transport.write(
             f"HTTP/1.1 {error.status} {phrase}\r\nContent-Type: application/json\r\n"
-            f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode() + body
+            f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode()
+            + body
         )
         self.transport.close()
 
