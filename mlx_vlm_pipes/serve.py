@@ -85,12 +85,12 @@ def main(argv: list[str] | None = None) -> int:
     return run_command(build_parser, partial(_run, given), given)
 
 
-def _run(given: list[str], args: argparse.Namespace) -> int:
+def _run(argv: list[str], args: argparse.Namespace) -> int:
     if args.supervise and not args.child_fds:
         from mlx_vlm_pipes.server.supervise import Supervisor
 
         with _listen(args.host, args.port) as listening:
-            return asyncio.run(Supervisor(given, listening).run())
+            return asyncio.run(Supervisor(argv, listening).run())
     try:
         from mlx_vlm_pipes.server.app import Server
         from mlx_vlm_pipes.server.models import Models

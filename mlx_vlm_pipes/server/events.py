@@ -21,8 +21,8 @@ def event(value: dict[str, Any] | str, name: str | None = None) -> bytes:
 
 
 class EventStream(Response):
-    """Sends events as they are made; ends at once where the client has gone. close: is called at the
-    end, however it comes."""
+    """Sends events as they are made; ends at once where the client has gone. close: is called at
+    the end, however it comes."""
 
     media_type = "text/event-stream"
 

@@ -36,7 +36,7 @@ class Supervisor:
     async def run(self) -> int:
         """Exit status: 0 where it was told to end, 2 for a user's mistake, 1 where it gives up."""
         loop = asyncio.get_running_loop()
-        self._listening.setblocking(False)
+        self._listening.settimeout(0)
         for number in SIGNALS:
             loop.add_signal_handler(number, self._pass_on)
         deaths = 0
@@ -76,7 +76,7 @@ class Supervisor:
                     pass_fds=fds,
                     start_new_session=True,  # Ctrl-C comes from here, once
                 )
-            ours.setblocking(False)
+            ours.settimeout(0)
             loop = asyncio.get_running_loop()
             with self._refusing():
                 is_listening = bool(await loop.sock_recv(ours, 1))
