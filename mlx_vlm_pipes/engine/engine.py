@@ -125,6 +125,11 @@ class Engine:
         return make_plan(state, context, resident, state.memory_bytes)
 
     @property
+    def has_died(self) -> bool:
+        """Whether the owning thread has ended by itself: every request fails then."""
+        return self.worker.has_died
+
+    @property
     def running(self) -> int:
         """Requests whose prompts are being read or whose answers are being made."""
         return len(self.scheduler.prefilling) + len(self.scheduler.running)
