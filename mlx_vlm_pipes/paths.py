@@ -7,7 +7,7 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
-from mlx_vlm_pipes.errors import PipesError, clip
+from mlx_vlm_pipes.errors import InputError, PipesError, clip
 
 
 def user_path(name: str | os.PathLike[str]) -> Path:
@@ -36,6 +36,28 @@ def is_there(path: Path, error: type[PipesError]) -> bool:
     except ValueError:
         raise error(f"{clip(path, 200)}: cannot be the name of a file") from None
     return True
+
+
+def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write a file, whole or not at all; a file of this name is replaced, nothing else is.
+
+    Raises: InputError where it cannot be written, and for a device or a folder of this name.
+    """
+    target = user_path(path).absolute()
+    partial = target.parent / f".{target.name}.incomplete-{os.getpid()}"
+    try:
+        is_other = target.exists() and not target.is_file()
+        if not is_other:
+            partial.write_bytes(data)
+            partial.replace(target)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else clip(error)
+        raise InputError(f"{clip(path, 200)}: cannot be written ({reason})") from None
+    finally:
+        with suppress(OSError, ValueError):
+            partial.unlink(missing_ok=True)
+    if is_other:
+        raise InputError(f"{clip(path, 200)} is there and no plain file; choose another name")
 
 
 def unfinished_path(out: Path) -> Path:
