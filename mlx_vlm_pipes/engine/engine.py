@@ -62,8 +62,7 @@ class Engine:
         Raises: InputError for bad sampling values and for requests of logits processors,
         OutOfBudget for what can never fit.
         """
-        if self.worker.is_current:
-            raise InputError("a logits processor asks the model that waits for it; ask another one")
+        self._require_other_thread()
 
         def queue() -> Handle:
             handle = self.scheduler.submit(context, decoder)
@@ -106,6 +105,8 @@ class Engine:
     ) -> OutcomeT:
         """Queue a request for something of its prompt alone, and wait for it."""
 
+        self._require_other_thread()
+
         def queue() -> tuple[Handle, OutcomeT]:
             handle, outcome = submit(context)
             handle.watch = watch
@@ -117,6 +118,11 @@ class Engine:
         finally:
             handle.close()
         return outcome
+
+    def _require_other_thread(self) -> None:
+        """Raises: InputError on the owning thread, which would wait for itself."""
+        if self.worker.is_current:
+            raise InputError("a logits processor asks the model that waits for it; ask another one")
 
     def plan(self, context: TextContext) -> Plan:
         """What a request would need on this engine; nothing is computed."""
