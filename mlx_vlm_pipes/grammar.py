@@ -194,6 +194,8 @@ def _bits(tokens: Sequence[int], vocab_size: int) -> np.ndarray:
 
 def _reason(matcher: Any) -> str:
     """What llguidance says, without the state of its parser."""
+    if "NoExtensionBias" in matcher.get_error():  # its name for: no token may come first
+        return "no answer can have this form"
     return clip(" ".join(matcher.get_error().partition("<state>")[0].split()), 300)
 
 

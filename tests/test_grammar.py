@@ -96,6 +96,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"regex": "a", "grammar": "b"}, "give one of them"),
     ({"regex": "a", "ignore_eos": True}, "ends with the form"),
     ({"regex": "a" * 70_000}, "regex has 70000 characters"),
+    ({"regex": r"[^\s\S]"}, "no answer can have this form"),
     ({"schema": WIDE}, "form cannot be kept: Parser Error"),
 ]
 

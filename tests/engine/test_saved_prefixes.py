@@ -171,6 +171,10 @@ def test_what_does_not_fit_is_refused_by_name(good: Path, tmp_path: Path) -> Non
         "its config.json differ": {"path": moved},
         "dtype float32, this pipeline has float16": {"path": IDEFICS3, "dtype": "float16"},
         "type idefics3, this pipeline has llama": {"path": LLAMA},
+        "tokens, this pipeline holds 8; load with a larger max_length": {
+            "path": IDEFICS3,
+            "max_length": 8,
+        },
     }
     for words, arguments in refused.items():
         with load(**{"dtype": "float32", **arguments}) as pipe:
