@@ -19,10 +19,8 @@ from mlx_vlm_pipes.arguments import (
     refuse_foreign_flags,
 )
 from mlx_vlm_pipes.command import INTERRUPTED, new_parser, put, put_json, run_command, say
-from mlx_vlm_pipes.display.view import require_folder, shown_answer
 from mlx_vlm_pipes.errors import InputError
 from mlx_vlm_pipes.options import PROMPT_OPTIONS, SAMPLING_OPTIONS, among
-from mlx_vlm_pipes.prompt_cache import PromptCache
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -96,12 +94,16 @@ def _run(args: argparse.Namespace) -> int:
             return _print_plan(pipe.plan(prompt, images, args.video, **options), args)
         cache = None
         if args.prompt_cache is not None:
+            from mlx_vlm_pipes.prompt_cache import PromptCache
+
             cache = PromptCache(pipe, args.prompt_cache, quiet=args.quiet)
         answer, chunks = Answer(args), pipe.stream(prompt, images, args.video, **options)
         status = answer.print(pipe, chunks if cache is None else cache.watch(chunks))
         if cache is not None:
             cache.keep(prompt, images, args.video, options)
         if args.show:
+            from mlx_vlm_pipes.display.view import shown_answer
+
             shown_answer(answer.text, chunks.media).save(args.show)
         return status
 
@@ -110,6 +112,8 @@ def _check_show(args: argparse.Namespace) -> None:
     """Raises: InputError for a --show that nothing can be written for."""
     if args.show is None:
         return
+    from mlx_vlm_pipes.display.view import require_folder
+
     require_folder(args.show)
     if not args.image and not args.video:
         raise InputError("--show: there is no picture to show; give --image or --video")

@@ -36,3 +36,11 @@ def test_an_answer_needs_no_torch_even_where_it_is_installed() -> None:
         f"print([m for m in {NEVER} if m in sys.modules])"
     )
     assert run(code).splitlines()[-1] == "[]"
+
+
+def test_commands_are_at_hand_at_once() -> None:
+    # Ctrl-C is answered in main: a large import before it would leave a traceback instead
+    names = ("generate", "chat", "convert", "check", "bench", "serve")
+    imports = "; ".join(f"import mlx_vlm_pipes.{name}" for name in names)
+    heavy = "[name for name in ('numpy', 'PIL', 'mlx') if name in sys.modules]"
+    assert run(f"import sys; {imports}; print({heavy})").strip() == "[]"
