@@ -46,19 +46,29 @@ def is_there(path: Path, error: type[PipesError]) -> bool:
 def whole_file(path: Path) -> Iterator[Path]:
     """A hidden name beside `path` to write to; it becomes `path` at the end, or disappears.
 
-    Raises: InputError where it cannot be written.
+    A file of this name is replaced, nothing else is. Raises: InputError where it cannot be written,
+    and for a device or a folder of this name.
     """
     with _WRITING:
-        is_there(path, InputError)  # refuses what cannot be the name of a file
+        if is_there(path, InputError) and not path.is_file():
+            name = clip(path, 200)
+            raise InputError(f"{name} is there and no plain file; choose another name")
         partial = unfinished_path(path)
         try:
             yield partial
             partial.replace(path)
         except OSError as error:
-            raise InputError(f"{path}: cannot be written ({error.strerror})") from None
+            name = clip(path, 200)
+            raise InputError(f"{name}: cannot be written ({error.strerror})") from None
         finally:
             with suppress(OSError):
                 partial.unlink(missing_ok=True)
+
+
+def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write a file by the name that a person gave, whole or not at all. Raises: as `whole_file`."""
+    with whole_file(user_path(path).absolute()) as partial:
+        partial.write_bytes(data)
 
 
 def unfinished_path(out: Path) -> Path:

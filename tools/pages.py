@@ -7,6 +7,7 @@ says. The notebooks of examples/ become pages of their own.
 from __future__ import annotations
 
 import base64
+import functools
 import html
 import inspect
 import json
@@ -25,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 import mlx_vlm_pipes  # noqa: E402
 from mlx_vlm_pipes import errors  # noqa: E402
 from mlx_vlm_pipes.__main__ import COMMANDS  # noqa: E402
+from mlx_vlm_pipes.generate import build_parser  # noqa: E402
 from mlx_vlm_pipes.options import (  # noqa: E402
     ALIASES,
     ELSEWHERE,
@@ -42,7 +44,7 @@ FIRST = ("load", "Pipeline", "GenerationResult")
 KINDS = (
     ("How a prompt is read", PromptOptions),
     ("How the next token is chosen, and where the answer ends", SamplingOptions),
-    ("What is told of the answer", GenerateOptions),
+    ("What an answer is held to, and what is told of it", GenerateOptions),
 )
 
 
@@ -84,8 +86,14 @@ def options() -> str:
 
 
 def _named(option: Option) -> str:
-    flag = f"<br>`--{option.name.replace('_', '-')}`" if option.has_flag else ""
-    return f"`{option.name}`{flag}"
+    flag = f"--{option.name.replace('_', '-')}"
+    has_flag = flag in _flags() and option.name != "adapter"  # the command's is a folder to load
+    return f"`{option.name}`<br>`{flag}`" if has_flag else f"`{option.name}`"
+
+
+@functools.cache
+def _flags() -> list[str]:
+    return re.findall(r"--[\w-]+", build_parser().format_help())
 
 
 def _given(option: Option) -> str:

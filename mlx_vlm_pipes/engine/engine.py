@@ -62,8 +62,7 @@ class Engine:
         Raises: InputError for bad sampling values and for requests of logits processors,
         OutOfBudget for what can never fit.
         """
-        if self.worker.is_current:
-            raise InputError("a logits processor asks the model that waits for it; ask another one")
+        self._require_other_thread()
 
         def queue() -> Handle:
             handle = self.scheduler.submit(context, decoder)
@@ -106,6 +105,8 @@ class Engine:
     ) -> OutcomeT:
         """Queue a request for something of its prompt alone, and wait for it."""
 
+        self._require_other_thread()
+
         def queue() -> tuple[Handle, OutcomeT]:
             handle, outcome = submit(context)
             handle.watch = watch
@@ -118,11 +119,21 @@ class Engine:
             handle.close()
         return outcome
 
+    def _require_other_thread(self) -> None:
+        """Raises: InputError on the owning thread, which would wait for itself."""
+        if self.worker.is_current:
+            raise InputError("a logits processor asks the model that waits for it; ask another one")
+
     def plan(self, context: TextContext) -> Plan:
         """What a request would need on this engine; nothing is computed."""
         resident = self.worker.call(mx.get_active_memory)
         state = self.scheduler.state
         return make_plan(state, context, resident, self.memory_bytes)
+
+    @property
+    def has_died(self) -> bool:
+        """Whether the owning thread has ended by itself: every request fails then."""
+        return self.worker.has_died
 
     @property
     def running(self) -> int:
