@@ -78,7 +78,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _greet(pipe: Pipeline, name: str | None) -> None:
-    model, memory = pipe.model, pipe.engine.scheduler.state.memory_bytes
+    model, memory = pipe.model, pipe.engine.memory_bytes
     say(model_name(name))
     say(
         f"{model.weight_bytes / 1e6:.4g} MB of weights, {model.dtype.name}, {model.device.label}; "
