@@ -15,7 +15,7 @@ from mlx_vlm_pipes.contexts import TextContext
 from mlx_vlm_pipes.engine.memory import set_limits
 from mlx_vlm_pipes.engine.plan import Plan, default_limits, make_plan
 from mlx_vlm_pipes.engine.requests import Handle, PromptLogits, PromptRow
-from mlx_vlm_pipes.engine.saving import PrefixFiles, SavedPrefix
+from mlx_vlm_pipes.engine.saved_prefixes import PrefixFiles, SavedPrefix
 from mlx_vlm_pipes.engine.scheduler import Scheduler
 from mlx_vlm_pipes.engine.state import EngineConfig, EngineStats
 from mlx_vlm_pipes.engine.text import StreamDecoder
@@ -62,8 +62,7 @@ class Engine:
         Raises: InputError for bad sampling values and for requests of logits processors,
         OutOfBudget for what can never fit.
         """
-        if self.worker.is_current:
-            raise InputError("a logits processor asks the model that waits for it; ask another one")
+        self._require_other_thread()
 
         def queue() -> Handle:
             handle = self.scheduler.submit(context, decoder)
@@ -106,6 +105,8 @@ class Engine:
     ) -> OutcomeT:
         """Queue a request for something of its prompt alone, and wait for it."""
 
+        self._require_other_thread()
+
         def queue() -> tuple[Handle, OutcomeT]:
             handle, outcome = submit(context)
             handle.watch = watch
@@ -117,6 +118,11 @@ class Engine:
         finally:
             handle.close()
         return outcome
+
+    def _require_other_thread(self) -> None:
+        """Raises: InputError on the owning thread, which would wait for itself."""
+        if self.worker.is_current:
+            raise InputError("a logits processor asks the model that waits for it; ask another one")
 
     def plan(self, context: TextContext) -> Plan:
         """What a request would need on this engine; nothing is computed."""

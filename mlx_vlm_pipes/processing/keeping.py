@@ -39,25 +39,52 @@ def stored_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any
     PIL images and arrays become PNGs, as RGB. Raises: InputError for a picture that is too large to
     be read back from a data URL, and for a value that is neither JSON nor a picture.
     """
-    return [{key: _stored(value, key) for key, value in m.items()} for m in messages]
+    return [
+        {
+            key: _content(value) if key == "content" else _plain(value, key)
+            for key, value in m.items()
+        }
+        for m in messages
+    ]
 
 
-def _stored(value: Any, key: str = "") -> Any:
-    """key: under which it stands in its message or part; a picture stands under one of its own."""
-    if value is None or isinstance(value, (bool, int, float)):
-        return value
-    if isinstance(value, os.PathLike) or (isinstance(value, str) and key in _MEDIA_KEYS):
+def _content(value: Any) -> Any:
+    """A text; or parts, of which only those of pictures and clips name files."""
+    if isinstance(value, Mapping):
+        return _part(value)
+    if isinstance(value, (list, tuple)):
+        return [_part(part) if isinstance(part, Mapping) else _plain(part) for part in value]
+    return _plain(value)
+
+
+def _part(part: Mapping[str, Any]) -> dict[str, Any]:
+    if isinstance(part.get("text"), str):
+        return _plain(part)
+    return {str(key): _source(value, str(key)) for key, value in part.items()}
+
+
+def _source(value: Any, key: str) -> Any:
+    """key: under which it stands in its part, or in the object that a part has for its source."""
+    if key not in _MEDIA_KEYS or value is None:
+        return _plain(value, key)
+    if isinstance(value, (str, os.PathLike)):
         return _lasting_name(value)
-    if isinstance(value, str):
+    if isinstance(value, Mapping):  # such as {"url": ...}
+        return {str(name): _source(item, str(name)) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):  # the frames of a clip
+        return [_source(frame, key) for frame in value]
+    return _data_url(value)
+
+
+def _plain(value: Any, key: str = "content") -> Any:
+    """The value, which is JSON already. Raises: InputError for another."""
+    if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, Mapping):
-        # {"image_url": {"url": ...}}: that url is a source whatever stands around it
-        return {str(name): _stored(item, str(name)) for name, item in value.items()}
+        return {str(name): _plain(item, str(name)) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_stored(item, key) for item in value]
-    if key not in _MEDIA_KEYS:
-        raise InputError(f"{key!r} of a message is a {type(value).__name__}; expected JSON")
-    return _data_url(value)
+        return [_plain(item, key) for item in value]
+    raise InputError(f"{key!r} of a message is a {type(value).__name__}; expected JSON")
 
 
 def _lasting_name(source: str | os.PathLike[str]) -> str:
