@@ -16,6 +16,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from mlx_vlm_pipes.media.records import MediaRecord
 from mlx_vlm_pipes.pipeline import Pipeline
 from mlx_vlm_pipes.processing.tokenizer import Tokenizer
 from mlx_vlm_pipes.processing.types import ProcessedPrompt
@@ -30,6 +31,7 @@ from mlx_vlm_pipes.server.gate import Gate
 from mlx_vlm_pipes.server.messages import MessageAnswer, error_body, read_messages, read_prompt
 from mlx_vlm_pipes.server.metrics import Metrics
 from mlx_vlm_pipes.server.models import Model, Models
+from mlx_vlm_pipes.server.page import page
 from mlx_vlm_pipes.server.responses import PROMPT as RESPONSE_PROMPT
 from mlx_vlm_pipes.server.responses import ResponseAnswer, Store, read_response
 from mlx_vlm_pipes.server.settings import ServerSettings
@@ -76,6 +78,7 @@ class Server:
         self.store = Store()
         self.app = Starlette(
             routes=[
+                Route("/", self._open(_page)),
                 Route("/health", self._open(_health)),
                 Route("/health/live", self._open(_live)),
                 Route("/metrics", self._guarded(_metrics)),
@@ -252,9 +255,28 @@ async def _plan(server: Server, request: Request) -> Response:
         return read_chat(body, tokenizer, server.settings)[0]
 
     def plan(pipe: Pipeline, prompt: ProcessedPrompt, options: dict[str, Any]) -> dict[str, Any]:
-        return pipe.plan(prompt, **options).as_dict()
+        media = [_seen(record) for record in prompt.media]
+        return {**pipe.plan(prompt, **options).as_dict(), "media": media}
 
     return await _told_before(server, request, read, plan)
+
+
+def _seen(record: MediaRecord) -> dict[str, Any]:
+    """What is told of a picture or clip. Sizes are (width, height) in pixels."""
+    tiles = record.tiles
+    return {
+        "kind": record.kind,
+        "source_size": record.source_size,
+        "resized_size": record.resized_size,
+        "tiles": {
+            "rows": tiles.rows,
+            "columns": tiles.columns,
+            "size": tiles.size,
+            "overview": tiles.overview,
+        },
+        "num_frames": record.num_frames,
+        "tokens": record.num_tokens,
+    }
 
 
 async def _told_before(
@@ -292,6 +314,10 @@ async def _one_model(server: Server, request: Request) -> Response:
 async def _metrics(server: Server, request: Request) -> Response:
     text = await anyio.to_thread.run_sync(server.metrics.text)
     return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+async def _page(server: Server, request: Request) -> Response:
+    return page()
 
 
 async def _live(server: Server, request: Request) -> Response:

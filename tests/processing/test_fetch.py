@@ -89,6 +89,24 @@ def test_redirects_are_judged_again(root: str, monkeypatch: pytest.MonkeyPatch) 
         load_image(f"{root}/away")
 
 
+def test_only_the_hosts_that_are_named_are_asked(
+    root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A redirect of one of them leads to another one only; a name as it stands is no permission
+    for its address."""
+    monkeypatch.setattr(web, "is_public", lambda text: True)
+    ours = frozenset({"127.0.0.1"})
+    assert fetch.fetch(f"{root}/image", hosts=ours) == picture_bytes()
+    monkeypatch.setitem(MOVED, "/away", root.replace("127.0.0.1", "localhost") + "/image")
+    with pytest.raises(MediaError, match="localhost is not one of the hosts"):
+        fetch.fetch(f"{root}/away", hosts=ours)
+    monkeypatch.undo()
+    monkeypatch.setenv("no_proxy", "*")
+    for host in ("127.1", "2130706433", "127.0.0.1"):
+        with pytest.raises(MediaError, match="no public address"):
+            fetch.fetch(f"http://{host}:1/image", hosts=frozenset({host}))
+
+
 def test_a_name_is_resolved_once(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A name server that answers with another address the second time is not asked again."""
     answers = ["127.0.0.1", "10.1.2.3"]

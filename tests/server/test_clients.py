@@ -21,6 +21,7 @@ from mlx_vlm_pipes.server.settings import ServerSettings
 from tests.server.driving import running
 from tests.server.test_tools import TEMPLATE
 
+pytestmark = pytest.mark.slow  # their imports alone take seconds
 IMAGE = (Path(__file__).parents[2] / "examples" / "images" / "shapes.png").read_bytes()
 ENCODED = base64.b64encode(IMAGE).decode()
 ASK = "Describe the picture."
