@@ -93,11 +93,12 @@ def figures(reason: str | None, usage: Usage, timings: Timings, memory: int) -> 
     kinds = [f"{usage.image_tokens} image"] if usage.image_tokens else []
     kinds += [f"{usage.cached_tokens} cached"] if usage.cached_tokens else []
     of_them = f" ({', '.join(kinds)})" if kinds else ""
+    drafts = f" ({usage.accepted_tokens} drafted)" if usage.drafted_tokens else ""
     ended = "cut at --max-tokens or --max-length" if reason == "length" else f"ended by {reason}"
     return [
         f"prompt: {usage.prompt_tokens} tokens{of_them}, {timings.prompt_s:.2f} s,"
         f" {rate(usage.prompt_tokens, timings.prompt_s):.0f} tokens/s",
-        f"answer: {usage.completion_tokens} tokens,"
+        f"answer: {usage.completion_tokens} tokens{drafts},"
         f" {rate(usage.completion_tokens - 1, timings.generation_s):.0f} tokens/s,"
         f" {ended}; peak {memory / 1e6:.0f} MB",
     ]
@@ -190,6 +191,8 @@ def _keywords(option: Option) -> dict[str, Any]:
         return {**shared, "type": _tools, "metavar": "FILE.json", "help": described}
     if option.name == "chat_template_kwargs":
         return {**shared, "action": _Variables, "metavar": "JSON"}
+    if option.choices:
+        return {**shared, "choices": option.choices}
     if option.default is not None:
         shared["help"] += f" (default {option.default})"
     return {**shared, "type": option.kind}
