@@ -51,8 +51,7 @@ class Decode:
         """
         flight = self._flight
         if flight is not None:
-            drafts = self._verify.width(flight.jobs) > 1  # from tokens that are to be read first
-            self._flight = None if drafts else self._follow(flight)
+            self._flight = self._follow(flight)
             self._read(flight)
             if self._flight is not None and self._flight.sampled is None:
                 self._sample(self._flight)
@@ -92,6 +91,8 @@ class Decode:
             return None
         if any(self._ends_by_length(job) or self._crosses(job) for job in flight.jobs):
             return None
+        if self._verify.width(flight.jobs) > 1:
+            return None  # drafts go on from tokens that are to be read first
         assert flight.sampled is not None
         inputs = self._state.model.prepare_next_token_inputs(flight.sampled.tokens, flight.inputs)
         return self._launch(inputs, flight.kv, flight.jobs)

@@ -64,15 +64,25 @@ class Lookup:
 
     def note(self, share: float) -> None:
         """This share of a draft was right."""
+        self._share = self._with(share)
         self._guess = []
-        self._share += RECENT * (share - self._share)
 
     def watch(self, tokens: np.ndarray) -> None:
         """A token has come that was not drafted, the last of int64 [n]."""
         if self._guess:
             if self._guess[self._right] == tokens[-1]:
                 self._right += 1
-                if self._right < len(self._guess):
+                is_enough = not self.is_on and self._with(self._guessed) >= LEAST_KEPT
+                if self._right < len(self._guess) and not is_enough:
                     return
-            self.note(self._right / len(self._guess))
+            self.note(self._guessed)
         self._guess, self._right = propose(tokens, DRAFT), 0
+
+    @property
+    def _guessed(self) -> float:
+        """The share of the guess that has come."""
+        return self._right / len(self._guess)
+
+    def _with(self, share: float) -> float:
+        """The share kept, once this one of a draft is counted."""
+        return self._share + RECENT * (share - self._share)

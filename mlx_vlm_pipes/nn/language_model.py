@@ -134,9 +134,7 @@ class LanguageModel:
             width = tokens.shape[0] // len(kv.rows)
             hidden, logits = self._decode(tokens, kv, position_ids, mode)
             kv.wrote([width] * len(kv.rows))
-            if width == 1:
-                return self._one_token_outputs(hidden, logits)
-            return self._verified_outputs(hidden, logits, width)
+            return self._decoded_outputs(hidden, logits, width)
         h = self.decoder.embed(tokens)
         added = None
         if image_embeddings is not None:
@@ -316,8 +314,10 @@ class LanguageModel:
             offsets = mx.arange(logits.shape[0] + 1, dtype=kind)
         return ModelOutputs(logits, logits, offsets, self._hidden(hidden, hidden))
 
-    def _verified_outputs(self, hidden: mx.array, logits: mx.array, width: int) -> ModelOutputs:
+    def _decoded_outputs(self, hidden: mx.array, logits: mx.array, width: int) -> ModelOutputs:
         """Every row has `width` active tokens, and logits at each."""
+        if width == 1:
+            return self._one_token_outputs(hidden, logits)
         last = slice(width - 1, None, width)
         offsets = mx.arange(0, logits.shape[0] + 1, width, dtype=mx.int64)
         return ModelOutputs(logits, logits[last], offsets, self._hidden(hidden, hidden[last]))
