@@ -66,7 +66,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=160)
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--cpu", action="store_true", help="the process's own seconds: busy machine")
+    parser.add_argument(
+        "--cpu", action="store_true", help="the process's own seconds: busy machine"
+    )
     parser.add_argument("--only", help="one of: " + ", ".join(PROMPTS))
     args = parser.parse_args()
     pipe = load(args.model)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from mlx_vlm_pipes.conversation import Conversation
     from mlx_vlm_pipes.engine.plan import Plan
     from mlx_vlm_pipes.engine.requests import Chunk, Handle, Timings, Usage
-    from mlx_vlm_pipes.engine.saving import SavedPrefix
+    from mlx_vlm_pipes.engine.saved_prefixes import SavedPrefix
     from mlx_vlm_pipes.engine.state import EngineConfig
     from mlx_vlm_pipes.errors import (
         CheckpointError,
@@ -65,7 +65,7 @@ _HOMES = {
     "PipelineConfig": "config",
     "Plan": "engine.plan",
     "SamplingParams": "contexts",
-    "SavedPrefix": "engine.saving",
+    "SavedPrefix": "engine.saved_prefixes",
     "Timings": "engine.requests",
     "Usage": "engine.requests",
     "load": "loading",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_vlm_pipes.options import ALIASES, ELSEWHERE, OPTIONS, Option, Texts, read_options
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from mlx_vlm_pipes.pipeline import Pipeline
 
 MAX_TOOLS_BYTES = 8 * 2**20
+BUNDLED_NAME = "tiny-idefics3"
 BUNDLED_NOTE = "using the bundled model (it knows coloured shapes); --model takes others"
 
 
@@ -53,6 +55,11 @@ def load_pipeline(args: argparse.Namespace) -> Pipeline:
     )
 
 
+def model_name(given: str | None) -> str:
+    """What the model that --model names is called: the last part of it, or the bundled one's."""
+    return BUNDLED_NAME if given is None else Path(given).name or given
+
+
 def add_media_options(group: argparse._ArgumentGroup, image_help: str) -> None:
     group.add_argument("--image", action="append", default=[], metavar="FILE", help=image_help)
     group.add_argument(
@@ -88,19 +95,17 @@ def given_options(args: argparse.Namespace) -> dict[str, Any]:
     return read_options({k: v for k, v in vars(args).items() if k in names}, OPTIONS)
 
 
-def figures(reason: str | None, usage: Usage, timings: Timings, memory: int) -> list[str]:
-    """Two lines about an answer that fit into 80 columns. memory: bytes."""
-    kinds = [f"{usage.image_tokens} image"] if usage.image_tokens else []
-    kinds += [f"{usage.cached_tokens} cached"] if usage.cached_tokens else []
-    of_them = f" ({', '.join(kinds)})" if kinds else ""
-    drafts = f" ({usage.accepted_tokens} drafted)" if usage.drafted_tokens else ""
+def figures_lines(reason: str | None, usage: Usage, timings: Timings, memory: int) -> list[str]:
+    """Two lines about an answer, one more of its drafts, that fit into 80 columns. memory: bytes."""
     ended = "cut at --max-tokens or --max-length" if reason == "length" else f"ended by {reason}"
+    kept = f"drafts: {usage.accepted_tokens} of {usage.drafted_tokens} tokens were right"
     return [
-        f"prompt: {usage.prompt_tokens} tokens{of_them}, {timings.prompt_s:.2f} s,"
+        f"prompt: {usage.prompt_tokens} tokens{usage.of_prompt}, {timings.prompt_s:.2f} s,"
         f" {rate(usage.prompt_tokens, timings.prompt_s):.0f} tokens/s",
-        f"answer: {usage.completion_tokens} tokens{drafts},"
+        f"answer: {usage.completion_tokens} tokens,"
         f" {rate(usage.completion_tokens - 1, timings.generation_s):.0f} tokens/s,"
         f" {ended}; peak {memory / 1e6:.0f} MB",
+        *([kept] if usage.drafted_tokens else []),
     ]
 
 

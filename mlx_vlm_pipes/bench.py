@@ -5,10 +5,14 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_vlm_pipes.arguments import BUNDLED_NOTE, add_model_options, load_pipeline
+from mlx_vlm_pipes.arguments import (
+    BUNDLED_NOTE,
+    add_model_options,
+    load_pipeline,
+    model_name,
+)
 from mlx_vlm_pipes.command import new_parser, put, put_json, run_command, say
 from mlx_vlm_pipes.errors import InputError
 from mlx_vlm_pipes.options import Option
@@ -16,7 +20,7 @@ from mlx_vlm_pipes.progress import bar
 
 if TYPE_CHECKING:
     from mlx_vlm_pipes.pipeline import Pipeline
-    from mlx_vlm_pipes.speed.bench import Grid
+    from mlx_vlm_pipes.speed.measure import Grid
 
 _EPILOG = """\
 example:
@@ -74,7 +78,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.model is None:
         say(BUNDLED_NOTE)
     from mlx_vlm_pipes.doctor.device.parts import machine_facts
-    from mlx_vlm_pipes.speed.bench import run_bench
+    from mlx_vlm_pipes.speed.measure import run_bench
     from mlx_vlm_pipes.speed.table import table_lines
 
     with load_pipeline(args) as pipe:
@@ -98,7 +102,7 @@ def _run(args: argparse.Namespace) -> int:
 def _model_facts(name: str | None, pipe: Pipeline) -> dict[str, Any]:
     model = pipe.model
     return {
-        "model": "tiny-idefics3" if name is None else Path(name).name or name,
+        "model": model_name(name),
         "dtype": model.dtype.name,
         "device": model.device.label,
         "weight_bytes": model.weight_bytes,
@@ -108,7 +112,7 @@ def _model_facts(name: str | None, pipe: Pipeline) -> dict[str, Any]:
 
 def _grid(args: argparse.Namespace) -> Grid:
     """Raises: InputError for a list that is none, and for numbers below 1."""
-    from mlx_vlm_pipes.speed.bench import Grid
+    from mlx_vlm_pipes.speed.measure import Grid
 
     prompts = [_whole("--prompt-tokens", text) for text in _listed(args.prompt_tokens)]
     if not prompts:

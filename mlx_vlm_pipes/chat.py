@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlx_vlm_pipes.arguments import (
@@ -14,6 +13,7 @@ from mlx_vlm_pipes.arguments import (
     add_options,
     given_options,
     load_pipeline,
+    model_name,
     refuse_foreign_flags,
 )
 from mlx_vlm_pipes.command import new_parser, run_command, say, terminable
@@ -79,7 +79,7 @@ def _run(args: argparse.Namespace) -> int:
 
 def _greet(pipe: Pipeline, name: str | None) -> None:
     model, memory = pipe.model, pipe.engine.scheduler.state.memory_bytes
-    say("tiny-idefics3" if name is None else Path(name).name or name)
+    say(model_name(name))
     say(
         f"{model.weight_bytes / 1e6:.4g} MB of weights, {model.dtype.name}, {model.device.label}; "
         f"holds {pipe.max_seq_len} tokens; {memory / 1e9:.3g} GB of memory"

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from mlx_vlm_pipes.errors import InputError, clip
 from mlx_vlm_pipes.given_media import listed, named_media
 from mlx_vlm_pipes.options import OPTIONS, GenerateOptions, own_names, read_options, shows, unfit
-from mlx_vlm_pipes.paths import user_path
+from mlx_vlm_pipes.paths import user_path, write_whole
 from mlx_vlm_pipes.processing.fetch import Access
 from mlx_vlm_pipes.processing.keeping import lasting, stored_messages
 
@@ -34,7 +34,7 @@ FORMAT, VERSION = "mlx_vlm_pipes conversation", 1
 MAX_FILE_BYTES = 2**30
 
 
-class Answers(Protocol):
+class Answerer(Protocol):
     """Whoever answers messages: a Pipeline."""
 
     def generate(
@@ -67,13 +67,13 @@ class Conversation:
     (messages of the role `tool`, say, are appended to it). options: what holds for every turn.
     """
 
-    def __init__(self, pipe: Answers, options: GenerateOptions) -> None:
+    def __init__(self, pipe: Answerer, options: GenerateOptions) -> None:
         given = read_options(options, OPTIONS)
         self.history: list[Message] = []
+        self._is_answering = False
         self.system = given.pop("system", None)
         self.options: dict[str, Any] = given
         self._pipe = pipe
-        self._is_answering = False
 
     def __repr__(self) -> str:
         return f"Conversation({len(self.history)} messages)"
@@ -82,12 +82,13 @@ class Conversation:
     def system(self) -> str | None:
         """The system message; a new one holds from the next turn on, None removes it."""
         first = self.history[0] if self.history else {}
-        return first["content"] if first.get("role") == "system" else None
+        return first.get("content") if first.get("role") == "system" else None
 
     @system.setter
     def system(self, text: str | None) -> None:
         if not (text is None or isinstance(text, str)):
             raise unfit("system", text, "a text or None")
+        self._require_rest()  # the answer brings its own history
         if self.history and self.history[0]["role"] == "system":
             del self.history[0]
         if text is not None:
@@ -178,16 +179,15 @@ class Conversation:
         Pictures stand in it by their absolute path, or as data URLs where they have none. Options
         are not saved. Raises: InputError for what cannot be written.
         """
-        file = user_path(path).absolute()
-        values = {"format": FORMAT, "version": VERSION, "messages": stored_messages(self.history)}
-        partial = file.parent / f".{file.name}.incomplete-{os.getpid()}"
         try:
-            partial.write_text(json.dumps(values, ensure_ascii=False, indent=1), encoding="utf-8")
-            partial.replace(file)
-        except (OSError, ValueError) as error:
-            partial.unlink(missing_ok=True)
-            reason = error.strerror if isinstance(error, OSError) else clip(error)
-            raise InputError(f"{clip(path, 200)}: cannot be written ({reason})") from None
+            messages = stored_messages(self.history)
+            values = {"format": FORMAT, "version": VERSION, "messages": messages}
+            text = json.dumps(values, ensure_ascii=False, indent=1).encode()
+        except RecursionError:
+            raise InputError(f"{clip(path, 200)}: messages too deep to be written") from None
+        except UnicodeEncodeError as error:
+            raise InputError(f"{clip(path, 200)}: cannot be written ({clip(error)})") from None
+        write_whole(path, text)
 
     def load(self, path: str | os.PathLike[str]) -> Self:
         """Take the history that `save` wrote, its system message too, in place of this one.
@@ -317,4 +317,15 @@ def _read_messages(path: str | os.PathLike[str]) -> list[Message]:
 
 
 def _is_message(message: object) -> bool:
-    return isinstance(message, dict) and isinstance(message.get("role"), str)
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        return False
+    content = message.get("content")
+    if message["role"] == "system" and not isinstance(content, (str, list)):
+        return False
+    return content is None or isinstance(content, str) or all(map(_is_part, listed(content)))
+
+
+def _is_part(part: object) -> bool:
+    if isinstance(part, dict):
+        return all(isinstance(part.get(key, ""), str) for key in ("type", "text"))
+    return isinstance(part, str)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mlx_vlm_pipes.arguments import (
     BUNDLED_NOTE,
     add_media_options,
     add_model_options,
     add_options,
-    figures,
+    figures_lines,
     given_options,
     load_pipeline,
     rate,
@@ -21,7 +21,7 @@ from mlx_vlm_pipes.arguments import (
 from mlx_vlm_pipes.command import INTERRUPTED, new_parser, put, put_json, run_command, say
 from mlx_vlm_pipes.display.view import require_folder, shown_answer
 from mlx_vlm_pipes.errors import InputError
-from mlx_vlm_pipes.options import OPTIONS, PROMPT_OPTIONS, SAMPLING_OPTIONS
+from mlx_vlm_pipes.options import OPTIONS, PROMPT_OPTIONS, SAMPLING_OPTIONS, among
 from mlx_vlm_pipes.prompt_cache import PromptCache
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def _run(args: argparse.Namespace) -> int:
     with load_pipeline(args) as pipe:
         if args.plan:
             if args.show:
-                reading = {k: v for k, v in options.items() if k in PROMPT_OPTIONS}
+                reading: Any = among(options, PROMPT_OPTIONS)
                 pipe.show(images, args.video, prompt, **reading).save(args.show)
             return _print_plan(pipe.plan(prompt, images, args.video, **options), args)
         cache = None
@@ -179,7 +179,7 @@ class Answer:
             return 0
         put("\n")
         if not self._is_quiet:
-            for line in figures(last.finish_reason, last.usage, last.timings, memory):
+            for line in figures_lines(last.finish_reason, last.usage, last.timings, memory):
                 say(line)
         return 0
 

@@ -17,7 +17,7 @@ from mlx_vlm_pipes.engine.worker import OwnerThread
 from mlx_vlm_pipes.errors import CheckpointNotFound, ConfigError, clip, shown
 from mlx_vlm_pipes.gguf.header import is_gguf, only_gguf
 from mlx_vlm_pipes.hf_config import HuggingFaceConfig, read_config
-from mlx_vlm_pipes.hub import download, is_hub_name
+from mlx_vlm_pipes.hub.download import download, is_hub_name
 from mlx_vlm_pipes.interfaces import InferenceSession, PipelineModelWithKVCache, ReturnLogits
 from mlx_vlm_pipes.options import Option, unfit
 from mlx_vlm_pipes.paths import is_there, user_path

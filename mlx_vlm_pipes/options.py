@@ -255,6 +255,11 @@ def own_names(given: Mapping[str, object]) -> dict[str, object]:
     return own
 
 
+def among(given: Mapping[str, Any], table: Mapping[str, Option]) -> dict[str, Any]:
+    """Those of the options that are in the table."""
+    return {name: value for name, value in given.items() if name in table}
+
+
 def complete_options(given: Mapping[str, object], table: Mapping[str, Option]) -> dict[str, Any]:
     """Every option of the table: as `read_options` gives it, or its default."""
     defaults = {name: option.read(option.default) for name, option in table.items()}

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
-from contextlib import suppress
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from mlx_vlm_pipes.errors import PipesError, clip
+from mlx_vlm_pipes.errors import InputError, PipesError, clip
+
+_WRITING = threading.Lock()  # one thread at a time: the hidden names are the process's
 
 
 def user_path(name: str | os.PathLike[str]) -> Path:
@@ -36,6 +40,35 @@ def is_there(path: Path, error: type[PipesError]) -> bool:
     except ValueError:
         raise error(f"{clip(path, 200)}: cannot be the name of a file") from None
     return True
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A hidden name beside `path` to write to; it becomes `path` at the end, or disappears.
+
+    A file of this name is replaced, nothing else is. Raises: InputError where it cannot be written,
+    and for a device or a folder of this name.
+    """
+    with _WRITING:
+        if is_there(path, InputError) and not path.is_file():
+            name = clip(path, 200)
+            raise InputError(f"{name} is there and no plain file; choose another name")
+        partial = unfinished_path(path)
+        try:
+            yield partial
+            partial.replace(path)
+        except OSError as error:
+            name = clip(path, 200)
+            raise InputError(f"{name}: cannot be written ({error.strerror})") from None
+        finally:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+
+
+def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write a file by the name that a person gave, whole or not at all. Raises: as `whole_file`."""
+    with whole_file(user_path(path).absolute()) as partial:
+        partial.write_bytes(data)
 
 
 def unfinished_path(out: Path) -> Path:

@@ -15,7 +15,7 @@ from mlx_vlm_pipes.display.view import View
 from mlx_vlm_pipes.engine.engine import Engine
 from mlx_vlm_pipes.engine.plan import Plan
 from mlx_vlm_pipes.engine.requests import ChunkIterator, Handle
-from mlx_vlm_pipes.engine.saving import SavedPrefix
+from mlx_vlm_pipes.engine.saved_prefixes import SavedPrefix
 from mlx_vlm_pipes.errors import ContextTooLong, InputError, shown
 from mlx_vlm_pipes.given_media import listed, named_media
 from mlx_vlm_pipes.grammar import Grammars
@@ -28,6 +28,7 @@ from mlx_vlm_pipes.options import (
     GenerateOptions,
     Option,
     PromptOptions,
+    among,
     complete_options,
     own_names,
     read_options,
@@ -402,8 +403,7 @@ class Pipeline:
         self, prompt: Prompt, images: Media, videos: Media, given: Mapping[str, Any]
     ) -> ProcessedPrompt:
         """Tokens and pixels of a request, with those of its options that concern them."""
-        reading = {name: value for name, value in given.items() if name in PROMPT_OPTIONS}
-        return self.encode(prompt, images, videos, **reading)
+        return self.encode(prompt, images, videos, **among(given, PROMPT_OPTIONS))
 
     def _start(
         self,
@@ -461,6 +461,5 @@ def sampling_params(options: Mapping[str, object]) -> SamplingParams:
 
     Raises: InputError, as `Option.read`.
     """
-    given = {name: value for name, value in options.items() if name in SAMPLING_OPTIONS}
-    values = complete_options(given, SAMPLING_OPTIONS)
+    values = complete_options(among(options, SAMPLING_OPTIONS), SAMPLING_OPTIONS)
     return SamplingParams(**{o.field: values[name] for name, o in SAMPLING_OPTIONS.items()})

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_vlm_pipes.command import say, terminable
 from mlx_vlm_pipes.errors import PrefixError
-from mlx_vlm_pipes.options import PROMPT_OPTIONS
+from mlx_vlm_pipes.options import PROMPT_OPTIONS, among
 from mlx_vlm_pipes.paths import user_path
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class PromptCache:
         """Write the file, where it gave too little to an answer that is complete."""
         if self._usage is None or _gave_enough(self._usage):
             return
-        reading: Any = {name: value for name, value in options.items() if name in PROMPT_OPTIONS}
+        reading: Any = among(options, PROMPT_OPTIONS)
         with terminable():
             saved = self._pipe.save_prefix(self._path, prompt, images, videos, **reading)
         size = f"{saved.nbytes / 1e6:.3g} MB"

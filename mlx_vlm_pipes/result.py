@@ -8,7 +8,7 @@ from typing import Any
 
 from mlx_vlm_pipes.display.boxes import Box, given_boxes, written_boxes
 from mlx_vlm_pipes.display.view import View, shown_answer
-from mlx_vlm_pipes.engine.requests import Chunk, Handle, Timings, Usage, figures
+from mlx_vlm_pipes.engine.requests import Chunk, Handle, Timings, Usage, figures_line
 from mlx_vlm_pipes.errors import InputError
 from mlx_vlm_pipes.interfaces import LogProbabilities
 from mlx_vlm_pipes.media.records import MediaRecord
@@ -54,7 +54,7 @@ class GenerationResult:
         (x, y), or dicts with bbox_2d and label; None for those of the answer, where there is one
         picture. Raises: InputError for what is no box, and for a picture that is not there.
         """
-        note = figures(self.finish_reason, self.usage, self.timings)
+        note = figures_line(self.finish_reason, self.usage, self.timings)
         if boxes is None:
             return shown_answer(self.text, self.media, note)
         return View(self.media, given_boxes(boxes), image, self.text.lstrip(), note)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mlx_vlm_pipes.command import new_parser, run_command, say
 from mlx_vlm_pipes.errors import ConfigError, PipesError
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from mlx_vlm_pipes.server.app import Server
     from mlx_vlm_pipes.server.settings import ServerSettings
 
+READY = b"r"  # a child tells its parent that it listens
 BUNDLED_NAME = "tiny-idefics3"
 _EPILOG = """\
 example:
@@ -56,6 +56,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     net.add_argument("--port", type=int, default=8080, help="0: any (default %(default)s)")
     net.add_argument("--api-key-file", type=Path, help="keys that are let in, one a line")
+    net.add_argument(
+        "--supervise", action="store_true", help="start the server again where its process dies"
+    )
+    net.add_argument("--child-fds", help=argparse.SUPPRESS)  # its socket, and its parent's end
     limits = parser.add_argument_group("limits")
     limits.add_argument("--max-waiting", type=int, default=64, help="requests that may wait")
     limits.add_argument("--max-body-mb", type=float, default=64, help="of a request")
@@ -77,10 +81,16 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 after SIGTERM or Ctrl-C, 2 for a user's mistake."""
-    return run_command(build_parser, _run, argv)
+    given = sys.argv[1:] if argv is None else argv
+    return run_command(build_parser, partial(_run, given), given)
 
 
-def _run(args: argparse.Namespace) -> int:
+def _run(argv: list[str], args: argparse.Namespace) -> int:
+    if args.supervise and not args.child_fds:
+        from mlx_vlm_pipes.server.supervise import Supervisor
+
+        with _listen(args.host, args.port) as listening:
+            return asyncio.run(Supervisor(argv, listening).run())
     try:
         from mlx_vlm_pipes.server.app import Server
         from mlx_vlm_pipes.server.models import Models
@@ -97,7 +107,8 @@ def _run(args: argparse.Namespace) -> int:
     given = _given_models(args)
     sizes = {name: partial(_weight_bytes, path) for name, path in given.items()}
     server = Server(Models(_openers(args, given), sizes), settings, is_local=is_local)
-    return asyncio.run(_serve(server, _listen(args.host, args.port), settings.timeout_s))
+    listening, parent = _sockets(args)
+    return asyncio.run(_serve(server, listening, parent))
 
 
 def _settings(args: argparse.Namespace) -> ServerSettings:
@@ -156,6 +167,14 @@ def _weight_bytes(path: str | None) -> int:
     return sum(file.stat().st_size for file in find_weight_files(resolve_folder(path)))
 
 
+def _sockets(args: argparse.Namespace) -> tuple[socket.socket, socket.socket | None]:
+    """The one to listen on, and the one to a supervising parent."""
+    if args.child_fds is None:
+        return _listen(args.host, args.port), None
+    listening, parent = (socket.socket(fileno=int(fd)) for fd in args.child_fds.split(","))
+    return listening, parent
+
+
 def _listen(host: str, port: int) -> socket.socket:
     """Raises: ConfigError where the address is taken or not ours."""
     try:
@@ -171,36 +190,41 @@ def _listen(host: str, port: int) -> socket.socket:
     return listening
 
 
-async def _serve(server: Server, listening: socket.socket, timeout_s: float) -> int:
-    """Listen at once, load meanwhile; end with 0 once a signal has come and all is answered."""
-    import uvicorn
-
+async def _serve(server: Server, listening: socket.socket, parent: socket.socket | None) -> int:
+    """Listen at once, load meanwhile; end with 0 once a signal has come, or the parent has gone,
+    and all is answered; with 1 where a model's thread has died."""
     from mlx_vlm_pipes.server.app import drain
+    from mlx_vlm_pipes.server.wire import web_server
 
-    config = uvicorn.Config(
-        server.app, log_level="warning", lifespan="on", timeout_graceful_shutdown=1,
-        access_log=False, h11_max_incomplete_event_size=64 * 1024,
-    )  # fmt: skip
-    uvicorn_server = _uvicorn_class()(config)
+    web = web_server(server.app, server.settings.timeout_s, lifespan="on")
     loop, stopping = asyncio.get_running_loop(), asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
-    serving = asyncio.create_task(uvicorn_server.serve(sockets=[listening]))
+    serving = asyncio.create_task(web.serve(sockets=[listening]))
     loading = asyncio.create_task(_load_first(server))
+    dying = asyncio.create_task(server.models.died())
+    stopped = asyncio.create_task(stopping.wait())
     host, port = listening.getsockname()[:2]
     say(f"listening on http://{host}:{port}/v1; Ctrl-C ends it")
-    stopped = asyncio.create_task(stopping.wait())
-    await asyncio.wait({serving, loading, stopped}, return_when=asyncio.FIRST_COMPLETED)
-    if loading.done() and not loading.exception() and not stopping.is_set():
-        await asyncio.wait({serving, stopped}, return_when=asyncio.FIRST_COMPLETED)
+    if parent is not None:
+        parent.send(READY)
+        loop.add_reader(parent, stopping.set)  # it says nothing: its end has come
+    waited: set[asyncio.Task[Any]] = {serving, loading, dying, stopped}
+    await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+    if loading.done() and not loading.exception():
+        await asyncio.wait(waited - {loading}, return_when=asyncio.FIRST_COMPLETED)
     if stopping.is_set():
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(number)  # a second one ends it at once
         say("ending: no new requests; waiting for those that run")
-        await drain(server, timeout_s)
-    uvicorn_server.should_exit = True
+        await drain(server)
+    web.should_exit = True
     await serving
-    stopped.cancel()
+    if dying.done():
+        say(f"error: the thread of {dying.result()} has died")
+        return 1
+    for task in (dying, stopped):
+        task.cancel()
     if loading.done():
         loading.result()
     return 0
@@ -218,19 +242,6 @@ async def _load_first(server: Server) -> None:
         server.models.is_starting = False
     server.gate.rows = pipe.engine.config.max_batch_size
     say(f"ready: {first.name}, {pipe!r}")
-
-
-def _uvicorn_class() -> type:
-    import uvicorn
-
-    class Quiet(uvicorn.Server):
-        """Signals are ours: uvicorn would end the process with one after a drain."""
-
-        @contextlib.contextmanager
-        def capture_signals(self) -> Iterator[None]:
-            yield
-
-    return Quiet
 
 
 if __name__ == "__main__":

@@ -107,10 +107,6 @@ class Speech:
             pieces.append(Piece(Kind.TEXT, self._reader.raw))
         return _joined(pieces)
 
-    @property
-    def has_called(self) -> bool:
-        return self._calls >= 0
-
     def _run(self) -> Iterator[Piece]:
         while True:
             before = (self._state, self._held)

@@ -78,7 +78,10 @@ def test_convert(name: str, wrong: Any) -> None:
         (lambda p: p.generate_batch([5]), "a request is 5, expected a prompt, messages, or a"),
         (lambda p: p.generate_batch([None]), "a request is None, expected"),
         (lambda p: p.generate_batch([b"x"]), "a request is b'x', expected"),
-        (lambda p: p.generate_batch([["a"]]), "message 0 is not an object with a text as"),
+        (
+            lambda p: p.generate_batch([["a"]]),
+            "message 0 is a text; several prompts are for generate_batch",
+        ),
         (lambda p: p.generate_batch(None), "requests is None, expected a list"),
         (lambda p: p.generate_batch("Hello"), "requests is 'Hello', expected a list"),
         (lambda p: p.generate_batch({"prompt": "x"}), "requests is {'prompt': 'x'}, expected a l"),

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from mlx_vlm_pipes import GenerationResult, Timings, Usage, bench, load
-from mlx_vlm_pipes.speed.bench import Cell
+from mlx_vlm_pipes.speed.measure import Cell
 from mlx_vlm_pipes.speed.stopwatch import decode_rate, text_prompt, tower_seconds
 from tests.fixtures_helper import FIXTURES
 

@@ -2,8 +2,10 @@
 
 import io
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -127,6 +129,8 @@ def test_a_stream_that_is_left_keeps_what_was_said(pipe: Pipeline) -> None:
     stream = chat.stream("Describe the picture.", images=SHAPES)
     with pytest.raises(InputError, match="still being streamed"):
         chat.send("And now?")
+    with pytest.raises(InputError, match="still being streamed"):
+        chat.system = "The end of the stream would take it away again."
     words = next(stream).text + next(stream).text
     stream.close()
     assert words.strip()
@@ -254,7 +258,17 @@ def test_only_pictures_are_made_absolute(pipe: Pipeline, tmp_path: Path) -> None
         (b"[1, 2]", "no conversation"),
         (b'{"model_type": "llama"}', "no conversation"),
         (b'{"format": "mlx_vlm_pipes conversation", "version": 2}', "format 2"),
-        (b'{"format": "mlx_vlm_pipes conversation", "version": 1, "messages": [3]}', "damaged"),
+        *(
+            (b'{"format": "mlx_vlm_pipes conversation", "version": 1, "messages": [%b]}' % m, "dam")
+            for m in (
+                b"3",
+                b'{"role": "system"}',
+                b'{"role": "user", "content": 5}',
+                b'{"role": "user", "content": [5]}',
+                b'{"role": "user", "content": [{"type": []}]}',
+                b'{"role": "user", "content": [{"type": "text", "text": null}]}',
+            )
+        ),
     ],
 )
 def test_what_is_no_conversation_is_refused_by_name(
@@ -271,8 +285,24 @@ def test_what_is_no_conversation_is_refused_by_name(
 
 def test_what_cannot_be_saved_leaves_no_file(pipe: Pipeline, tmp_path: Path) -> None:
     chat = pipe.chat()
-    with pytest.raises(InputError, match="cannot be written"):
-        chat.save(tmp_path / "no" / "chat.json")
+    with pytest.raises(InputError, match="cannot be the name of a file"):
+        chat.save(tmp_path / "a\0b.json")
+    for name in ("no/chat.json", "a" * 255):
+        with pytest.raises(InputError, match="cannot be written"):
+            chat.save(tmp_path / name)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="is there and no plain file"):
+        chat.save(tmp_path / "pipe")
+    (tmp_path / "pipe").unlink()
+    circle: list[Any] = []
+    circle.append(circle)
+    chat.history.append({"role": "user", "content": circle})
+    with pytest.raises(InputError, match="too deep"):
+        chat.save(tmp_path / "chat.json")
+    chat.history[-1] = {"role": "user", "content": "half a pair: \ud800"}
+    with pytest.raises(InputError, match=r"cannot be written .*surrogates"):
+        chat.save(tmp_path / "chat.json")
+    chat.history.clear()
     chat.history.append({"role": "user", "content": {1, 2}})
     with pytest.raises(InputError, match="'content' of a message is a set"):
         chat.save(tmp_path / "chat.json")

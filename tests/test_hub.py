@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from mlx_vlm_pipes.hub import Repository, _bars, _interruptible
+from mlx_vlm_pipes.hub.bars import download_bars, interruptible
 from tests.fixtures_helper import FIXTURES
 from tests.hub_server import Repo, serving
 
@@ -199,7 +199,7 @@ def test_a_copy_in_the_cache_is_taken(told: dict[str, Any]) -> None:
 
 def test_ctrl_c_ends_what_has_begun() -> None:
     """The thread that downloads finds out at the next bytes, not at the end of its file."""
-    place, ended = Repository("a/b", None, has_bar=False), threading.Event()
+    ended = threading.Event()
 
     def endless() -> str:
         progress_bar = bars(unit="B")
@@ -211,6 +211,6 @@ def test_ctrl_c_ends_what_has_begun() -> None:
         finally:
             ended.set()
 
-    with _bars(place) as bars, pytest.raises(KeyboardInterrupt):
-        _interruptible(endless, bars)
+    with download_bars("a/b", is_on=False) as bars, pytest.raises(KeyboardInterrupt):
+        interruptible(endless, bars)
     assert ended.wait(10)

@@ -1,6 +1,6 @@
-"""The notebooks run from top to bottom, without network, in a minute each."""
+"""The notebooks run from top to bottom, without network, in a minute of a core each."""
 
-import time
+import os
 from pathlib import Path
 
 import nbformat
@@ -27,16 +27,22 @@ def marked(path: Path) -> object:
 
 def run(path: Path) -> nbformat.NotebookNode:
     notebook = nbformat.read(path, as_version=4)
-    client = NotebookClient(notebook, timeout=60, resources={"metadata": {"path": str(EXAMPLES)}})
+    client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(EXAMPLES)}})
     client.execute()
     return notebook
 
 
+def kernel_seconds() -> float:
+    """Processor time of all kernels that have ended: another's work on the machine is not in it."""
+    times = os.times()
+    return times.children_user + times.children_system
+
+
 @pytest.mark.parametrize("path", [*map(marked, sorted(EXAMPLES.glob("*.ipynb")))])
 def test_notebook_runs(path: Path) -> None:
-    begun = time.perf_counter()
+    before = kernel_seconds()
     run(path)
-    assert time.perf_counter() - begun < 60
+    assert kernel_seconds() - before < 60
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.ipynb")), ids=lambda path: path.stem)

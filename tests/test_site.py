@@ -58,6 +58,13 @@ def test_every_architecture_has_a_page_and_a_row(room: str) -> None:
     assert f"[`{room}`]({room}.md)" in (DOCS / "architectures" / "index.md").read_text()
 
 
+def test_every_extra_is_told() -> None:
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    section = project.split("[project.optional-dependencies]")[1].split("\n[project")[0]
+    told = re.findall(r"`([\w-]+)`", (DOCS / "index.md").read_text(encoding="utf-8"))
+    assert set(re.findall(r"^([\w-]+) = \[", section, re.MULTILINE)) <= set(told)
+
+
 def test_the_repository_s_address_is_the_same_everywhere() -> None:
     address = re.search(r'Homepage = "([^"]+)"', (ROOT / "pyproject.toml").read_text())
     assert address is not None
@@ -105,3 +112,6 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "reference" / "python.html").is_file()
+    for page in tmp_path.rglob("*.html"):  # mkdocs does not look into HTML that pages hold
+        for source in re.findall(r'<img[^>]* src="([^":]+)"', page.read_text(encoding="utf-8")):
+            assert (page.parent / source).is_file(), f"{page.name}: {source}"

@@ -50,9 +50,7 @@ CASES: list[tuple[str | None, bool, str, str, str, list[tuple[str, Any]]]] = [
 
 def spoken(form: str | None, thinks: bool, parts: list[str]) -> list[Piece]:
     speech = Speech(FORMS[form] if form else None, thinks=thinks)
-    pieces = [piece for part in parts for piece in speech.add(part)] + speech.finish()
-    assert speech.has_called == any(piece.kind is Kind.CALL for piece in pieces)
-    return pieces
+    return [piece for part in parts for piece in speech.add(part)] + speech.finish()
 
 
 def read(pieces: list[Piece]) -> tuple[str, str, list[tuple[str, Any]]]:

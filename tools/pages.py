@@ -7,6 +7,8 @@ says. The notebooks of examples/ become pages of their own.
 from __future__ import annotations
 
 import base64
+import functools
+import html
 import inspect
 import json
 import os
@@ -24,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 import mlx_vlm_pipes  # noqa: E402
 from mlx_vlm_pipes import errors  # noqa: E402
 from mlx_vlm_pipes.__main__ import COMMANDS  # noqa: E402
+from mlx_vlm_pipes.generate import build_parser  # noqa: E402
 from mlx_vlm_pipes.options import (  # noqa: E402
     ALIASES,
     ELSEWHERE,
@@ -41,7 +44,7 @@ FIRST = ("load", "Pipeline", "GenerationResult")
 KINDS = (
     ("How a prompt is read", PromptOptions),
     ("How the next token is chosen, and where the answer ends", SamplingOptions),
-    ("What is told of the answer", GenerateOptions),
+    ("What an answer is held to, and what is told of it", GenerateOptions),
 )
 
 
@@ -83,8 +86,14 @@ def options() -> str:
 
 
 def _named(option: Option) -> str:
-    flag = f"<br>`--{option.name.replace('_', '-')}`" if option.has_flag else ""
-    return f"`{option.name}`{flag}"
+    flag = f"--{option.name.replace('_', '-')}"
+    has_flag = flag in _flags() and option.name != "adapter"  # the command's is a folder to load
+    return f"`{option.name}`<br>`{flag}`" if has_flag else f"`{option.name}`"
+
+
+@functools.cache
+def _flags() -> list[str]:
+    return re.findall(r"--[\w-]+", build_parser().format_help())
 
 
 def _given(option: Option) -> str:
@@ -248,6 +257,7 @@ def notebook_page(path: Path) -> str:
 def linked(text: str, root: str) -> str:
     """A notebook's links as the site has them; root: the way from the page to the site's first."""
     text = re.sub(r"\]\((\w+)\.ipynb\)", rf"]({root}notebooks/\1.md)", text)
+    text = re.sub(r'src="images/', f'src="{root}examples/images/', text)
     text = re.sub(r"\]\(\.\./docs/", f"]({root}", text)
     return re.sub(r"\]\(\.\./(\w+\.md)\)", rf"]({repository()}/blob/main/\1)", text)
 
@@ -267,7 +277,8 @@ def output_of(output: dict[str, Any]) -> str:
     if "image/png" in data:
         encoded = "".join(data["image/png"]).replace("\n", "")
         base64.b64decode(encoded, validate=True)
-        return f'<img alt="what the cell draws" src="data:image/png;base64,{encoded}">'
+        alt = html.escape(output["metadata"].get("image/png", {}).get("alt", "what the cell draws"))
+        return f'<img alt="{alt}" src="data:image/png;base64,{encoded}">'
     if "text/html" in data:
         return f'<div class="output">{"".join(data["text/html"])}</div>'
     return fenced("".join(data.get("text/plain", "")))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any, Generic, Literal, TypeVar
 
 from mlx_vlm_pipes.architectures.grid_config import GridTowerConfig
+from mlx_vlm_pipes.architectures.grid_facts import TOKEN_IDS
 from mlx_vlm_pipes.architectures.llama3.model_config import Llama3Config
 from mlx_vlm_pipes.architectures.part_fields import WithPartFields
 from mlx_vlm_pipes.architectures.vision_language_config import TwoPartConfig
@@ -29,7 +30,6 @@ from mlx_vlm_pipes.interfaces import ReturnLogits
 from mlx_vlm_pipes.quantization import QuantConfig
 from mlx_vlm_pipes.weights import WeightData
 
-IMAGE_TOKEN_ID, VIDEO_TOKEN_ID, VISION_START_TOKEN_ID = 151655, 151656, 151652
 MROPE_SECTION = [16, 24, 24]
 
 
@@ -75,11 +75,7 @@ class MRopeConfig(WithPartFields, TwoPartConfig, Generic[TowerT]):
         vision.check_width(llm.hidden_size)
         return {
             "devices": pipeline_config.model.devices,
-            "image_token_id": lookup(cfg, "image_token_id", default=IMAGE_TOKEN_ID),
-            "video_token_id": lookup(cfg, "video_token_id", default=VIDEO_TOKEN_ID),
-            "vision_start_token_id": lookup(
-                cfg, "vision_start_token_id", default=VISION_START_TOKEN_ID
-            ),
+            **{name: lookup(cfg, name, default=token) for name, token in TOKEN_IDS.items()},
             "spatial_merge_size": vision.spatial_merge_size,
             "mrope_section": _mrope_section(text_cfg),
             "vision_config": vision,

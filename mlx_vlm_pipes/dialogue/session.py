@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_vlm_pipes.arguments import figures
+from mlx_vlm_pipes.arguments import figures_lines
 from mlx_vlm_pipes.command import INTERRUPTED, USER_MISTAKE, put, say
 from mlx_vlm_pipes.dialogue.dropped import (
     dropped_files,
@@ -21,7 +21,7 @@ from mlx_vlm_pipes.dialogue.dropped import (
 )
 from mlx_vlm_pipes.display.view import shown_answer
 from mlx_vlm_pipes.errors import ContextTooLong, InputError, OutOfBudget, PipesError, clip
-from mlx_vlm_pipes.options import PROMPT_OPTIONS
+from mlx_vlm_pipes.options import PROMPT_OPTIONS, among
 from mlx_vlm_pipes.paths import user_path
 from mlx_vlm_pipes.processing.fetch import Access, is_url
 from mlx_vlm_pipes.processing.images import describe
@@ -58,7 +58,7 @@ Ctrl-C stops an answer and keeps what was said; twice at the prompt it leaves.""
 
 
 @dataclass(frozen=True)
-class Waiting:
+class Attachment:
     """A picture or clip for the next message. kind: "image" or "video"."""
 
     kind: str
@@ -72,7 +72,7 @@ class Session:
         self, pipe: Pipeline, chat: Conversation, lines: Lines, *, has_limit: bool
     ) -> None:
         self._pipe, self._chat, self._lines, self._has_limit = pipe, chat, lines, has_limit
-        self._waiting: list[Waiting] = []
+        self._waiting: list[Attachment] = []
         self._last: Chunk | None = None
         self._seen: tuple[str, Sequence[MediaRecord]] = "", ()  # the last answer, and its media
         self._had_mistake = False
@@ -121,9 +121,9 @@ class Session:
         model. Raises: PipesError where one cannot be read, or the model takes none.
         """
         options = self._chat.options
-        reading = {name: options[name] for name in PROMPT_OPTIONS if name in options}
+        reading = among(options, PROMPT_OPTIONS)
         access = Access(allow_private=options.get("allow_private", False))
-        added = [Waiting(kind, lasting(source, access)) for source in sources]
+        added = [Attachment(kind, lasting(source, access)) for source in sources]
         for one, source in zip(added, sources, strict=True):
             media = {f"{kind}s": [one.source]}
             for record in self._pipe.encode("", **media, **reading).media:
@@ -298,7 +298,7 @@ class Session:
             say("no whole answer yet")
             return
         memory = self._pipe.peak_memory_bytes()
-        for line in figures(last.finish_reason, last.usage, last.timings, memory):
+        for line in figures_lines(last.finish_reason, last.usage, last.timings, memory):
             say(line)
         used = last.usage.prompt_tokens + last.usage.completion_tokens
         say(f"{self._described()}, {used} of {self._pipe.max_seq_len} tokens")

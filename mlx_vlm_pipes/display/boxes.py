@@ -17,7 +17,7 @@ import numpy as np
 
 from mlx_vlm_pipes.errors import InputError, shown
 from mlx_vlm_pipes.facts import Coordinates
-from mlx_vlm_pipes.media.records import MediaRecord
+from mlx_vlm_pipes.media.records import FAR, MediaRecord
 
 KEYS = ("bbox_2d", "point_2d")
 MAX_BOXES = 200  # of one answer
@@ -74,7 +74,7 @@ def _from_numbers(values: Any) -> Box | None:
     if not isinstance(values, (list, tuple)) or len(values) not in (2, 4):
         return None
     good = all(
-        isinstance(v, (int, float, np.number)) and abs(v) < 1e9 for v in values
+        isinstance(v, (int, float, np.number)) and abs(v) < FAR for v in values
     )  # no NaN passes
     return Box(tuple(values)) if good else None
 
@@ -110,9 +110,14 @@ def _in_text(text: str) -> list[Box]:
     for match in sorted(matches, key=lambda one: one.start()):
         label = _label(text[end : match.start()])
         inner = LISTS.findall(match[0]) or [match.groups()]
-        found += [Box(tuple(float(v) for v in values), label) for values in inner if values]
+        found += [Box(box.values, label) for box in map(_from_written, inner) if box]
         end = match.end()
     return found
+
+
+def _from_written(numbers: Sequence[str]) -> Box | None:
+    """None for numbers beyond any picture, which a model that repeats itself may write."""
+    return _from_numbers([float(number) for number in numbers])
 
 
 def _label(before: str) -> str:

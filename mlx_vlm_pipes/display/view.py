@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 from mlx_vlm_pipes.display.boxes import Box, drawn_boxes
 from mlx_vlm_pipes.display.html import answer_html, card, media_html, quiet_html
 from mlx_vlm_pipes.display.pictures import draw_all
-from mlx_vlm_pipes.errors import InputError
+from mlx_vlm_pipes.errors import InputError, shown
 from mlx_vlm_pipes.media.records import MediaRecord
-from mlx_vlm_pipes.paths import user_path
+from mlx_vlm_pipes.paths import user_path, write_whole
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -37,8 +37,11 @@ class View:
         figures: str = "",
     ) -> None:
         self.media = tuple(media)
-        if boxes and not (0 <= image < len(media) and media[image].kind == "image"):
-            raise InputError(f"no picture number {image} to draw boxes on; there are {len(media)}")
+        places = [i for i, record in enumerate(media) if record.kind == "image"]
+        if boxes and image not in places:
+            raise InputError(
+                f"no picture number {shown(image)} to draw boxes on; there are {len(media)}"
+            )
         self._boxes = [tuple(boxes) if i == image else () for i in range(len(media))]
         self._answer, self._figures = answer, figures
 
@@ -88,14 +91,6 @@ def require_folder(path: str | os.PathLike[str]) -> None:
 
 def save_picture(picture: Image, path: str | os.PathLike[str]) -> None:
     """As `View.save`."""
-    kind, target = picture_kind(path), user_path(path)
-    file = io.BytesIO()
+    kind, file = picture_kind(path), io.BytesIO()
     picture.save(file, kind)
-    partial = target.parent / f".{target.name}.incomplete-{os.getpid()}"
-    try:
-        partial.write_bytes(file.getvalue())
-        partial.replace(target)
-    except OSError as error:
-        raise InputError(f"{target}: cannot be written ({error.strerror})") from None
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(path, file.getvalue())

@@ -15,7 +15,7 @@ from mlx_vlm_pipes.contexts import TextContext
 from mlx_vlm_pipes.engine.memory import set_limits
 from mlx_vlm_pipes.engine.plan import Plan, default_limits, make_plan
 from mlx_vlm_pipes.engine.requests import Handle, PromptLogits, PromptRow
-from mlx_vlm_pipes.engine.saving import PrefixFiles, SavedPrefix
+from mlx_vlm_pipes.engine.saved_prefixes import PrefixFiles, SavedPrefix
 from mlx_vlm_pipes.engine.scheduler import Scheduler
 from mlx_vlm_pipes.engine.state import EngineConfig, EngineStats
 from mlx_vlm_pipes.engine.text import StreamDecoder
@@ -62,8 +62,7 @@ class Engine:
         Raises: InputError for bad sampling values and for requests of logits processors,
         OutOfBudget for what can never fit.
         """
-        if self.worker.is_current:
-            raise InputError("a logits processor asks the model that waits for it; ask another one")
+        self._require_other_thread()
 
         def queue() -> Handle:
             handle = self.scheduler.submit(context, decoder)
@@ -106,6 +105,8 @@ class Engine:
     ) -> OutcomeT:
         """Queue a request for something of its prompt alone, and wait for it."""
 
+        self._require_other_thread()
+
         def queue() -> tuple[Handle, OutcomeT]:
             handle, outcome = submit(context)
             handle.watch = watch
@@ -118,11 +119,21 @@ class Engine:
             handle.close()
         return outcome
 
+    def _require_other_thread(self) -> None:
+        """Raises: InputError on the owning thread, which would wait for itself."""
+        if self.worker.is_current:
+            raise InputError("a logits processor asks the model that waits for it; ask another one")
+
     def plan(self, context: TextContext) -> Plan:
         """What a request would need on this engine; nothing is computed."""
         resident = self.worker.call(mx.get_active_memory)
         state = self.scheduler.state
         return make_plan(state, context, resident, state.memory_bytes)
+
+    @property
+    def has_died(self) -> bool:
+        """Whether the owning thread has ended by itself: every request fails then."""
+        return self.worker.has_died
 
     @property
     def running(self) -> int:

@@ -20,9 +20,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -31,8 +29,8 @@ import numpy as np
 
 from mlx_vlm_pipes.dtypes import DType
 from mlx_vlm_pipes.encoding import COMPUTE_TYPES
-from mlx_vlm_pipes.errors import InputError, PrefixError, WeightsError, clip
-from mlx_vlm_pipes.paths import is_there, unfinished_path
+from mlx_vlm_pipes.errors import PrefixError, WeightsError, clip
+from mlx_vlm_pipes.paths import is_there, whole_file
 from mlx_vlm_pipes.weights.safetensors import (
     Header,
     HostArray,
@@ -42,7 +40,6 @@ from mlx_vlm_pipes.weights.safetensors import (
 
 FORMAT, VERSION = "mlx_vlm_pipes.prefix", 1
 TOKENS, IMAGES, CACHE, FEATURES = "tokens", "images", "cache.", "features."
-_WRITING = threading.Lock()  # one thread at a time: the hidden names are the process's
 Shapes = Mapping[str, tuple[DType, tuple[int, ...]]]
 
 
@@ -191,7 +188,7 @@ def write_prefix(path: Path, owner: PrefixOwner, arrays: Mapping[str, HostArray]
     metadata = {name: str(value) for name, value in asdict(owner).items()}
     metadata |= {"format": FORMAT, "version": str(VERSION), "prompt": prompt_digest(arrays)}
     metadata["content"] = _content_digest(metadata, arrays)
-    with _whole_file(path) as partial:
+    with whole_file(path) as partial:
         write_host_arrays(partial, arrays, metadata)
     return sum(array.data.nbytes for array in arrays.values())
 
@@ -213,21 +210,6 @@ def require_replaceable(path: Path) -> None:
         raise PrefixError(
             f"{clip(path, 200)} is there and no whole prefix file; choose another name or remove it"
         )
-
-
-@contextmanager
-def _whole_file(path: Path) -> Iterator[Path]:
-    """A hidden name beside `path` to write to; it becomes `path` at the end, or disappears."""
-    with _WRITING:
-        partial = unfinished_path(path)
-        try:
-            yield partial
-            partial.replace(path)
-        except OSError as error:
-            raise InputError(f"{path}: cannot be written ({error.strerror})") from None
-        finally:
-            with suppress(OSError):
-                partial.unlink(missing_ok=True)
 
 
 def prompt_digest(arrays: Mapping[str, HostArray]) -> str:

@@ -9,6 +9,7 @@ import os
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -40,6 +41,13 @@ class Usage:
     completion_tokens: int
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+
+    @property
+    def of_prompt(self) -> str:
+        """How many of the prompt's tokens are pictures' or were cached, in brackets; or empty."""
+        kinds = [f"{self.image_tokens} image"] if self.image_tokens else []
+        kinds += [f"{self.cached_tokens} cached"] if self.cached_tokens else []
+        return f" ({', '.join(kinds)})" if kinds else ""
 
 
 @dataclass(frozen=True)
@@ -73,16 +81,13 @@ class Chunk:
     stop: str | None = None
 
 
-def figures(reason: str | None, usage: Usage, timings: Timings) -> str:
+def figures_line(reason: str | None, usage: Usage, timings: Timings) -> str:
     """What a request was and took, in one line."""
-    kinds = [f"{usage.image_tokens} image"] if usage.image_tokens else []
-    kinds += [f"{usage.cached_tokens} cached"] if usage.cached_tokens else []
-    of_them = f" ({', '.join(kinds)})" if kinds else ""
     seconds, more = timings.generation_s, max(usage.completion_tokens - 1, 0)
     rate = f", {more / seconds:.0f} a second" if more and seconds > 0 else ""
     ended = "cut at its length limit" if reason == "length" else f"ended by {reason}"
     return (
-        f"{usage.prompt_tokens} prompt tokens{of_them} in {timings.prompt_s:.2f} s · "
+        f"{usage.prompt_tokens} prompt tokens{usage.of_prompt} in {timings.prompt_s:.2f} s · "
         f"{usage.completion_tokens} new tokens{rate} · {ended}"
     )
 
@@ -99,7 +104,7 @@ def show_in_cell(media: Sequence[MediaRecord], take: Callable[[], Chunk | None])
         while (chunk := take()) is not None:
             cell.add(chunk.text)
             if chunk.usage is not None and chunk.timings is not None:
-                note = figures(chunk.finish_reason, chunk.usage, chunk.timings)
+                note = figures_line(chunk.finish_reason, chunk.usage, chunk.timings)
     finally:
         cell.finish(note)
 
@@ -136,6 +141,7 @@ class Handle:
         self._queue: queue.SimpleQueue[Chunk | Work | BaseException | None] = queue.SimpleQueue()
         self._closed = threading.Event()
         self._done = False
+        self._again: deque[Chunk] = deque()  # shown in a cell, to be read once more
         self._wakes: tuple[Callable[[], object], ...] = ()  # of async readers
         self._lock = threading.Lock()  # for _wakes
         self._process = os.getpid()
@@ -180,17 +186,7 @@ class Handle:
             self.close()
             raise
         finally:
-            self._put_back(chunks)
-
-    def _put_back(self, chunks: list[Chunk]) -> None:
-        """Let what was read be read again, in front of what is to come."""
-        rest: list[Chunk | Work | BaseException | None] = []
-        with contextlib.suppress(queue.Empty):
-            while True:
-                rest.append(self._queue.get(block=False))
-        self._done = False
-        for item in (*chunks, *rest):
-            self._queue.put(item)
+            self._again.extend(chunks)
 
     async def __aiter__(self) -> AsyncIterator[Chunk]:
         require_same_process(self._process)
@@ -224,6 +220,8 @@ class Handle:
 
     def _take(self, *, block: bool) -> Chunk | None:
         """The next chunk, None at the end. Raises: queue.Empty where there is none yet."""
+        with contextlib.suppress(IndexError):
+            return self._again.popleft()
         if self._done:
             return None
         try:

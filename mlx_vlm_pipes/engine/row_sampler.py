@@ -141,14 +141,18 @@ class RowSampler:
 
 def _logits_of(processor: LogitsProcessor, tokens: mx.array, logits: mx.array) -> mx.array:
     """What a processor makes of logits float32 [1, V]. It may write into those it is given."""
-    made = processor(tokens, logits[:])
+    name = getattr(processor, "__name__", type(processor).__name__)
+    try:
+        made = processor(tokens, logits[:])
+    except (SystemExit, KeyboardInterrupt, GeneratorExit) as error:
+        # these would end the thread, and with it the answers of all others
+        raise InputError(f"logits_processors: {name} raised {type(error).__name__}") from error
     if not isinstance(made, mx.array):
         found = type(made).__name__
     elif made.shape != logits.shape or not mx.issubdtype(made.dtype, mx.floating):
-        found = f"{made.dtype} {list(made.shape)}"
+        found = f"{str(made.dtype).rpartition('.')[2]} {list(made.shape)}"
     else:
         return made.astype(mx.float32)
-    name = getattr(processor, "__name__", type(processor).__name__)
     raise InputError(
         f"logits_processors: {name} returned {found}; expected logits, a float mx.array "
         f"{list(logits.shape)}"

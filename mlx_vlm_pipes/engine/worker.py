@@ -48,7 +48,7 @@ class OwnerThread:
             require_same_process(process)
         _PROCESSES.add(self._process)
         self._wake = threading.Condition()
-        self._stopping = False
+        self._stopping = self._died = False
         self.idle_work: Callable[[], bool] | None = None
         self.last_work: Callable[[], None] | None = None
         self._thread = threading.Thread(target=self._run, name="mlx_vlm_pipes", daemon=True)
@@ -59,6 +59,11 @@ class OwnerThread:
     def is_current(self) -> bool:
         """Whether this is the owning thread, where nothing may wait for what it makes."""
         return threading.current_thread() is self._thread
+
+    @property
+    def has_died(self) -> bool:
+        """Whether the thread has ended without being told to: a step raised."""
+        return self._died
 
     def call(self, function: Callable[[], T]) -> T:
         """Run on the owning thread and wait for the result, or its exception."""
@@ -92,7 +97,7 @@ class OwnerThread:
             self._work()
         finally:  # whatever ends it: nobody may wait for ever
             with self._wake:
-                self._stopping = True
+                self._died, self._stopping = not self._stopping, True
             self._close()
 
     def _work(self) -> None:

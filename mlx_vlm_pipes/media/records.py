@@ -5,7 +5,6 @@ Processors write these records from the arithmetic that they do; nothing is work
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
@@ -22,6 +21,9 @@ TURNS = {
     2: "mirrored", 3: "turned by 180°", 4: "flipped", 5: "turned clockwise and mirrored",
     6: "turned clockwise", 7: "turned anticlockwise and mirrored", 8: "turned anticlockwise",
 }  # fmt: skip
+
+
+FAR = 1e9  # no picture has so many pixels on a side
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,7 @@ def _scaled(
     box: Sequence[float], whole: tuple[float, float], target: tuple[float, float]
 ) -> tuple[float, ...]:
     values = list(box) if isinstance(box, Iterable) else []
-    good = all(isinstance(value, Real) and math.isfinite(value) for value in values)
+    good = all(isinstance(value, Real) and abs(value) < FAR for value in values)  # no NaN passes
     if len(values) not in (2, 4) or not good:
         raise InputError(f"box is {shown(box)}; expected the 2 numbers of a point or 4 of a box")
     return tuple(value * target[i % 2] / whole[i % 2] for i, value in enumerate(values))

@@ -41,6 +41,14 @@ class Answers:
 
     prompts: list[ProcessedPrompt] = field(default_factory=list)
     handles: list[Handle] = field(default_factory=list)
+    is_closed: bool = False
+
+    def add(self, prompt: ProcessedPrompt, handles: list[Handle]) -> None:
+        """On the thread that reads the prompts, which goes on where its caller was cancelled."""
+        self.prompts.append(prompt)
+        self.handles += handles
+        if self.is_closed:  # set before the handles are looked at, and read after they are there
+            self.close()
 
     async def pieces(self) -> AsyncIterator[tuple[int, Chunk]]:
         """The chunks of all, as they come, each with the number of its answer.
@@ -67,6 +75,7 @@ class Answers:
                 reader.cancel()
 
     def close(self) -> None:
+        self.is_closed = True
         for handle in self.handles:
             handle.close()
 
@@ -87,9 +96,10 @@ async def ask(pipe: Pipeline, question: Question, settings: ServerSettings) -> A
 
 def _submit(pipe: Pipeline, question: Question, settings: ServerSettings, answers: Answers) -> None:
     for prompt, options in prepared(pipe, question, settings):
-        answers.prompts.append(prompt)
+        if answers.is_closed:
+            return
         kept = question.keep_tokens
-        answers.handles += pipe.submit_n(prompt, question.n, keep_tokens=kept, **options)
+        answers.add(prompt, pipe.submit_n(prompt, question.n, keep_tokens=kept, **options))
 
 
 def prepared(

@@ -152,7 +152,7 @@ class Server:
                 ending.callback(self._count, asked)
                 ending.callback(answers.close)
                 events = self._events(asked, answers)
-                return EventStream(events, self.settings.timeout_s, ending.close)
+                return EventStream(events, ending.close)
             told = await unless_gone(request, self._whole(asked))
             return Response(status_code=CLIENT_GONE) if told is None else JSONResponse(told)
 
@@ -334,10 +334,12 @@ async def _http_error(request: Request, error: Exception) -> Response:
     return JSONResponse(refusal.body(), refusal.status, dict(error.headers or {}))
 
 
-async def drain(server: Server, seconds: float) -> None:
-    """Let nobody in any more, and wait until those inside have got their answers."""
+async def drain(server: Server) -> None:
+    """Let nobody in any more, and wait until those inside have got their answers. What then still
+    runs fails: a stream ends with an error."""
     server.gate.is_draining = True
     loop = asyncio.get_running_loop()
-    end = loop.time() + seconds
+    end = loop.time() + server.settings.timeout_s
     while server.gate.inside and loop.time() < end:
         await asyncio.sleep(0.05)
+    await anyio.to_thread.run_sync(server.models.close)

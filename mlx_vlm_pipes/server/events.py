@@ -21,17 +21,15 @@ def event(value: dict[str, Any] | str, name: str | None = None) -> bytes:
 
 
 class EventStream(Response):
-    """Sends events as they are made; ends at once where the client has gone or takes longer than
-    stall_s to read one. close: is called at the end, however it comes."""
+    """Sends events as they are made; ends at once where the client has gone. close: is called at
+    the end, however it comes."""
 
     media_type = "text/event-stream"
 
-    def __init__(
-        self, events: AsyncIterator[bytes], stall_s: float, close: Callable[[], object]
-    ) -> None:
+    def __init__(self, events: AsyncIterator[bytes], close: Callable[[], object]) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self._events, self._stall_s, self._close = events, stall_s, close
+        self._events, self._close = events, close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         work = asyncio.create_task(self._send(send))
@@ -46,24 +44,13 @@ class EventStream(Response):
             self._close()
 
     async def _send(self, send: Send) -> None:
-        loop, work = asyncio.get_running_loop(), asyncio.current_task()
-        assert work is not None
-
-        async def put(message: dict[str, Any]) -> None:
-            # asyncio.wait_for may swallow the cancelling of a client that has gone (until 3.12)
-            stalled = loop.call_later(self._stall_s, work.cancel)
-            try:
-                await send(message)
-            finally:
-                stalled.cancel()
-
         async with aclosing(_pinged(self._events)) as events:  # pyright: ignore[reportArgumentType]
-            await put({
+            await send({
                 "type": "http.response.start", "status": 200, "headers": self.raw_headers
             })  # fmt: skip
             async for part in events:
-                await put({"type": "http.response.body", "body": part, "more_body": True})
-            await put({"type": "http.response.body", "body": b"", "more_body": False})
+                await send({"type": "http.response.body", "body": part, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 async def _pinged(events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:

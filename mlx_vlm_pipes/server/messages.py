@@ -109,7 +109,8 @@ def _turn(role: str, blocks: list[Any]) -> list[dict[str, Any]]:
             turn.setdefault("tool_calls", []).append(call)
         elif kind == "tool_result":
             content = block.get("content") or ""
-            told = content if isinstance(content, str) else [_part(part) for part in content]
+            parts = content if isinstance(content, str) else _list(content, "messages")
+            told = parts if isinstance(parts, str) else [_part(part) for part in parts]
             results.append(
                 {"role": "tool", "tool_call_id": block.get("tool_use_id"), "content": told}
             )

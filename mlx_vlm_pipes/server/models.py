@@ -3,6 +3,7 @@ when another needs their memory or nobody has asked for a while."""
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -15,6 +16,7 @@ from mlx_vlm_pipes.errors import PipesError
 from mlx_vlm_pipes.pipeline import Pipeline
 from mlx_vlm_pipes.server.errors import ApiError
 
+DEATH_LOOK_S = 0.2
 USED_SHARE = 0.9  # of the device's memory, as one model alone takes
 
 
@@ -129,6 +131,14 @@ class Models:
                 self._unload(model)
             if idle:
                 self._share()
+
+    async def died(self) -> str:
+        """Wait until the thread of a loaded model has ended without being told to: its name."""
+        while True:
+            for model in self._models.values():
+                if model.pipe is not None and model.pipe.engine.has_died:
+                    return model.name
+            await asyncio.sleep(DEATH_LOOK_S)
 
     def close(self) -> None:
         with self._lock:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_vlm_pipes.errors import InputError
 from mlx_vlm_pipes.paths import user_path
-from mlx_vlm_pipes.speed.bench import Report
+from mlx_vlm_pipes.speed.measure import Report
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

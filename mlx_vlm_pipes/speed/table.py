@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mlx_vlm_pipes.errors import clip
-from mlx_vlm_pipes.speed.bench import Report
+from mlx_vlm_pipes.speed.measure import Report
 
 MS = 1e3
 # table: (name in the report, heading, factor, digits) of each column

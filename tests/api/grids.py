@@ -1,14 +1,16 @@
-"""Contexts of models whose pictures are grids of patches, from a fixture's stored arrays."""
+"""What tests of models share whose pictures are grids of patches, and whose positions turn."""
 
 from __future__ import annotations
 
 from typing import Any, TypeVar
 
+import mlx.core as mx
 import numpy as np
 
 from mlx_vlm_pipes.contexts import TokenBuffer
 from mlx_vlm_pipes.processing.grids import GridImage, UntimedContext
-from tests.api.driving import Arrays
+from tests.api.driving import Arrays, model_of
+from tests.api.vision_contract import VisionContract
 
 MERGE = 2
 KINDS = (
@@ -18,10 +20,27 @@ KINDS = (
 ContextT = TypeVar("ContextT", bound=UntimedContext)
 
 
+class GridContract(VisionContract):
+    """The tower takes all vision fields but the places of the rows, the decoder positions too."""
+
+    plain_positions = False
+
+    def vision_arguments(self, inputs: Any) -> list[mx.array]:
+        return [getattr(inputs, name)[0] for name in self.vision_fields[:-1]]
+
+    def language_arguments(self, inputs: Any, rows: mx.array) -> list[Any]:
+        return [*super().language_arguments(inputs, rows), inputs.position_ids]
+
+    def test_positions_are_transformers(self) -> None:
+        ids = model_of(self.room).prepare_decoder_position_ids(self.room.contexts(), [])
+        want = [self.room.arrays[f"{prompt}/position_ids"] for prompt in self.room.prompts]
+        np.testing.assert_array_equal(np.array(ids), np.concatenate(want, axis=1))
+
+
 def grid_context(
     kind: type[ContextT], config: dict[str, Any], arrays: Arrays, prompt: str
 ) -> ContextT:
-    """Pictures, and clips that are one run of placeholders each."""
+    """From a fixture's stored arrays: pictures, and clips that are one run of placeholders each."""
     ids, images = arrays[f"{prompt}/input_ids"], []
     for values, grids, token in KINDS:
         found = arrays[f"{prompt}/{grids}"].tolist() if f"{prompt}/{grids}" in arrays else []

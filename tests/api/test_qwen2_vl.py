@@ -6,14 +6,12 @@ from functools import partial
 from typing import Any, ClassVar
 
 import mlx.core as mx
-import numpy as np
 
 from mlx_vlm_pipes.architectures.qwen2_vl import Qwen2VLConfig, Qwen2VLInputs, Qwen2VLModel
 from mlx_vlm_pipes.architectures.qwen2_vl.context import Qwen2VLTextAndVisionContext
-from tests.api.driving import Room, model_of
-from tests.api.grids import grid_context
+from tests.api.driving import Room
+from tests.api.grids import GridContract, grid_context
 from tests.api.lora_contract import LoRAContract
-from tests.api.vision_contract import VisionContract
 from tests.fixtures_helper import FIXTURES
 
 ROOM = Room(
@@ -29,9 +27,8 @@ ROOM = Room(
 )
 
 
-class TestQwen2VL(VisionContract):
+class TestQwen2VL(GridContract):
     room = ROOM
-    plain_positions = False
     vision_fields = ("pixel_values", "vision_position_ids", "cu_seqlens", "image_token_indices")
     changes: ClassVar[dict[str, Any]] = {
         "tokens": lambda a: mx.where(mx.arange(a.shape[0]) == 1, a + 1, a),
@@ -53,17 +50,6 @@ class TestQwen2VL(VisionContract):
         "vision_config__mlp_ratio": 4, "vision_config__in_channels": 4,
         "vision_config__temporal_patch_size": 1,
     }  # fmt: skip
-
-    def vision_arguments(self, inputs: Any) -> list[mx.array]:
-        return [getattr(inputs, name)[0] for name in self.vision_fields[:-1]]
-
-    def language_arguments(self, inputs: Any, rows: mx.array) -> list[Any]:
-        return [*super().language_arguments(inputs, rows), inputs.position_ids]
-
-    def test_positions_are_transformers(self) -> None:
-        ids = model_of(ROOM).prepare_decoder_position_ids(ROOM.contexts(), [])
-        want = [ROOM.arrays[f"{prompt}/position_ids"] for prompt in ROOM.prompts]
-        np.testing.assert_array_equal(np.array(ids), np.concatenate(want, axis=1))
 
 
 class TestLoRA(LoRAContract):

@@ -6,14 +6,12 @@ from functools import partial
 from typing import Any, ClassVar
 
 import mlx.core as mx
-import numpy as np
 
 from mlx_vlm_pipes.architectures.qwen3_vl import Qwen3VLConfig, Qwen3VLInputs, Qwen3VLModel
 from mlx_vlm_pipes.architectures.qwen3_vl.context import Qwen3VLTextAndVisionContext
-from tests.api.driving import Room, model_of
-from tests.api.grids import grid_context
+from tests.api.driving import Room
+from tests.api.grids import GridContract, grid_context
 from tests.api.lora_contract import LoRAContract
-from tests.api.vision_contract import VisionContract
 from tests.fixtures_helper import FIXTURES
 
 ROOM = Room(
@@ -29,9 +27,8 @@ ROOM = Room(
 )
 
 
-class TestQwen3VL(VisionContract):
+class TestQwen3VL(GridContract):
     room = ROOM
-    plain_positions = False
     features = 2  # deepstack_visual_indexes: what the first layers add to each row
     vision_fields = (
         "pixel_values", "vision_position_ids", "interpolation_indices", "interpolation_weights",
@@ -60,17 +57,6 @@ class TestQwen3VL(VisionContract):
         "vision_config__num_position_embeddings": 37, "text_config__num_hidden_layers": 1,
         "vision_config__deepstack_visual_indexes": [0],
     }  # fmt: skip
-
-    def vision_arguments(self, inputs: Any) -> list[mx.array]:
-        return [getattr(inputs, name)[0] for name in self.vision_fields[:-1]]
-
-    def language_arguments(self, inputs: Any, rows: mx.array) -> list[Any]:
-        return [*super().language_arguments(inputs, rows), inputs.position_ids]
-
-    def test_positions_are_transformers(self) -> None:
-        ids = model_of(ROOM).prepare_decoder_position_ids(ROOM.contexts(), [])
-        want = [ROOM.arrays[f"{prompt}/position_ids"] for prompt in ROOM.prompts]
-        np.testing.assert_array_equal(np.array(ids), np.concatenate(want, axis=1))
 
 
 class TestLoRA(LoRAContract):

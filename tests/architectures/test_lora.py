@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,40 +14,28 @@ from mlx_vlm_pipes.contexts import TextContext
 from mlx_vlm_pipes.errors import InputError, UnknownAdapter
 from mlx_vlm_pipes.kv_cache import increment_cache_lengths
 from mlx_vlm_pipes.loading import lora_config
+from tests.architectures.adapters import write_adapter
 from tests.architectures.driving import new_cache, relative
 from tests.device import bar
 from tests.engine.driving import FAMILIES, Driven, fixture_requests
 from tests.fixtures_helper import FIXTURES
 
-STEPS, SCALE = 3, 2.0
+STEPS = 3
 BAR = bar(1e-4)  # of the largest logit: W x + s B (A x) against (W + s B A) x
 # names of the adapters, the last parts of the projections they change, their rank
 ADAPTERS = {"a": (("q_proj", "down_proj"), 4), "b": (("v_proj", "o_proj", "up_proj"), 2)}
 
 
 def adapt(base: Path, root: Path, name: str) -> tuple[Path, Path]:
-    """An adapter of mlx-lm's form, and the checkpoint with W + s B A in place of W, by numpy."""
-    numbers, (parts, rank) = np.random.default_rng(len(root.name) + ord(name)), ADAPTERS[name]
-    (file,) = base.glob("*.safetensors")
-    tensors: dict[str, Any] = mx.load(str(file))  # pyright: ignore[reportAssignmentType]  # a dictionary for safetensors
-    pairs: dict[str, mx.array] = {}
-    for stored in list(tensors):
-        path, _, kind = stored.rpartition(".")
-        if kind != "weight" or not path.endswith(parts) or "vis" in path:
-            continue
-        weight = np.array(tensors[stored].astype(mx.float32))
-        a = numbers.normal(0, 0.3, (rank, weight.shape[1])).astype(np.float32)
-        b = numbers.normal(0, 0.3, (weight.shape[0], rank)).astype(np.float32)
-        tensors[stored] = mx.array(weight + SCALE * b @ a)
-        pairs[f"{path}.lora_a"], pairs[f"{path}.lora_b"] = mx.array(a.T), mx.array(b.T)
-    assert pairs
+    """The adapter of this name, and the merged checkpoint."""
+    parts, rank = ADAPTERS[name]
+
+    def is_adapted(path: str) -> bool:
+        return path.endswith(parts) and "vis" not in path
+
     folder, merged = root / name, root / f"merged-{name}"
-    folder.mkdir()
-    mx.save_safetensors(str(folder / "adapters.safetensors"), pairs)
-    config = {"fine_tune_type": "lora", "lora_parameters": {"rank": rank, "scale": SCALE}}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    shutil.copytree(base, merged)
-    mx.save_safetensors(str(merged / file.name), tensors, {"format": "pt"})
+    seed = len(root.name) + ord(name)
+    write_adapter(base, folder, merged, is_adapted, rank=rank, spread=0.3, seed=seed)
     return folder, merged
 
 

@@ -5,12 +5,9 @@ What they must come to: the numbers of PEFT itself, and those of weights merged 
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
 import pytest
 
@@ -18,12 +15,13 @@ from mlx_vlm_pipes import load
 from mlx_vlm_pipes.conversion import ConvertOptions, convert
 from mlx_vlm_pipes.errors import ConfigError, UnknownAdapter, WeightsError
 from mlx_vlm_pipes.loading import BUNDLED
+from tests.architectures.adapters import write_adapter
 from tests.architectures.driving import relative
 from tests.device import bar
 from tests.engine.driving import fixture_requests
 from tests.fixtures_helper import FIXTURES
 
-RANK, SCALE = 4, 2.0
+RANK = 4
 BAR = bar(1e-4)  # of the largest logit: W x + s B (A x) against (W + s B A) x
 ROOMS = [
     "idefics3", "pixtral", "internvl-qwen2", "internvl-chat", "qwen2vl", "qwen25vl", "qwen3vl",
@@ -32,31 +30,15 @@ NO_LINEARS = ("embed", "position", "lm_head", "patch")
 
 
 def adapt(base: Path, root: Path, *, text: bool = True) -> tuple[Path, Path]:
-    """An adapter of mlx-lm's form over all linears (text: the decoder's too), and the merged
-    checkpoint, by numpy."""
-    numbers = np.random.default_rng(len(base.name))
-    (file,) = base.glob("*.safetensors")
-    tensors: dict[str, Any] = mx.load(str(file))  # pyright: ignore[reportAssignmentType]  # a dictionary for safetensors
-    pairs: dict[str, mx.array] = {}
-    for stored in list(tensors):
-        path, _, kind = stored.rpartition(".")
+    """An adapter over all linears (text: the decoder's too), and the merged checkpoint."""
+
+    def is_adapted(path: str) -> bool:
         is_text = any(part in path for part in ("text_model", "language_model", "model.layers."))
-        if kind != "weight" or tensors[stored].ndim != 2 or any(n in path for n in NO_LINEARS):
-            continue
-        if is_text and not text:
-            continue
-        weight = np.array(tensors[stored].astype(mx.float32))
-        a = numbers.normal(0, 0.2, (RANK, weight.shape[1])).astype(np.float32)
-        b = numbers.normal(0, 0.2, (weight.shape[0], RANK)).astype(np.float32)
-        tensors[stored] = mx.array(weight + SCALE * b @ a)
-        pairs[f"{path}.lora_a"], pairs[f"{path}.lora_b"] = mx.array(a.T), mx.array(b.T)
+        return not any(name in path for name in NO_LINEARS) and (text or not is_text)
+
     folder, merged = root / "adapter", root / "merged"
-    folder.mkdir()
-    mx.save_safetensors(str(folder / "adapters.safetensors"), pairs)
-    config = {"fine_tune_type": "lora", "lora_parameters": {"rank": RANK, "scale": SCALE}}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    shutil.copytree(base, merged)
-    mx.save_safetensors(str(merged / file.name), tensors, {"format": "pt"})
+    seed = len(base.name)
+    write_adapter(base, folder, merged, is_adapted, rank=RANK, spread=0.2, seed=seed)
     return folder, merged
 
 

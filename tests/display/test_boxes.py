@@ -37,6 +37,7 @@ def record(coordinates: Coordinates = Coordinates.THOUSANDTHS, kind: str = "imag
             [Box((1, 2, 3, 4), "cat"), Box((5, 6, 7, 8), "cat"), Box((9, 10, 11, 12), "and dog")],
         ),
         ("At [1, 2, 3, 4] of f(1,2), {x} and [[1, 2], [3, 4]].", []),
+        (f"far({'9' * 400},2),(3,4) near(1,2),(3,4)", [Box((1, 2, 3, 4), "near")]),
         ('{"bbox_2d": [1, 2, 3]} {"bbox_2d": "all"} {"bbox_2d": [1, 2, 3, 4', []),
     ],
 )

@@ -119,11 +119,16 @@ def test_views_that_cannot_be(tmp_path) -> None:
         View([record()], [Box((0, 0))], image=1)
     with pytest.raises(InputError, match="nothing to draw"):
         View([]).save(tmp_path / "a.png")
+    with pytest.raises(InputError, match="no picture number '0'"):
+        View([record()], [Box((0, 0))], image="0")  # pyright: ignore[reportArgumentType]
     view = View([record()])
     with pytest.raises(InputError, match=r"a.txt: a picture's name ends in .png"):
         view.save(tmp_path / "a.txt")
     with pytest.raises(InputError, match=r"cannot be written \(No such file"):
         view.save(tmp_path / "none" / "a.png")
+    for wrong in (tmp_path / ("a" * 251 + ".png"), tmp_path / "\0.png"):
+        with pytest.raises(InputError, match="cannot be written"):
+            view.save(wrong)
     view.save(tmp_path / "a.png")
     with Image.open(tmp_path / "a.png") as written:
         np.testing.assert_array_equal(np.asarray(written), np.asarray(view.picture))

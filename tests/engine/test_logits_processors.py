@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -120,13 +122,22 @@ def test_what_is_no_logits_is_one_line(pipe: Pipeline) -> None:
             pipe.generate(PROMPT, logits_processors=wrong)  # pyright: ignore[reportArgumentType]
 
 
-def test_a_processor_that_asks_its_own_model_is_told(pipe: Pipeline) -> None:
-    def ask(tokens: mx.array, logits: mx.array) -> mx.array:
-        pipe.generate("And you?", max_tokens=1)
-        return logits
+def test_a_processor_that_asks_its_own_model_is_told(pipe: Pipeline, tmp_path: Path) -> None:
+    asks = (
+        lambda *_: pipe.generate("And you?", max_tokens=1),
+        lambda *_: pipe.logits("And you?"),
+        lambda *_: pipe.save_prefix(tmp_path / "you.safetensors", "And you?"),
+    )
+    for ask in asks:
+        with pytest.raises(InputError, match="a logits processor asks the model that waits for it"):
+            pipe.generate(PROMPT, logits_processors=[ask], max_tokens=2)
+    assert not list(tmp_path.iterdir())
 
-    with pytest.raises(InputError, match="a logits processor asks the model that waits for it"):
-        pipe.generate(PROMPT, logits_processors=[ask], max_tokens=2)
+
+def test_a_processor_cannot_end_the_engine(pipe: Pipeline) -> None:
+    with pytest.raises(InputError, match="logits_processors: <lambda> raised SystemExit"):
+        pipe.generate(PROMPT, logits_processors=[lambda t, x: sys.exit(1)], max_tokens=2)
+    assert pipe.generate(PROMPT, max_tokens=2, ignore_eos=True).finish_reason == "length"
 
 
 @pytest.mark.reference

@@ -70,6 +70,7 @@ def test_what_a_template_does_not_read_is_refused(tmp_path: Path) -> None:
         return str(caught.value)
 
     assert "takes none; describe them in the system message" in refused(TEXTS, tools=[WEATHER])
+    assert "takes none; it reads enable_thinking, python" in refused(SWITCHED, tools=[WEATHER])
     assert rendered(tmp_path, TEXTS, tools=[]) == rendered(tmp_path, TEXTS)
     wrong = {"thinking": False}
     said = refused(SWITCHED, chat_template_kwargs=wrong)

@@ -34,8 +34,10 @@ DATED = (
 SWITCHED = (
     "{%- if enable_thinking is not defined -%}{%- set enable_thinking = true -%}{%- endif -%}"
     "{%- set mode = '/think' if enable_thinking else '/no_think' -%}"
-    "{{ mode }}{% if python_tools %}{{ python_tools | join(',') }}{% endif %}"
-    "{% for m in messages %}{{ m.content }}{% endfor %}"
+    "{{ mode }}{% if python_tools %}{%- set ns = namespace(shown='') -%}"
+    "{% for tool in python_tools[:] %}{% set ns.shown = ns.shown ~ (tool | string) ~ '\n' %}"
+    "{% endfor %}{{ ns.shown + messages[0].content.rstrip() }}{% endif %}"
+    "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
 )
 # arguments as texts only
 TEXTS = (
@@ -89,5 +91,5 @@ CASES: list[tuple[str, list[dict[str, Any]], list[dict[str, Any]] | None, dict[s
     (DATED, CALLED, [WEATHER, WEATHER], {}),
     (DATED, QUESTION, [], {}),
     (SWITCHED, QUESTION, None, {}),
-    (SWITCHED, QUESTION, None, {"enable_thinking": False, "python_tools": ["a", "b"]}),
+    (SWITCHED, QUESTION, None, {"enable_thinking": False, "python_tools": ["a", WEATHER]}),
 ]

@@ -12,9 +12,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import uvicorn
-
 from mlx_vlm_pipes.server.app import Server
+from mlx_vlm_pipes.server.wire import web_server
 
 
 @dataclass(frozen=True)
@@ -56,8 +55,7 @@ def call(port: int, path: str, body: Any = None, **headers: str) -> Reply:
 @contextlib.contextmanager
 def running(server: Server, lifespan: Literal["on", "off"] = "off") -> Iterator[int]:
     """The port of a server that runs in a thread of this process."""
-    config = uvicorn.Config(server.app, port=0, log_level="warning", lifespan=lifespan)
-    web = uvicorn.Server(config)
+    web = web_server(server.app, server.settings.timeout_s, port=0, lifespan=lifespan)
     thread = threading.Thread(target=lambda: asyncio.run(web.serve()), daemon=True)
     thread.start()
     until(lambda: web.started)

@@ -16,7 +16,15 @@ from mlx_vlm_pipes import Pipeline, load
 from mlx_vlm_pipes.conversion import ConvertOptions, convert
 from mlx_vlm_pipes.engine.state import EngineConfig
 from mlx_vlm_pipes.errors import InputError, PipesError
-from mlx_vlm_pipes.options import OPTIONS, PROMPT_OPTIONS, Option, Texts
+from mlx_vlm_pipes.options import (
+    OPTIONS,
+    PROMPT_OPTIONS,
+    LogitsProcessor,
+    Option,
+    Schema,
+    Texts,
+    Tool,
+)
 from tests.fixtures_helper import FIXTURES
 from tests.torture import section
 from tests.torture.section import Case, refused, require, taken_or_refused
@@ -26,6 +34,8 @@ Ask = Callable[[Pipeline, str, Any], object]
 NAN, INF, BEYOND = math.nan, math.inf, 10**400  # no float is as large
 # of no option at all
 STRANGE: list[Any] = [object(), b"5", {5}, 1j, [[1]], range(3), np.zeros(2), int, len]
+_ENDLESS: dict[str, Any] = {}
+_ENDLESS["a"] = _ENDLESS
 WRONG: dict[Any, list[Any]] = {
     bool: [0, 1, "x", "True", 1.0, None, [], NAN],
     int: ["5", 1.5, NAN, INF, True, [], {}, np.float32(2), "", (1,)],
@@ -35,6 +45,11 @@ WRONG: dict[Any, list[Any]] = {
     Sequence[int]: ["abc", 5, [1.5], ["1"], [-1], [True], {1: 2}, [None], [NAN], "5"],
     dict[int, float]: [{1: "x"}, [1], 5, {1: NAN}, {1: INF}, {"a": 1.0}, {1.5: 1}, {1: None},
                        {True: 1}, "x", {1: BEYOND}, [(1, 2)]],
+    Sequence[Tool]: [5, "x", {"name": "x"}, [5], ["x"], [None], [{1: 2}], [{"a": {5}}], [int],
+                     [_ENDLESS]],
+    Mapping[str, Any]: [5, "x", [], [("a", 1)], {1: 2}, {"a": {5}}, {"a": b"x"}, _ENDLESS],
+    Schema: [5, "x", [], 1.5, {1: 2}, {"a": {5}}, _ENDLESS, [{}]],
+    Sequence[LogitsProcessor]: [5, "x", {}, [5], [None], ["x"], len, {"a": len}],
 }  # fmt: skip
 RIGHT: dict[Any, list[Any]] = {
     bool: [True, False],
@@ -44,6 +59,10 @@ RIGHT: dict[Any, list[Any]] = {
     Texts: ["", "a", ["a", ""], [], "\ud800", "é" * 3000, ["x"] * 500, ("a",)],
     Sequence[int]: [[], [3], (1, 2), [2**63], [BEYOND], np.array([3]), range(3), {5}],
     dict[int, float]: [{}, {3: 1.0}, {3: -INF}, {2**63: 1.0}, {BEYOND: 1}, {-1: 1.0}, {3: 1e300}],
+    Sequence[Tool]: [[], [{}], [{"name": "é\ud800"}], [{"a": [1, 2.5, None, "x" * 3000]}], [len]],
+    Mapping[str, Any]: [{}, {"bos_token": "x"}, {"a": [NAN]}, {"messages": []}, {"tools": []}],
+    Schema: [{}, {"type": "object"}, {"type": "é\ud800"}, {"$ref": "#"}, {"minimum": BEYOND}],
+    Sequence[LogitsProcessor]: [[], [lambda t, x: x], (lambda t, x: x * INF, lambda t, x: -x)],
 }
 LOAD: dict[str, list[Any]] = {
     "path": [5, b"x", [], {}, 1.5, True, FOLDER.open, object()],

@@ -21,8 +21,6 @@ ALL_REDUCE = 4096  # elements that are reduced to one number in one pass
 WIDE_ROWS = 16  # products of fewer rows are matrix times vectors, never split
 SPLIT_TILES, SPLIT_DEPTH = 32, 8  # tiles of 16 x 16 at most, of depth 16 at least, for split-K
 
-Outcome = tuple[int, list[Layout]]
-
 
 @dataclass(frozen=True)
 class Count:

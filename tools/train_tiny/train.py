@@ -24,7 +24,6 @@ from .tasks import MIXES
 
 PEAK_RATE = 2e-3
 WEIGHT_DECAY = 0.02
-EVALUATION_SEEDS = 1_000_000  # seeds of unseen cases lie above this, those of training below
 
 
 class Teacher(torch.nn.Module):

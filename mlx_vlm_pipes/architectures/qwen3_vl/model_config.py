@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from mlx_vlm_pipes.architectures.grid_config import GridTowerConfig
+from mlx_vlm_pipes.architectures.grid_facts import TOKEN_IDS
 from mlx_vlm_pipes.architectures.llama3.model_config import Llama3Config
 from mlx_vlm_pipes.architectures.qwen3.model_config import Qwen3Config
 from mlx_vlm_pipes.architectures.qwen3_vl.facts import FACTS
@@ -34,7 +35,6 @@ from mlx_vlm_pipes.nn.decoder_config import DecoderConfig
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-IMAGE_TOKEN_ID, VIDEO_TOKEN_ID = 151655, 151656
 MROPE_SECTION = (24, 20, 20)
 DEEPSTACK_INDEXES = (8, 16, 24)
 
@@ -118,8 +118,8 @@ class Qwen3VLConfig(TwoPartConfig):
         vision = replace(vision, num_surplus_rows=surplus)
         return cls(
             devices=pipeline_config.model.devices,
-            image_token_id=lookup(cfg, "image_token_id", default=IMAGE_TOKEN_ID),
-            video_token_id=lookup(cfg, "video_token_id", default=VIDEO_TOKEN_ID),
+            image_token_id=lookup(cfg, "image_token_id", default=TOKEN_IDS["image_token_id"]),
+            video_token_id=lookup(cfg, "video_token_id", default=TOKEN_IDS["video_token_id"]),
             mrope_section=_mrope_section(text_cfg),
             vision_config=vision,
             llm_config=llm,

@@ -6,16 +6,15 @@ from collections.abc import Sequence
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_vlm_pipes.architectures.qwen2_5vl.context import VisionSizes, window_index
 from mlx_vlm_pipes.architectures.qwen2_5vl.model_config import VisionConfig
 from mlx_vlm_pipes.architectures.qwen2_5vl.vision_model import VisionModel, window_order
 from mlx_vlm_pipes.dtypes import DType
 from mlx_vlm_pipes.processing.grids import Grid, cu_seqlens, vision_position_ids
+from tests.architectures.grid_towers import GRIDS, fill_with_waves, pixels
 from tests.device import bar
 
-GRIDS = [(1, 6, 10), (2, 4, 4), (1, 10, 2)]
 # transformers 5.23, Qwen2_5_VisionTransformerPretrainedModel on `wave` weights and pixels, float32
 ROWS = {
     0: [-0.191358, -0.35694, -0.308041, -0.080491, 0.184506, 0.328391],
@@ -48,33 +47,20 @@ def tiny_config() -> VisionConfig:
     )
 
 
-def wave(name: str, shape: tuple[int, ...]) -> mx.array:
-    """Weights that need no file: a sine, shifted by the letters of the name."""
-    values = np.sin(np.arange(np.prod(shape)) * 0.7 + sum(map(ord, name)))
-    values = values * (0.3 if len(shape) > 1 else 0.1) + ("norm" in name or "ln_q" in name)
-    return mx.array(values.reshape(shape).astype(np.float32))
-
-
 def tiny_model(config: VisionConfig | None = None) -> VisionModel:
     model = VisionModel(config or tiny_config())
-    named = [(name, wave(name, value.shape)) for name, value in tree_flatten(model.parameters())]  # pyright: ignore[reportAttributeAccessIssue]  # arrays
-    model.update(tree_unflatten(named))  # pyright: ignore[reportArgumentType]  # a dict
+    fill_with_waves(model)
     return model
 
 
-def pixels(grids: Sequence[Grid]) -> mx.array:
-    count = sum(t * h * w for t, h, w in grids)
-    return mx.array(np.cos(np.arange(count * 24) * 0.37).reshape(count, 24).astype(np.float32))
-
-
-def encode(model: VisionModel, values: mx.array, grids: Sequence[Grid]) -> mx.array:
+def encode(model: VisionModel, values: np.ndarray, grids: Sequence[Grid]) -> mx.array:
     order, windows = window_index(grids, VisionSizes(2, 2, 16))
     frames = cu_seqlens(grids)
     longest = [mx.array(np.diff(table).max(keepdims=True)) for table in (frames, windows)]
     tables = (vision_position_ids(grids, 2), order, frames, windows)
     largest = mx.array(max(max(h, w) for _, h, w in grids))
     arguments = [*(mx.array(table) for table in tables), *longest, largest]
-    return model(values, *arguments)
+    return model(mx.array(values), *arguments)
 
 
 def test_rows_are_the_reference_s() -> None:

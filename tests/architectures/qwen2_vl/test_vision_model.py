@@ -1,21 +1,20 @@
 """The vision tower against stored numbers, and what its attention may touch."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_vlm_pipes.architectures.qwen2_vl.context import VisionData
 from mlx_vlm_pipes.architectures.qwen2_vl.model_config import VisionConfig
 from mlx_vlm_pipes.architectures.qwen2_vl.vision_model import VisionModel
 from mlx_vlm_pipes.dtypes import DType
 from mlx_vlm_pipes.processing.grids import Grid, GridImage
-from tests.architectures.qwen3_vl.test_vision_model import pixels, wave
+from tests.architectures.grid_towers import GRIDS, check_frames_are_apart, fill_with_waves, pixels
 from tests.device import bar
 
-GRIDS = [(1, 6, 10), (2, 4, 4), (1, 10, 2)]
 # transformers 5.23, Qwen2VisionTransformerPretrainedModel on `wave` weights and pixels, float32:
 # every third number of the merged rows
 ROWS = {
@@ -48,10 +47,7 @@ def tiny_config() -> VisionConfig:
 
 def tiny_model(config: VisionConfig | None = None) -> VisionModel:
     model = VisionModel(config or tiny_config())
-    named = []
-    for name, value in tree_flatten(model.parameters()):
-        named.append((name, wave(name.replace("ln_q", "norm"), value.shape)))  # pyright: ignore[reportAttributeAccessIssue]  # arrays
-    model.update(tree_unflatten(named))  # pyright: ignore[reportArgumentType]  # a dict
+    fill_with_waves(model, lambda name: name.replace("ln_q", "norm"))
     return model
 
 
@@ -68,14 +64,7 @@ def test_rows_are_the_reference_s() -> None:
 
 
 def test_pictures_and_frames_do_not_see_each_other() -> None:
-    model, values, begin, alone = tiny_model(), pixels(GRIDS), 0, []
-    for t, h, w in GRIDS:
-        for _ in range(t):
-            end = begin + h * w
-            alone.append(np.array(encode(model, values[begin:end], [(1, h, w)])))
-            begin = end
-    together = np.array(encode(model, values, GRIDS))
-    np.testing.assert_allclose(np.concatenate(alone), together, atol=bar(1e-5))
+    check_frames_are_apart(functools.partial(encode, tiny_model()))
 
 
 def test_dtypes() -> None:

@@ -1,11 +1,11 @@
 """The vision tower against stored numbers, and what its attention may touch."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_vlm_pipes.architectures.qwen3_vl.context import VisionData, interpolation
 from mlx_vlm_pipes.architectures.qwen3_vl.model_config import VisionConfig
@@ -13,10 +13,10 @@ from mlx_vlm_pipes.architectures.qwen3_vl.sizes import VisionSizes
 from mlx_vlm_pipes.architectures.qwen3_vl.vision_model import VisionModel
 from mlx_vlm_pipes.dtypes import DType
 from mlx_vlm_pipes.processing.grids import Grid, GridImage
+from tests.architectures.grid_towers import GRIDS, check_frames_are_apart, fill_with_waves, pixels
 from tests.device import bar
 
 SIZES = VisionSizes(2, 2, 2, 5)
-GRIDS = [(1, 6, 10), (2, 4, 4), (1, 10, 2)]
 # transformers 5.23, Qwen3VLVisionModel on `wave` weights and pixels, float32: every third number
 # of the merged rows and of the two sets that deepstack adds
 ROWS = {
@@ -48,24 +48,10 @@ def tiny_config() -> VisionConfig:
     )
 
 
-def wave(name: str, shape: tuple[int, ...]) -> mx.array:
-    """Weights that need no file: a sine, shifted by the letters of the name."""
-    values = np.sin(np.arange(np.prod(shape)) * 0.7 + sum(map(ord, name)))
-    is_norm = "norm" in name and name.endswith("weight")
-    values = values * (0.3 if len(shape) > 1 else 0.1) + is_norm
-    return mx.array(values.reshape(shape).astype(np.float32))
-
-
 def tiny_model(config: VisionConfig | None = None) -> VisionModel:
     model = VisionModel(config or tiny_config())
-    named = [(name, wave(name, value.shape)) for name, value in tree_flatten(model.parameters())]  # pyright: ignore[reportAttributeAccessIssue]  # arrays
-    model.update(tree_unflatten(named))  # pyright: ignore[reportArgumentType]  # a dict
+    fill_with_waves(model)
     return model
-
-
-def pixels(grids: Sequence[Grid]) -> np.ndarray:
-    count = sum(t * h * w for t, h, w in grids)
-    return np.cos(np.arange(count * 24) * 0.37).reshape(count, 24).astype(np.float32)
 
 
 def encode(model: VisionModel, values: np.ndarray, grids: Sequence[Grid]) -> mx.array:
@@ -81,14 +67,7 @@ def test_rows_are_the_reference_s() -> None:
 
 
 def test_pictures_and_frames_do_not_see_each_other() -> None:
-    model, values, begin, alone = tiny_model(), pixels(GRIDS), 0, []
-    for t, h, w in GRIDS:
-        for _ in range(t):
-            end = begin + h * w
-            alone.append(np.array(encode(model, values[begin:end], [(1, h, w)])))
-            begin = end
-    together = np.array(encode(model, values, GRIDS))
-    np.testing.assert_allclose(np.concatenate(alone), together, atol=bar(1e-5))
+    check_frames_are_apart(functools.partial(encode, tiny_model()))
 
 
 def test_places_in_the_learned_table() -> None:

@@ -201,8 +201,13 @@ class PrefixFiles:
         """
         model, tokens = self._state.model, arrays[TOKENS].data
         pictures = [(begin, end, digest) for begin, end, digest in arrays[IMAGES].data.tolist()]
-        if not 1 <= len(tokens) <= model.max_seq_len:
-            raise damaged(header.path, f"{len(tokens)} tokens of at most {model.max_seq_len}")
+        if not len(tokens):
+            raise damaged(header.path, "it has no token")
+        if len(tokens) > model.max_seq_len:
+            raise PrefixError(
+                f"{header.path}: {len(tokens)} tokens, this pipeline holds {model.max_seq_len}; "
+                "load with a larger max_length"
+            )
         if tokens.min() < 0 or tokens.max() >= model.vocab_size:
             raise damaged(header.path, "it has tokens that the model has not")
         if header.owner.rope_table > max(1, model.max_seq_len):

@@ -1,0 +1,123 @@
+"""The clients that others wrote, against a server of ours."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlx_vlm_pipes import load
+from mlx_vlm_pipes.loading import BUNDLED
+from mlx_vlm_pipes.pipeline import Pipeline
+from mlx_vlm_pipes.server.app import Server
+from mlx_vlm_pipes.server.models import Models
+from mlx_vlm_pipes.server.settings import ServerSettings
+from tests.server.driving import running
+from tests.server.test_tools import TEMPLATE
+
+IMAGE = (Path(__file__).parents[2] / "examples" / "images" / "shapes.png").read_bytes()
+ENCODED = base64.b64encode(IMAGE).decode()
+ASK = "Describe the picture."
+URL = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{ENCODED}"}}
+CHAT: Any = [{"role": "user", "content": [URL, {"type": "text", "text": ASK}]}]
+CITY = {"type": "object", "properties": {"city": {"enum": ["Bonn", "Ulm"]}}, "required": ["city"]}
+SCHEMA = {**CITY, "additionalProperties": False}
+WHO: Any = [{"role": "user", "content": "Who?"}]
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Iterator[Pipeline]:
+    with load() as pipe:
+        yield pipe
+
+
+@pytest.fixture(scope="module")
+def answer(pipe: Pipeline) -> str:
+    return pipe.generate(ASK, [IMAGE]).text.strip()
+
+
+@pytest.fixture(scope="module")
+def port(pipe: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    folder = tmp_path_factory.mktemp("model") / "tools"
+    shutil.copytree(BUNDLED, folder)
+    (folder / "chat_template.json").unlink(missing_ok=True)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    with load(folder) as calling:
+        models = Models({"shapes": lambda: pipe, "calling": lambda: calling})
+        models.load(models.first)
+        with running(Server(models, ServerSettings())) as port:
+            yield port
+
+
+def test_openai_chats(port: int, answer: str) -> None:
+    openai = pytest.importorskip("openai")
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="x")
+    assert [model.id for model in client.models.list()] == ["shapes", "calling"]
+    told = client.chat.completions.create(model="shapes", messages=CHAT)
+    assert told.choices[0].message.content == answer
+    with client.chat.completions.stream(model="shapes", messages=CHAT) as stream:
+        assert stream.get_final_completion().choices[0].message.content == answer
+    form = {"type": "json_schema", "json_schema": {"name": "c", "strict": True, "schema": SCHEMA}}
+    told = client.chat.completions.create(
+        model="shapes", messages=WHO, max_tokens=60, response_format=form
+    )
+    assert json.loads(told.choices[0].message.content)["city"] in ("Bonn", "Ulm")
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.chat.completions.create(model="none", messages=WHO)
+    assert caught.value.code == "model_not_found"
+
+
+def test_openai_calls_tools_and_goes_on_from_responses(port: int) -> None:
+    openai = pytest.importorskip("openai")
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="x")
+    tool = {"type": "function", "function": {"name": "weather", "parameters": SCHEMA}}
+    forced = {"type": "function", "function": {"name": "weather"}}
+    with client.chat.completions.stream(
+        model="calling", messages=WHO, tools=[tool], tool_choice=forced, max_tokens=200
+    ) as stream:
+        choice = stream.get_final_completion().choices[0]
+    assert choice.finish_reason == "tool_calls"
+    assert json.loads(choice.message.tool_calls[0].function.arguments)["city"] in ("Bonn", "Ulm")
+    first = client.responses.create(model="shapes", input="Who?", max_output_tokens=8)
+    more = {"previous_response_id": first.id, "max_output_tokens": 8}
+    with client.responses.stream(model="shapes", input="And then?", **more) as stream:
+        last = stream.get_final_response()
+    assert (last.previous_response_id, bool(last.output_text)) == (first.id, True)
+
+
+def test_openai_asks_twelve_things_at_once(port: int, answer: str) -> None:
+    openai = pytest.importorskip("openai")
+
+    async def ask() -> list[Any]:
+        async with openai.AsyncOpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="x") as at:
+            asked = (at.chat.completions.create(model="shapes", messages=CHAT) for _ in range(12))
+            return await asyncio.gather(*asked)
+
+    assert {told.choices[0].message.content for told in asyncio.run(ask())} == {answer}
+
+
+def test_anthropic_chats_and_calls_tools(port: int, answer: str) -> None:
+    anthropic = pytest.importorskip("anthropic")
+    client = anthropic.Anthropic(base_url=f"http://127.0.0.1:{port}", api_key="x")
+    source = {"type": "base64", "media_type": "image/png", "data": ENCODED}
+    parts = [{"type": "image", "source": source}, {"type": "text", "text": ASK}]
+    asked: Any = {"model": "shapes", "messages": [{"role": "user", "content": parts}]}
+    assert client.messages.create(max_tokens=50, **asked).content[0].text == answer
+    with client.messages.stream(max_tokens=50, **asked) as stream:
+        assert stream.get_final_text() == answer
+        used = stream.get_final_message().usage
+    tokens = client.messages.count_tokens(**asked).input_tokens
+    assert tokens == used.input_tokens + (used.cache_read_input_tokens or 0)
+    tool = {"name": "weather", "input_schema": SCHEMA}
+    forced: Any = {"tools": [tool], "tool_choice": {"type": "tool", "name": "weather"}}
+    told = client.messages.create(model="calling", messages=WHO, max_tokens=200, **forced)
+    assert told.stop_reason == "tool_use"
+    assert told.content[-1].input["city"] in ("Bonn", "Ulm")
+    with pytest.raises(anthropic.BadRequestError):
+        client.messages.create(model="shapes", messages=[], max_tokens=1)
