@@ -50,7 +50,7 @@ PROMPTS = {
 def measured(
     pipe: Pipeline, prompt: str, args: argparse.Namespace, **options: Any
 ) -> tuple[float, list[GenerationResult]]:
-    """Seconds for each token of the answers, and these. From the second run on prompts are cached."""
+    """Seconds for each token of the answers, and these. Prompts are cached from the second on."""
     requests = [f"{prompt}{' ' * i}" for i in range(args.batch)]
     begun = time.process_time() if args.cpu else time.perf_counter()
     results = pipe.generate_batch(requests, max_tokens=args.tokens, **options)
@@ -75,18 +75,21 @@ def main() -> None:
     for name, prompt in PROMPTS.items():
         if args.only not in (None, name):
             continue
+        for speculative in (None, "lookup"):  # compiles
+            measured(pipe, prompt, args, speculative=speculative)
         plain, lookup = [], []
-        for turn in range(args.rounds + 1):  # the first compiles
-            pair = [measured(pipe, prompt, args, speculative=s) for s in (None, "lookup")]
-            if turn:
-                plain.append(pair[0][0])
-                lookup.append(pair[1][0])
-        (_, expected), (_, got) = pair
+        expected: list[GenerationResult] = []
+        got: list[GenerationResult] = []
+        for _ in range(args.rounds):
+            seconds, expected = measured(pipe, prompt, args)
+            plain.append(seconds)
+            seconds, got = measured(pipe, prompt, args, speculative="lookup")
+            lookup.append(seconds)
+        ratio = statistics.median(b / a for a, b in zip(plain, lookup, strict=True))
         drafted, kept = (
             sum(getattr(r.usage, f"{name}_tokens") for r in got) for name in ("drafted", "accepted")
         )
         same = [r.tokens for r in expected] == [r.tokens for r in got]
-        ratio = statistics.median(b / a for a, b in zip(plain, lookup, strict=True))
         print(
             f"{name:11} {statistics.median(plain) * 1e3:6.1f} ms, lookup "
             f"{statistics.median(lookup) * 1e3:6.1f} ms, ratio {ratio:.2f}; {kept} of {drafted} "

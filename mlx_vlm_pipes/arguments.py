@@ -96,7 +96,7 @@ def given_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def figures_lines(reason: str | None, usage: Usage, timings: Timings, memory: int) -> list[str]:
-    """Two lines about an answer, one more of its drafts, that fit into 80 columns. memory: bytes."""
+    """Lines about an answer that fit into 80 columns. memory: bytes."""
     ended = "cut at --max-tokens or --max-length" if reason == "length" else f"ended by {reason}"
     kept = f"drafts: {usage.accepted_tokens} of {usage.drafted_tokens} tokens were right"
     return [
