@@ -119,7 +119,7 @@ def judge(pipe: Pipeline, count: int, max_tokens: int = 200) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--schemas", type=int, default=200)
     parser.add_argument("--model", default=str(checkpoint_path()))

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mlx_vlm_pipes.engine.requests import Timings, Usage
     from mlx_vlm_pipes.pipeline import Pipeline
 
-MAX_TOOLS_BYTES = 8 * 2**20
+MAX_FILE_BYTES = 8 * 2**20  # of what a flag names
 BUNDLED_NAME = "tiny-idefics3"
 BUNDLED_NOTE = "using the bundled model (it knows coloured shapes); --model takes others"
 
@@ -157,21 +157,36 @@ def _join(namespace: argparse.Namespace, more: dict[str, Any]) -> None:
 
 
 def _tools(name: str) -> list[Any]:
-    """The tools in a JSON file: a list of descriptions, or one.
+    """The tools in a JSON file: a list of descriptions, or one. Raises: as `_json`."""
+    value = _json(name, "a list of tools")
+    return value if isinstance(value, list) else [value]
 
-    Raises: argparse.ArgumentTypeError for a file that cannot be read, or is no JSON.
-    """
+
+def _schema(name: str) -> Any:
+    return _json(name, "a schema")
+
+
+def _json(name: str, expected: str) -> Any:
+    """What a JSON file holds. Raises: argparse.ArgumentTypeError, as `_text`, and for no JSON."""
+    try:
+        return json.loads(_text(name))
+    except (ValueError, RecursionError):
+        raise argparse.ArgumentTypeError(f"{name} is no JSON; expected {expected}") from None
+
+
+def _text(name: str) -> str:
+    """A file's text. Raises: argparse.ArgumentTypeError for one that cannot be read."""
     try:
         with user_path(name).open("rb") as file:
-            data = file.read(MAX_TOOLS_BYTES + 1)
-        if len(data) > MAX_TOOLS_BYTES:
-            raise argparse.ArgumentTypeError(f"{name} has more than {MAX_TOOLS_BYTES} bytes")
-        value = json.loads(data)
+            data = file.read(MAX_FILE_BYTES + 1)
     except OSError as error:
         raise argparse.ArgumentTypeError(f"{name} cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError):
-        raise argparse.ArgumentTypeError(f"{name} is no JSON; expected a list of tools") from None
-    return value if isinstance(value, list) else [value]
+    if len(data) > MAX_FILE_BYTES:
+        raise argparse.ArgumentTypeError(f"{name} has more than {MAX_FILE_BYTES} bytes")
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        raise argparse.ArgumentTypeError(f"{name} is no text in UTF-8") from None
 
 
 def _flag(name: str) -> str:
@@ -198,6 +213,12 @@ def _keywords(option: Option) -> dict[str, Any]:
         return {**shared, "action": _Variables, "metavar": "JSON"}
     if option.choices:
         return {**shared, "choices": option.choices}
+    if option.name == "schema":
+        described = "the answer is JSON of the schema in this file"
+        return {**shared, "type": _schema, "metavar": "FILE.json", "help": described}
+    if option.name == "grammar":
+        described = "the answer is of the Lark grammar in this file"
+        return {**shared, "type": _text, "metavar": "FILE.lark", "help": described}
     if option.default is not None:
         shared["help"] += f" (default {option.default})"
     return {**shared, "type": option.kind}

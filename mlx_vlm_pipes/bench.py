@@ -114,19 +114,19 @@ def _grid(args: argparse.Namespace) -> Grid:
     """Raises: InputError for a list that is none, and for numbers below 1."""
     from mlx_vlm_pipes.speed.measure import Grid
 
-    prompts = [_whole("--prompt-tokens", text) for text in _listed(args.prompt_tokens)]
+    prompts = [_whole("--prompt-tokens", text) for text in _words(args.prompt_tokens)]
     if not prompts:
         raise InputError("--prompt-tokens: expected one length at least")
     return Grid(
         prompt_tokens=prompts,
-        rows=[_whole("--rows", text) for text in _listed(args.rows)],
-        pictures=[_size(text) for text in _listed(args.pictures)],
+        rows=[_whole("--rows", text) for text in _words(args.rows)],
+        pictures=[_size(text) for text in _words(args.pictures)],
         new_tokens=Option("", name="--new-tokens", kind=int, low=2).read(args.new_tokens),
         rounds=Option("", name="--rounds", kind=int, low=1).read(args.rounds),
     )
 
 
-def _listed(text: str) -> list[str]:
+def _words(text: str) -> list[str]:
     words = [word.strip() for word in text.split(",")]
     return [word for word in words if word not in ("", "none")]
 

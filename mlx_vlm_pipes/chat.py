@@ -17,7 +17,7 @@ from mlx_vlm_pipes.arguments import (
     refuse_foreign_flags,
 )
 from mlx_vlm_pipes.command import new_parser, run_command, say, terminable
-from mlx_vlm_pipes.options import PROMPT_OPTIONS, SAMPLING_OPTIONS
+from mlx_vlm_pipes.options import ANSWER_OPTIONS, PROMPT_OPTIONS, SAMPLING_OPTIONS
 
 if TYPE_CHECKING:
     from mlx_vlm_pipes.pipeline import Pipeline
@@ -45,7 +45,9 @@ def build_parser() -> argparse.ArgumentParser:
     add_media_options(talk, "a picture for the first message: path or http(s) URL; may be repeated")
     spoken = {name: option for name, option in PROMPT_OPTIONS.items() if name != "raw"}
     add_options(talk, spoken)
-    add_options(parser.add_argument_group("answers"), SAMPLING_OPTIONS)
+    answers = parser.add_argument_group("answers")
+    add_options(answers, SAMPLING_OPTIONS)
+    add_options(answers, ANSWER_OPTIONS)
     parser.add_argument("--quiet", action="store_true", help="begin without a word")
     refuse_foreign_flags(parser)
     return parser
@@ -78,7 +80,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _greet(pipe: Pipeline, name: str | None) -> None:
-    model, memory = pipe.model, pipe.engine.scheduler.state.memory_bytes
+    model, memory = pipe.model, pipe.engine.memory_bytes
     say(model_name(name))
     say(
         f"{model.weight_bytes / 1e6:.4g} MB of weights, {model.dtype.name}, {model.device.label}; "

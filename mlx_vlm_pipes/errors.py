@@ -98,3 +98,8 @@ def clip(text: object, limit: int = 80) -> str:
     """A printable, one-line form of an untrusted string, at most `limit` characters long."""
     shown = repr(str(text)[: limit + 1])[1:-1]
     return shown if len(shown) <= limit else shown[: limit - 3] + "..."
+
+
+def one_line(text: object, limit: int = 120) -> str:
+    """What another library says, as the first `limit` characters of one line."""
+    return " ".join(str(text).split())[:limit]

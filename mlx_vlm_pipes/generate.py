@@ -21,7 +21,7 @@ from mlx_vlm_pipes.arguments import (
 from mlx_vlm_pipes.command import INTERRUPTED, new_parser, put, put_json, run_command, say
 from mlx_vlm_pipes.display.view import require_folder, shown_answer
 from mlx_vlm_pipes.errors import InputError
-from mlx_vlm_pipes.options import OPTIONS, PROMPT_OPTIONS, SAMPLING_OPTIONS, among
+from mlx_vlm_pipes.options import ANSWER_OPTIONS, PROMPT_OPTIONS, SAMPLING_OPTIONS, among
 from mlx_vlm_pipes.prompt_cache import PromptCache
 
 if TYPE_CHECKING:
@@ -64,10 +64,9 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="keep the prompt's cache in FILE: read if it fits, else computed and written",
     )
-    add_options(
-        parser.add_argument_group("answer"),
-        {**SAMPLING_OPTIONS, "speculative": OPTIONS["speculative"]},
-    )
+    answer = parser.add_argument_group("answer")
+    add_options(answer, SAMPLING_OPTIONS)
+    add_options(answer, ANSWER_OPTIONS)
     output = parser.add_argument_group("output")
     output.add_argument("--plan", action="store_true", help="say what it needs; run nothing")
     output.add_argument(

@@ -189,10 +189,10 @@ class GenerateOptions(PromptOptions, SamplingOptions, total=False):
     ]
     schema: Annotated[
         Schema | None,
-        Option("the answer is JSON of this schema: an object, or a pydantic class", has_flag=False),
+        Option("the answer is JSON of this schema: an object, or a pydantic class"),
     ]
     regex: Annotated[str | None, Option("the answer matches this regular expression")]
-    grammar: Annotated[str | None, Option("the answer is of this Lark grammar", has_flag=False)]
+    grammar: Annotated[str | None, Option("the answer is of this Lark grammar")]
     thinking_budget: Annotated[
         int | None, Option("close the reasoning after so many tokens", low=0)
     ]
@@ -440,3 +440,9 @@ def _row(name: str, hint: Any, option: Option) -> Option:
 PROMPT_OPTIONS = _table(PromptOptions)
 SAMPLING_OPTIONS = _table(SamplingOptions)
 OPTIONS = _table(GenerateOptions)
+# What is asked of the answer beside how its tokens are chosen.
+ANSWER_OPTIONS = {
+    name: option
+    for name, option in OPTIONS.items()
+    if name not in PROMPT_OPTIONS and name not in SAMPLING_OPTIONS
+}

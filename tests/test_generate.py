@@ -209,6 +209,21 @@ def test_tools_and_variables_of_the_template_as_flags(
     assert "does not read enable_thinking; leave it out" in capsys.readouterr().err
 
 
+def test_an_answer_in_a_form_by_flags(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    schema, grammar = tmp_path / "schema.json", tmp_path / "form.lark"
+    schema.write_text('{"enum": ["red", "blue"]}')
+    grammar.write_text('start: "a" "b"')
+    for flags, wanted in {
+        ("--schema", str(schema)): ('"red"', '"blue"'),
+        ("--grammar", str(grammar)): ("ab",),
+        ("--regex", "[xy]"): ("x", "y"),
+    }.items():
+        assert main(["--prompt", "Which?", "--quiet", *flags]) == 0
+        assert capsys.readouterr().out.strip() in wanted
+    assert main(["--prompt", "Which?", "--thinking-budget", "3"]) == 2
+    assert "this tokenizer has no </think>" in capsys.readouterr().err
+
+
 def test_a_prompt_cache_is_written_once_and_read_after(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

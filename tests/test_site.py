@@ -65,6 +65,14 @@ def test_every_extra_is_told() -> None:
     assert set(re.findall(r"^([\w-]+) = \[", section, re.MULTILINE)) <= set(told)
 
 
+def test_every_path_of_the_server_is_told_and_there() -> None:
+    source = (ROOT / "mlx_vlm_pipes" / "server" / "app.py").read_text(encoding="utf-8")
+    served = {path for path in re.findall(r'Route\("([^"]+)"', source) if "{" not in path}
+    page = (DOCS / "guide" / "server.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `/")]
+    assert {path for row in rows for path in re.findall(r"`(/[^`]*)`", row)} == served
+
+
 def test_the_repository_s_address_is_the_same_everywhere() -> None:
     address = re.search(r'Homepage = "([^"]+)"', (ROOT / "pyproject.toml").read_text())
     assert address is not None

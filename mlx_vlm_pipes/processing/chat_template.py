@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlx_vlm_pipes.errors import InputError, ProcessorError, clip
+from mlx_vlm_pipes.errors import InputError, ProcessorError, clip, one_line
 from mlx_vlm_pipes.processing.settings import read_json
 
 JSON_PLACES = ("chat_template.json", "processor_config.json", "tokenizer_config.json")
@@ -189,6 +189,6 @@ def plain(value: Any) -> Any:
 
 
 def _reason(error: BaseException) -> str:
-    text = " ".join(str(error).split())[:300]
+    text = one_line(error, 300)
     line = getattr(error, "lineno", None)
     return f"{text or type(error).__name__}{f' (line {line})' if line else ''}"

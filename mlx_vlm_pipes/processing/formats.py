@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from typing import TYPE_CHECKING
 
-from mlx_vlm_pipes.errors import MediaError
+from mlx_vlm_pipes.errors import MediaError, one_line
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -42,7 +42,7 @@ def open_heif(data: bytes, name: str, max_pixels: int) -> Image:
     except MediaError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:120]
+        reason = one_line(error)
         raise MediaError(f"{name} cannot be decoded as a picture: {reason}") from error
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from mlx_vlm_pipes.errors import MediaError
+from mlx_vlm_pipes.errors import MediaError, one_line
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -142,5 +142,5 @@ def _run(data: bytes, number: int, seconds: float) -> subprocess.CompletedProces
 def _reason(done: subprocess.CompletedProcess[bytes]) -> str:
     if done.returncode != 1:
         return "PDFium gave up"
-    said = " ".join(done.stderr.decode(errors="replace").split("\n")[0].split())[:200]
+    said = one_line(done.stderr.decode(errors="replace").split("\n")[0], 200)
     return f"{said}; remove its password" if "password" in said.lower() else said

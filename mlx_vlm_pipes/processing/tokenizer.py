@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_vlm_pipes.errors import InputError, ProcessorError, shown
+from mlx_vlm_pipes.errors import InputError, ProcessorError, one_line, shown
 from mlx_vlm_pipes.gguf.header import is_gguf
 from mlx_vlm_pipes.processing.chat_template import ChatTemplate, find_template
 from mlx_vlm_pipes.processing.growth import checked_growth
@@ -312,5 +312,5 @@ def _damaged(path: Path, error: BaseException) -> ProcessorError:
 def _reason(error: BaseException) -> str:
     """What the Rust library says; its panics are no Exception. Raises: any other error again."""
     if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-        return " ".join(str(error).split())[:200]
+        return one_line(error, 200)
     raise error

@@ -19,7 +19,7 @@ from functools import partial
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from typing import Any
 
-from mlx_vlm_pipes.errors import MediaError
+from mlx_vlm_pipes.errors import MediaError, one_line
 
 CHUNK_BYTES = 64 * 1024
 NAT64 = ipaddress.ip_network("64:ff9b::/96")  # IPv4 addresses as a gateway shows them
@@ -62,10 +62,10 @@ class Download:
         except MediaError as error:
             return error
         except urllib.error.HTTPError as error:
-            reason = " ".join(str(error.reason).split())[:120]
+            reason = one_line(error.reason)
             return MediaError(f"{name}: the server answered {error.code} ({reason})")
         except (OSError, ValueError, HTTPException) as error:
-            reason = " ".join(str(getattr(error, "reason", error)).split())[:120]
+            reason = one_line(getattr(error, "reason", error))
             return MediaError(f"{name} cannot be fetched: {reason}")
 
     def abort(self) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_vlm_pipes.errors import InputError
-from mlx_vlm_pipes.paths import user_path
+from mlx_vlm_pipes.paths import user_path, write_whole
 from mlx_vlm_pipes.speed.measure import Report
 
 if TYPE_CHECKING:
@@ -54,10 +55,9 @@ def draw(report: Report, title: str, subtitle: str, path: Path) -> None:
         axis.grid(axis="y", color="#e5e5e5", linewidth=0.8)
         panels[name](axis, rows)
         axis.set_ylim(bottom=0)
-    try:
-        figure.savefig(path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror})") from None
+    file = io.BytesIO()
+    figure.savefig(file, format=path.suffix[1:].lower())
+    write_whole(path, file.getvalue())
 
 
 def _prompts(axis: Axes, rows: list[dict[str, Any]]) -> None:

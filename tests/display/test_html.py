@@ -127,7 +127,7 @@ def test_views_that_cannot_be(tmp_path) -> None:
     with pytest.raises(InputError, match=r"cannot be written \(No such file"):
         view.save(tmp_path / "none" / "a.png")
     for wrong in (tmp_path / ("a" * 251 + ".png"), tmp_path / "\0.png"):
-        with pytest.raises(InputError, match="cannot be written"):
+        with pytest.raises(InputError, match=r"cannot be (written|the name of a file)"):
             view.save(wrong)
     view.save(tmp_path / "a.png")
     with Image.open(tmp_path / "a.png") as written:
