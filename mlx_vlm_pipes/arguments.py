@@ -96,14 +96,16 @@ def given_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def figures_lines(reason: str | None, usage: Usage, timings: Timings, memory: int) -> list[str]:
-    """Two lines about an answer that fit into 80 columns. memory: bytes."""
+    """Lines about an answer that fit into 80 columns. memory: bytes."""
     ended = "cut at --max-tokens or --max-length" if reason == "length" else f"ended by {reason}"
+    kept = f"drafts: {usage.accepted_tokens} of {usage.drafted_tokens} tokens were right"
     return [
         f"prompt: {usage.prompt_tokens} tokens{usage.of_prompt}, {timings.prompt_s:.2f} s,"
         f" {rate(usage.prompt_tokens, timings.prompt_s):.0f} tokens/s",
         f"answer: {usage.completion_tokens} tokens,"
         f" {rate(usage.completion_tokens - 1, timings.generation_s):.0f} tokens/s,"
         f" {ended}; peak {memory / 1e6:.0f} MB",
+        *([kept] if usage.drafted_tokens else []),
     ]
 
 
@@ -209,6 +211,8 @@ def _keywords(option: Option) -> dict[str, Any]:
         return {**shared, "type": _tools, "metavar": "FILE.json", "help": described}
     if option.name == "chat_template_kwargs":
         return {**shared, "action": _Variables, "metavar": "JSON"}
+    if option.choices:
+        return {**shared, "choices": option.choices}
     if option.name == "schema":
         described = "the answer is JSON of the schema in this file"
         return {**shared, "type": _schema, "metavar": "FILE.json", "help": described}

@@ -88,6 +88,17 @@ class TokenBuffer:
         self.append(token)
         self._active_end = self._size
 
+    def draft(self, tokens: Sequence[int]) -> None:
+        """Run these behind the active tokens in the coming step; `drop_draft` takes them off."""
+        for token in tokens:
+            self.append(token)
+        self._active_end = self._size
+
+    def drop_draft(self, count: int) -> None:
+        """Forget the last `count` tokens, which `draft` has put there."""
+        self._size -= count
+        self._active_end = self._size
+
     def chunk(self, size: int) -> None:
         """Limit the active tokens to the first `size` of them."""
         if not 1 <= size <= self.active_length:
@@ -220,7 +231,8 @@ class TextContext:
 
     images: none here; `TextAndVisionContext` has them. logits_processors: the request's own
     functions (tokens int32 [n], logits float32 [1, V]) -> logits, all mx.array, before all else.
-    constraint: the form that the answer must have.
+    constraint: the form that the answer must have. speculative: "lookup" where tokens are drafted
+    from prompt and answer, and several run in one step.
     Raises: ContextTooLong when `min_tokens + prompt_length > max_length`.
     """
 
@@ -236,6 +248,7 @@ class TextContext:
     model_name: str = ""
     logits_processors: Sequence[LogitsProcessor] = ()
     constraint: Constraint | None = None
+    speculative: str | None = None
     status: GenerationStatus = GenerationStatus.ACTIVE
     images: Sequence[ImageMetadata] = field(default=(), init=False)
 

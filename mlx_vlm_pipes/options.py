@@ -36,7 +36,8 @@ class Option:
     None and its type has None. low, high: the smallest and the largest value (of each number, in a
     list). above: less than any value. unlimited: the value that means "no limit". remedy: what to
     do about a wrong value, where that is not plain. field: its name in SamplingParams, if that is
-    another one. has_flag: whether the generate command takes it.
+    another one. has_flag: whether the generate command takes it. choices: the texts that are taken,
+    where not all are.
 
     name, kind (its type without None) and takes_none are filled in from the table.
     """
@@ -50,6 +51,7 @@ class Option:
     remedy: str = ""
     field: str = ""
     has_flag: bool = True
+    choices: tuple[str, ...] = ()
     name: str = ""
     kind: Any = None
     takes_none: bool = False
@@ -72,6 +74,8 @@ class Option:
     def expected(self) -> str:
         """The values that are taken, in words."""
         words, _ = _KINDS[self.kind]
+        if self.choices:
+            return " or ".join(map(repr, self.choices))
         if self.low > -math.inf and self.high < math.inf:
             words += f" from {self.low:g} to {self.high:g}"
         elif self.low > -math.inf:
@@ -191,6 +195,10 @@ class GenerateOptions(PromptOptions, SamplingOptions, total=False):
     grammar: Annotated[str | None, Option("the answer is of this Lark grammar")]
     thinking_budget: Annotated[
         int | None, Option("close the reasoning after so many tokens", low=0)
+    ]
+    speculative: Annotated[
+        str | None,
+        Option("draft tokens from what prompt and answer repeat", choices=("lookup",)),
     ]
     # The command's --adapter is the folder of the one that it loads.
     adapter: Annotated[str | None, Option('a loaded adapter\'s name, or "base"', has_flag=False)]
@@ -324,8 +332,7 @@ def _real(value: object) -> float:
 
 
 def _text(option: Option, value: object) -> str:
-    del option
-    if not isinstance(value, str):
+    if not isinstance(value, str) or (option.choices and value not in option.choices):
         raise _Unfit
     return value
 

@@ -436,7 +436,7 @@ class Pipeline:
             model_name=self._adapter(options["adapter"]),
             logits_processors=options["logits_processors"] or (),
         )
-        context.constraint = constraint
+        context.constraint, context.speculative = constraint, options["speculative"]
         return context
 
     def _adapter(self, name: str | None) -> str:

@@ -46,11 +46,14 @@ class ReturnHiddenStates(str, enum.Enum):
 class Phase(enum.Enum):
     """What a step does with its rows: read (part of) a prompt, or one token of each row.
 
-    DECODE promises that every row runs its last token alone and that no vision rows go in.
+    DECODE promises that every row runs its last token alone and that no vision rows go in. VERIFY:
+    as DECODE, but every row runs its last token and as many drafted ones as the others, and all
+    of them get logits.
     """
 
     PREFILL = "prefill"
     DECODE = "decode"
+    VERIFY = "verify"
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from mlx_vlm_pipes.engine.memory import trim_pool
 from mlx_vlm_pipes.engine.requests import Job
 from mlx_vlm_pipes.engine.results import Results, Sampled
 from mlx_vlm_pipes.engine.state import EngineState
+from mlx_vlm_pipes.engine.verify import Verify
 from mlx_vlm_pipes.interfaces import ModelInputs
 from mlx_vlm_pipes.kv_cache import KVCacheInputs, cache_inputs, increment_cache_lengths
 
@@ -34,7 +35,7 @@ class Decode:
     """The running jobs, in the order of their slots."""
 
     def __init__(self, state: EngineState, results: Results) -> None:
-        self._state, self._results = state, results
+        self._state, self._results, self._verify = state, results, Verify(state, results)
         self.jobs: list[Job] = []
         self._flight: Flight | None = None
         self._cache_bytes = 0  # of the batch in the last step
@@ -59,9 +60,21 @@ class Decode:
         if self._flight is not None:
             return []
         crossing = self._take_crossing()
-        if self.jobs:
+        if self.jobs and not self._step_over_drafts():
             self._flight = self._launch_fresh()
         return crossing
+
+    def _step_over_drafts(self) -> bool:
+        """Run and read a step over drafted tokens, where there are any worth it."""
+        self.jobs.sort(key=_slot)
+        width, before = self._verify.width(self.jobs), self._state.cache.nbytes
+        running = self._verify.run(self.jobs, width) if width > 1 else None
+        if running is None:
+            return False
+        self.jobs[:] = running
+        if self._state.cache.nbytes != before:
+            trim_pool(self._state.cache.nbytes)
+        return True
 
     def settle(self) -> None:
         """Wait for the step in flight, so that what comes next is not measured with it."""
@@ -78,6 +91,8 @@ class Decode:
             return None
         if any(self._ends_by_length(job) or self._crosses(job) for job in flight.jobs):
             return None
+        if self._verify.width(flight.jobs) > 1:
+            return None  # drafts go on from tokens that are to be read first
         assert flight.sampled is not None
         inputs = self._state.model.prepare_next_token_inputs(flight.sampled.tokens, flight.inputs)
         return self._launch(inputs, flight.kv, flight.jobs)
@@ -134,8 +149,12 @@ class Decode:
         """Wait for a step's tokens and hand them out; jobs that end leave."""
         assert flight.sampled is not None
         for job, (token, score) in zip(flight.jobs, flight.sampled.read(), strict=True):
-            if job in self.jobs and not self._results.deliver(job, token, score):
+            if job not in self.jobs:
+                continue
+            if not self._results.deliver(job, token, score):
                 self.jobs.remove(job)
+            elif job.lookup is not None:
+                job.lookup.watch(job.context.tokens.all)
 
 
 def _slot(job: Job) -> float:

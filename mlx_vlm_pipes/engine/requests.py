@@ -17,6 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_vlm_pipes.contexts import TextContext
+from mlx_vlm_pipes.engine.lookup import Lookup
 from mlx_vlm_pipes.engine.row_sampler import RowSampler
 from mlx_vlm_pipes.engine.text import StreamDecoder, TextStream
 from mlx_vlm_pipes.engine.worker import require_same_process
@@ -30,13 +31,16 @@ from mlx_vlm_pipes.progress import WAIT_S, Watch, Work
 
 @dataclass(frozen=True)
 class Usage:
-    """Counts of one request. cached_tokens came from the prefix cache."""
+    """Counts of one request. cached_tokens came from the prefix cache; of drafted_tokens, which
+    were run on speculation, the answer has kept accepted_tokens."""
 
     prompt_tokens: int
     image_tokens: int
     cached_tokens: int
     images_encoded: int
     completion_tokens: int
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
     @property
     def of_prompt(self) -> str:
@@ -326,7 +330,8 @@ class Job:
     held: its cache row, from its admission to its end. features: vision rows, by image key, that
     its prompt still needs. first_logits: logits [1, V] behind its prompt, until its first token
     is out. failure: what its sampler raised. prompt_logits, prompt_row: where the logits or the
-    keys and values of its prompt go, if it is these that are asked for, and no answer.
+    keys and values of its prompt go, if it is these that are asked for, and no answer. lookup: its
+    drafts, where it speculates.
     """
 
     context: TextContext
@@ -346,6 +351,7 @@ class Job:
     echoed: list[LogProbabilities] = field(default_factory=list)
     prompt_logits: PromptLogits | None = None
     prompt_row: PromptRow | None = None
+    lookup: Lookup | None = None
 
     @property
     def row(self) -> CacheRow:
@@ -397,6 +403,8 @@ class Job:
             cached_tokens=self.cached_tokens,
             images_encoded=self.images_encoded,
             completion_tokens=context.tokens.generated_length,
+            drafted_tokens=0 if self.lookup is None else self.lookup.drafted,
+            accepted_tokens=0 if self.lookup is None else self.lookup.kept,
         )
 
 
@@ -419,4 +427,6 @@ def new_job(
     prompt, processors = context.tokens.prompt, context.logits_processors
     sampler = RowSampler(params, prompt, vocab_size, ends, processors)
     stops = (*params.stop, *context.eos_tracker.eos_stop_strings)
-    return Job(context, Handle(), sampler, TextStream(decoder, stops), keys, capacity)
+    job = Job(context, Handle(), sampler, TextStream(decoder, stops), keys, capacity)
+    job.lookup = Lookup() if context.speculative == "lookup" else None
+    return job

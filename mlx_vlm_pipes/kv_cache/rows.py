@@ -48,6 +48,10 @@ class CacheRow:
         """Tokens that lie in the arrays, counted or not."""
         return self.length + self.uncounted
 
+    def count(self, tokens: int) -> None:
+        """Count so many of the tokens that a step has written."""
+        self.length, self.uncounted = self.length + tokens, self.uncounted - tokens
+
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` in all. The row must be staged."""
         if not self._layers:

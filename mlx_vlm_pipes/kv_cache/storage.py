@@ -127,20 +127,24 @@ def write_prefill(layer: Layer, new: Sequence[Layer], start: int) -> Layer:
     return layer
 
 
-def decode_places(lengths: mx.array, kv_heads: int, capacity: int) -> mx.array:
+def decode_places(lengths: mx.array, kv_heads: int, capacity: int, width: int = 1) -> mx.array:
     """Where a decode step writes in a layer seen as [2 * rows * K * capacity, X].
 
-    lengths int32 [rows]: each row's token goes there. Returns int32 [rows, 2 * K]: keys' heads,
-    then values'.
+    lengths int32 [rows]: each row's `width` tokens go there. Returns int32 [rows * width, 2 * K]:
+    keys' heads, then values'.
     """
     rows = lengths.shape[0]
     side, head = mx.arange(2)[:, None], mx.arange(kv_heads)
     heads = (side * (rows * kv_heads) + head).reshape(1, -1)
-    return (heads + mx.arange(rows)[:, None] * kv_heads) * capacity + lengths[:, None]
+    begin = (heads + mx.arange(rows)[:, None] * kv_heads) * capacity
+    if width == 1:
+        return begin + lengths[:, None]
+    places = begin[:, None] + (lengths[:, None] + mx.arange(width))[..., None]
+    return places.reshape(rows * width, -1)
 
 
 def write_decode(layer: Layer, new: Layer, places: mx.array) -> Layer:
-    """Write one token of each row, [rows, n, X], at places int32 [rows, n] (`decode_places`).
+    """Write tokens [T, n, X], by default one of each row, at places int32 [T, n] (`decode_places`).
 
     In place once the caller holds no other reference. `mx.where` over the cache would copy all of
     it; a slice update from a position that the device computes takes two kernels for each array.

@@ -73,13 +73,16 @@ def _span_numbers(spans: Sequence[Span], positions: Span) -> np.ndarray:
     return numbers
 
 
-def decode_mask(lengths: mx.array, capacity: int, window: int | None) -> mx.array:
-    """bool [B, 1, 1, capacity]: the cached tokens of each row and the new one at `lengths`."""
+def decode_mask(lengths: mx.array, capacity: int, window: int | None, width: int = 1) -> mx.array:
+    """bool [B, 1, width, capacity]: the cached tokens of each row, and of the new ones from
+    `lengths` on each up to itself."""
     key, last = mx.arange(capacity)[None], lengths[:, None]
+    if width > 1:
+        key, last = key[None], (last + mx.arange(width))[..., None]
     mask = key <= last
     if window is not None:
         mask = mask & (key > last - window)
-    return mask[:, None, None, :]
+    return mask[:, None, None, :] if width == 1 else mask[:, None]
 
 
 def prefill_attention(
@@ -110,14 +113,16 @@ def prefill_attention(
 def decode_attention(
     q: mx.array, cached: Layer, format: CacheFormat, mask: mx.array, scale: float
 ) -> mx.array:
-    """One query of each row, [B, H, 1, D], against the whole capacity.
+    """Queries of each row, [B, H, T, D], against the whole capacity; T is 1 in a decode step.
 
-    mask [B, 1, 1, capacity]; a plain cache takes one for each head too.
+    mask [B, 1, T, capacity]; a plain cache takes one for each head too.
     """
     if isinstance(format, PlainFormat):
         keys, values = sides(cached[0])
         return attend(q, keys.astype(q.dtype), values.astype(q.dtype), scale=scale, mask=mask)
-    grouped = _grouped(q, cached[0].shape[2])  # [B, K, H / K, D]
+    grouped = _grouped(q, cached[0].shape[2])  # [B, K, H / K * T, D]
+    if q.shape[2] > 1:
+        mask = mx.tile(mask, (1, 1, q.shape[1] // cached[0].shape[2], 1))
     capacity = mask.shape[-1]
     whole = WHOLE_SCORES // (q.shape[0] * q.shape[1]) if format.on_gpu else 0
     if capacity <= max(DECODE_TILE, whole):

@@ -1,4 +1,5 @@
-"""One token of every row: the forms of rope, cache write and attention that take few kernels.
+"""One token of every row, or a few of each: the forms of rope, cache write and attention that take
+few kernels.
 
 Projections, norms and MLP take all rows together; only what reads or writes the cache goes group
 by group. What depends on the lengths alone is made once and read by all layers.
@@ -46,10 +47,10 @@ class HeadCounts:
 class DecodeGroup:
     """Rows whose keys and values lie in the same arrays."""
 
-    rows: slice  # on the step's row axis
+    rows: slice  # on the step's token axis
     lengths: mx.array  # int32 [n], tokens cached so far
-    places: mx.array | None  # int32 [n, 2 * K], where each row writes; None: one slice update
-    masks: dict[int | None, mx.array]  # by window: bool [n, 1 or H, 1, capacity]
+    places: mx.array | None  # int32 [n * T, 2 * K], where each token goes; None: one slice update
+    masks: dict[int | None, mx.array]  # by window: bool [n, 1 or H, T, capacity]
 
     @classmethod
     def of(
@@ -60,19 +61,24 @@ class DecodeGroup:
         heads: HeadCounts,
         windows: set[int | None],
         format: CacheFormat,
+        width: int = 1,
     ) -> DecodeGroup:
-        """A group's part of the step: its rows from `begin` on, with `lengths` tokens each."""
+        """A group's part of the step: its rows from `begin` on, with `lengths` tokens each.
+
+        width: tokens of each row that the step runs.
+        """
         count, places = lengths.shape[0], None
-        if count > 1 or format.on_gpu:
-            places = decode_places(lengths, heads.keys, capacity)
-        masks = {window: decode_mask(lengths, capacity, window) for window in windows}
+        if count > 1 or width > 1 or format.on_gpu:
+            places = decode_places(lengths, heads.keys, capacity, width)
+        masks = {window: decode_mask(lengths, capacity, window, width) for window in windows}
         if count > 1 and format.on_gpu and isinstance(format, PlainFormat):
-            shape = (count, heads.queries, 1, capacity)
+            shape = (count, heads.queries, width, capacity)
             masks = {w: mx.contiguous(mx.broadcast_to(m, shape)) for w, m in masks.items()}
-        return cls(slice(begin, begin + count), lengths, places, masks)
+        rows = slice(begin * width, (begin + count) * width)
+        return cls(rows, lengths, places, masks)
 
     def write(self, cached: Layer, parts: Sequence[Layer]) -> Layer:
-        """parts: arrays [B, heads, X] of the step's rows, keys' heads before values'."""
+        """parts: arrays [B * T, heads, X] of the step's tokens, keys' heads before values'."""
         if self.places is None:
             (fresh,) = parts
             return write_one(cached, tuple(a[self.rows] for a in fresh), self.lengths)
@@ -94,7 +100,8 @@ class DecodeStep:
     rotations: dict[int | None, Rotation]  # by window, for [B, heads, 1, D]
     joined: dict[int | None, Rotation | None]  # for [B, H + 2 * K, D]; None: there is none
     format: CacheFormat
-    slots: TokenSlots | None  # each row's LoRA adapter; None where none is loaded
+    slots: TokenSlots | None  # each token's LoRA adapter; None where none is loaded
+    width: int = 1  # T, tokens of each row
 
     def turn(
         self,
@@ -103,7 +110,7 @@ class DecodeStep:
         joined: Rotation | None,
         norms: tuple[nn.Module, nn.Module] | None,
     ) -> tuple[mx.array, list[Layer]]:
-        """Heads [B, H + 2 * K, D] -> turned queries [B, H, 1, D], and what the cache gets.
+        """Heads [B * T, H + 2 * K, D] -> turned queries [B * T, H, 1, D], and what the cache gets.
 
         norms: of queries and of keys. The latter is one part, keys and values, or one of each.
         """
@@ -145,12 +152,20 @@ class DecodeStep:
         window: int | None,
         scale: float,
     ) -> tuple[mx.array, list[Layer]]:
-        """What the queries read [B, H * D], and each group's arrays with the new tokens."""
+        """What the queries read [B * T, H * D], and each group's arrays with the new tokens."""
         outs, written = [], []
         for group, cached in zip(self.groups, caches, strict=True):
             cached = group.write(cached, parts)
             mask = group.masks[window]
-            outs.append(decode_attention(q[group.rows], cached, self.format, mask, scale))
+            own = self._by_row(q[group.rows])
+            out = decode_attention(own, cached, self.format, mask, scale)
+            outs.append(out if self.width == 1 else out.transpose(0, 2, 1, 3).flatten(0, 1))
             written.append(cached)
         out = outs[0] if len(outs) == 1 else mx.concatenate(outs)
         return out.reshape(out.shape[0], -1), written
+
+    def _by_row(self, q: mx.array) -> mx.array:
+        """A group's queries [n * T, H, 1, D] -> [n, H, T, D]."""
+        if self.width == 1:
+            return q
+        return q.reshape(-1, self.width, *q.shape[1::2]).transpose(0, 2, 1, 3)

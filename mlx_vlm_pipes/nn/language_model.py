@@ -91,7 +91,7 @@ class LanguageModel:
         self._format = cache_format(kv_params)
         self._compiled = compile and can_compile(kv_params.devices[0])
         self._step: Step = mx.compile(self._traced_step) if self._compiled else self._decode_step
-        self._runs: Counter[tuple[tuple[int, int], ...]] = Counter()
+        self._runs: Counter[tuple[tuple[tuple[int, int], ...], int]] = Counter()
 
     @property
     def break_length(self) -> int | None:
@@ -130,10 +130,11 @@ class LanguageModel:
             return self._no_rows(tokens)
         # Some of the rows that lie in the batch go prefill's way: placing them alone would push
         # the others out.
-        if mode.phase is Phase.DECODE and kv.cache.can_place(kv.rows):
+        if mode.phase is not Phase.PREFILL and kv.cache.can_place(kv.rows):
+            width = tokens.shape[0] // len(kv.rows)
             hidden, logits = self._decode(tokens, kv, position_ids, mode)
-            kv.wrote([1] * len(kv.rows))
-            return self._one_token_outputs(hidden, logits)
+            kv.wrote([width] * len(kv.rows))
+            return self._decoded_outputs(hidden, logits, width)
         h = self.decoder.embed(tokens)
         added = None
         if image_embeddings is not None:
@@ -220,32 +221,36 @@ class LanguageModel:
         position_ids: mx.array | None,
         mode: StepMode,
     ) -> tuple[mx.array, mx.array]:
-        """The compiled step: hidden states [B, E], or the captured ones [B, layers * E], and
-        logits [B, V]; batch arrays updated."""
-        cache = kv.cache
-        cache.place(kv.rows)
+        """The compiled step over T tokens of each row: hidden states [B * T, E], or the captured
+        ones [B * T, layers * E], and logits [B * T, V]; batch arrays updated."""
+        cache, width = kv.cache, tokens.shape[0] // len(kv.rows)
+        cache.place(kv.rows, extra=width)
         order = cache.slot_rows(kv.rows)
         tokens = tokens.astype(mx.uint32)  # what argmax gives; another type would be traced again
         lengths = cache.lengths()
-        positions = lengths
+        positions = (
+            lengths if width == 1 else mx.repeat(lengths, width) + _within(len(order), width)
+        )
         if position_ids is not None:
-            positions = _spread(position_ids[0].astype(mx.int32), order)
-        slots = token_slots(mode, len(kv.rows), self.adapters)
-        extra = () if slots is None else (_spread(slots, order),)
-        step = self._step_at(cache.shapes)
-        out = step(_spread(tokens, order), lengths, positions, *extra, *cache.take())
+            positions = _spread(position_ids[0].astype(mx.int32), order, width)
+        slots = token_slots(mode, tokens.shape[0], self.adapters)
+        extra = () if slots is None else (_spread(slots, order, width),)
+        step = self._step_at(cache.shapes, width)
+        out = step(_spread(tokens, order, width), lengths, positions, *extra, *cache.take())
         cache.give(out[2:])
-        return _gathered(out[0], order), _gathered(out[1], order)
+        return _gathered(out[0], order, width), _gathered(out[1], order, width)
 
-    def _step_at(self, shapes: tuple[tuple[int, int], ...]) -> Step:
-        """The compiled step; where groups make shapes many, each is first run for a while."""
+    def _step_at(self, shapes: tuple[tuple[int, int], ...], width: int) -> Step:
+        """The compiled step; where groups make shapes many, or rows run several tokens, each is
+        first run for a while."""
         if not self._compiled:
             return self._step
-        self._runs[shapes] += 1
+        size = shapes, width
+        self._runs[size] += 1
         if len(self._runs) > MOST_SIZES:  # what was traced goes with the function
-            self._step, self._runs = mx.compile(self._traced_step), Counter((shapes,))
-        is_worth_a_trace = len(shapes) == 1 or self._runs[shapes] > EAGER_STEPS
-        return self._step if is_worth_a_trace else self._decode_step
+            self._step, self._runs = mx.compile(self._traced_step), Counter((size,))
+        is_usual = len(shapes) == 1 and width == 1
+        return self._step if is_usual or self._runs[size] > EAGER_STEPS else self._decode_step
 
     def _traced_step(self, *arguments: mx.array) -> tuple[mx.array, ...]:
         self.traces += 1
@@ -254,14 +259,17 @@ class LanguageModel:
     def _decode_step(
         self, tokens: mx.array, lengths: mx.array, positions: mx.array, *arrays: mx.array
     ) -> tuple[mx.array, ...]:
-        """Traced once for each shape; everything that changes is an argument."""
-        decoder = self.decoder
+        """Traced once for each shape; everything that changes is an argument.
+
+        tokens, positions [B * T]: T of each row, one in a decode step; lengths [B].
+        """
+        decoder, width = self.decoder, tokens.shape[0] // lengths.shape[0]
         slots, arrays = (arrays[0], arrays[1:]) if self.adapters else (None, arrays)
         caches = by_group(arrays, self._format.width, decoder.config.num_layers)
         heads = decoder.head_counts
         turned = heads.queries + heads.keys
         step = DecodeStep(
-            groups=self._groups(lengths, caches),
+            groups=self._groups(lengths, caches, width),
             heads=heads,
             rotations=decoder.rotations(lambda rope: rope.decode(positions)),
             joined=decoder.rotations(
@@ -269,6 +277,7 @@ class LanguageModel:
             ),
             format=self._format,
             slots=None if slots is None else TokenSlots(slots),
+            width=width,
         )
         h = decoder.scale_embeddings(decoder.embed(tokens))
         capture = Capture(self._captured) if self._captured else None
@@ -277,14 +286,16 @@ class LanguageModel:
         flat = [a for group in written for layer in group for a in layer]
         return hidden, decoder.logits(h), *flat
 
-    def _groups(self, lengths: mx.array, caches: Sequence[Sequence[Layer]]) -> list[DecodeGroup]:
+    def _groups(
+        self, lengths: mx.array, caches: Sequence[Sequence[Layer]], width: int
+    ) -> list[DecodeGroup]:
         """lengths int32 [B], of the groups' rows one after the other."""
         groups, begin = [], 0
-        windows, heads = self.decoder.windows, self.decoder.head_counts
+        windows, heads, format = self.decoder.windows, self.decoder.head_counts, self._format
         for layers in caches:
             _, count, _, capacity, _ = layers[0][0].shape
             own = lengths[begin : begin + count]
-            groups.append(DecodeGroup.of(begin, own, capacity, heads, windows, self._format))
+            groups.append(DecodeGroup.of(begin, own, capacity, heads, windows, format, width))
             begin += count
         return groups
 
@@ -302,6 +313,14 @@ class LanguageModel:
             kind = mx.uint32 if self.return_logits is ReturnLogits.ALL else mx.int64
             offsets = mx.arange(logits.shape[0] + 1, dtype=kind)
         return ModelOutputs(logits, logits, offsets, self._hidden(hidden, hidden))
+
+    def _decoded_outputs(self, hidden: mx.array, logits: mx.array, width: int) -> ModelOutputs:
+        """Every row has `width` active tokens, and logits at each."""
+        if width == 1:
+            return self._one_token_outputs(hidden, logits)
+        last = slice(width - 1, None, width)
+        offsets = mx.arange(0, logits.shape[0] + 1, width, dtype=mx.int64)
+        return ModelOutputs(logits, logits[last], offsets, self._hidden(hidden, hidden[last]))
 
     def _outputs(
         self, h: mx.array, picked: mx.array, bounds: np.ndarray, tail: int | None
@@ -340,19 +359,30 @@ def _fresh(spans: Sequence[Span], start: int, stop: int) -> tuple[Span, ...]:
     return found
 
 
-def _spread(x: mx.array, order: Sequence[int | None]) -> mx.array:
-    """What each row has, [B], for each slot; 0 or another row's for idle ones."""
-    count = x.shape[0]
+def _within(rows: int, width: int) -> mx.array:
+    """Each token's place among the `width` ones of its row, int32 [rows * width]."""
+    return mx.tile(mx.arange(width, dtype=mx.int32), rows)
+
+
+def _spread(x: mx.array, order: Sequence[int | None], width: int) -> mx.array:
+    """What each row's tokens have, [B * width], for each slot; 0 or another's for idle ones."""
+    count = x.shape[0] // width
     if list(order[:count]) == list(range(count)):
-        idle = len(order) - count
+        idle = (len(order) - count) * width
         return x if not idle else mx.concatenate([x, mx.zeros((idle,), x.dtype)])
-    return x[mx.array([row or 0 for row in order], dtype=mx.uint32)]
+    return x[_places([row or 0 for row in order], width)]
 
 
-def _gathered(out: mx.array, order: Sequence[int | None]) -> mx.array:
-    """A step's results by slot, [slots, X], by row."""
+def _gathered(out: mx.array, order: Sequence[int | None], width: int) -> mx.array:
+    """A step's results by slot, [slots * width, X], by row."""
     slot_of = {row: slot for slot, row in enumerate(order) if row is not None}
     count = len(slot_of)
     if all(slot_of[row] == row for row in range(count)):
-        return out if len(order) == count else out[:count]
-    return out[mx.array([slot_of[row] for row in range(count)], dtype=mx.uint32)]
+        return out if len(order) == count else out[: count * width]
+    return out[_places([slot_of[row] for row in range(count)], width)]
+
+
+def _places(rows: Sequence[int], width: int) -> mx.array:
+    """Where the tokens of these rows lie, uint32 [rows * width]."""
+    first = np.array(rows, np.uint32)[:, None] * width
+    return mx.array((first + np.arange(width, dtype=np.uint32)).reshape(-1))

@@ -15,6 +15,7 @@ from mlx_vlm_pipes import GenerationResult, Pipeline, load
 from mlx_vlm_pipes.conversion import ConvertOptions, convert
 from mlx_vlm_pipes.engine.state import EngineConfig
 from tests.device import bar
+from tests.engine.drafting import checked, draft_from
 from tests.engine.driving import FAMILIES, fixture_requests
 from tests.fixtures_helper import FIXTURES
 
@@ -137,3 +138,14 @@ def test_a_cancelled_neighbour_changes_nothing(family: Family) -> None:
     assert len(list(islice(goes, 3))) == 3
     del goes
     family.check({name: collect(h) for name, h in zip((first, names[-1]), stays, strict=True)})
+
+
+def test_drafted_tokens_are_as_plain(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    family.configure(enable_prefix_caching=False)
+    prompts = {name: family.pipe.encode(**r).input_ids for name, r in family.requests.items()}
+    draft_from(monkeypatch, [[*prompts[n], *family.alone[n].tokens] for n in prompts])
+    monkeypatch.setitem(ASKED, "speculative", "lookup")
+    answers = family.together(list(family.requests)[:3])
+    family.check(answers)
+    for name, answer in answers.items():
+        checked(family.alone[name], answer)

@@ -1,0 +1,41 @@
+"""Drafts that are known to be right, but for some, so that every way through a step is taken."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from mlx_vlm_pipes import GenerationResult
+from mlx_vlm_pipes.engine import lookup
+
+
+def draft_from(
+    monkeypatch: pytest.MonkeyPatch, known: Sequence[list[int]], wrong_each: int = 4
+) -> None:
+    """Rows always draft what follows in the known sequences; each so manieth token is wrong.
+
+    A row that is not known drafts its last token.
+    """
+
+    def propose(tokens: np.ndarray, count: int) -> list[int]:
+        size, own = len(tokens), tokens.tolist()
+        found = next((k for k in known if len(k) > size and k[:size] == own), [])
+        drafted = found[size : size + count] or own[-1:]
+        return [
+            token ^ 1 if (size + i) % wrong_each == 0 else token for i, token in enumerate(drafted)
+        ]
+
+    monkeypatch.setattr(lookup, "propose", propose)
+    monkeypatch.setattr(lookup.Lookup, "is_on", property(lambda self: True))
+    monkeypatch.setattr(lookup.Lookup, "expected", lambda self, count: count)
+
+
+def checked(plain: GenerationResult, drafted: GenerationResult) -> None:
+    """The same answer, of which drafts were kept and others were not."""
+    usage = drafted.usage
+    assert (drafted.tokens, drafted.text) == (plain.tokens, plain.text)
+    assert drafted.finish_reason == plain.finish_reason
+    assert 0 < usage.accepted_tokens < usage.drafted_tokens
+    assert usage.completion_tokens == plain.usage.completion_tokens
