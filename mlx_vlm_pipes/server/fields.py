@@ -34,6 +34,7 @@ NAMES = {
     "max_pixels": "max_pixels",
     "chat_template_kwargs": "chat_template_kwargs",
     "thinking_budget": "thinking_budget",
+    "speculative": "speculative",
 }
 # They change nothing of the answer, or nothing that this server does otherwise.
 IGNORED = frozenset({
