@@ -34,8 +34,19 @@ def draft_from(
 
 def checked(plain: GenerationResult, drafted: GenerationResult) -> None:
     """The same answer, of which drafts were kept and others were not."""
-    usage = drafted.usage
+    same(plain, drafted)
+    assert 0 < drafted.usage.accepted_tokens < drafted.usage.drafted_tokens
+
+
+def together(plain: Sequence[GenerationResult], drafted: Sequence[GenerationResult]) -> None:
+    """The same answers of a batch, some of whose drafts were kept."""
+    for one, other in zip(plain, drafted, strict=True):
+        same(one, other)
+    assert sum(answer.usage.accepted_tokens for answer in drafted) > 0
+
+
+def same(plain: GenerationResult, drafted: GenerationResult) -> None:
+    """The same answer. What of it was drafted depends on which rows decode beside it, and when."""
     assert (drafted.tokens, drafted.text) == (plain.tokens, plain.text)
     assert drafted.finish_reason == plain.finish_reason
-    assert 0 < usage.accepted_tokens < usage.drafted_tokens
-    assert usage.completion_tokens == plain.usage.completion_tokens
+    assert drafted.usage.completion_tokens == plain.usage.completion_tokens

@@ -15,7 +15,7 @@ from mlx_vlm_pipes.engine.lookup import DRAFT, Lookup, propose
 from mlx_vlm_pipes.errors import InputError
 from mlx_vlm_pipes.loading import BUNDLED
 from mlx_vlm_pipes.pipeline import collect
-from tests.engine.drafting import checked, draft_from
+from tests.engine.drafting import checked, draft_from, together
 from tests.fixtures_helper import FIXTURES
 from tests.nn.test_lora import BASE, write_adapter
 
@@ -175,8 +175,8 @@ def test_with_an_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         assert plain[0].tokens != plain[1].tokens
         draft_from(monkeypatch, [whole(pipe, PROMPT, answer) for answer in plain])
         handles = [pipe.submit(PROMPT, adapter=name, **LONG, **LOOKUP) for name in names]
-        for answer, handle in zip(plain, handles, strict=True):
-            checked(answer, collect(handle))
+        drafted = [collect(handle) for handle in handles]
+        together(plain, drafted)
 
 
 def test_an_answer_of_a_form_and_n_answers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,8 +186,7 @@ def test_an_answer_of_a_form_and_n_answers(monkeypatch: pytest.MonkeyPatch) -> N
         asked |= {"temperature": 1.0, "seed": 3}
         plain = pipe.generate_n(PROMPT, 3, **asked)
         draft_from(monkeypatch, [whole(pipe, PROMPT, answer) for answer in plain])
-        for a, b in zip(plain, pipe.generate_n(PROMPT, 3, **asked, **LOOKUP), strict=True):
-            checked(a, b)
+        together(plain, pipe.generate_n(PROMPT, 3, **asked, **LOOKUP))
 
 
 def test_what_repeats_itself_takes_fewer_steps() -> None:
