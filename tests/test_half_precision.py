@@ -70,6 +70,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, Path]:
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", list(THEIRS))
 def test_mean_divergence_from_float32(line: str, packed: dict[Path, Path]) -> None:
     found = []

@@ -24,6 +24,7 @@ def test_bundled_model_on_20_unseen_pictures() -> None:
     assert report["exact"] >= 0.9, report["wrong"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", sorted(EXAMPLES.glob("tiny-*")), ids=lambda path: path.name)
 def test_example_model_on_20_unseen_cases(folder: Path) -> None:
     report = evaluate(folder, cases=20, seed=2)

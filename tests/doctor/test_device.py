@@ -190,6 +190,7 @@ def test_the_bundled_model_is_right_here() -> None:
     assert len(report.checks) == 8
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("float32_only")
 def test_perturbed_weights_are_seen(tmp_path: Path) -> None:
     folder = Path(shutil.copytree(BUNDLED, tmp_path / "model"))
@@ -203,6 +204,7 @@ def test_perturbed_weights_are_seen(tmp_path: Path) -> None:
     assert "MLX_ENABLE_TF32=0" in report.verdict
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("float32_only")
 def test_a_packed_product_that_is_off_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     right = mx.quantized_matmul
@@ -212,6 +214,7 @@ def test_a_packed_product_that_is_off_is_seen(monkeypatch: pytest.MonkeyPatch) -
     assert "use the model unquantised" in report.verdict
 
 
+@pytest.mark.slow
 def test_a_wrong_batched_step_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Eight rows' attention, of which each hears a little of its neighbour."""
     right = decode_step.decode_attention

@@ -24,6 +24,7 @@ def noise(seed: int) -> Image.Image:
     return Image.fromarray(numbers)
 
 
+@pytest.mark.slow
 def test_300_requests_with_pictures_leave_nothing_behind() -> None:
     limits = EngineConfig(prefix_bytes=400_000, image_bytes=50_000)
     pipe = load(FIXTURES / "idefics3-whole", dtype="float32", engine=limits)

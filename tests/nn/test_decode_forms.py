@@ -33,7 +33,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "part of a head, pairs side by side": {"rope": RopeSpec(32, 10000.0, interleaved=True)},
     "window": {"sliding_window": 40},
 }  # fmt: skip
-QUICK = ("plain", "8 bits", "norms of queries and keys")  # the others are slow
+QUICK = ("plain", "8 bits")  # the others are slow
 
 
 def params(bits: int | None, *, on_gpu: bool) -> KVCacheParams:

@@ -28,6 +28,7 @@ def answer(**environment: str) -> tuple[str, str]:
     return done.stdout, done.stderr
 
 
+@pytest.mark.slow
 def test_decoding_goes_on_uncompiled_and_says_so_once(tmp_path: Path) -> None:
     expected, silent = answer()
     assert silent == ""

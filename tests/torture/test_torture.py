@@ -17,6 +17,7 @@ def test_a_small_part_holds(name: str, capsys: pytest.CaptureFixture[str]) -> No
     assert status == 0, capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_every_kind_of_failure_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
