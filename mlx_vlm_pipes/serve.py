@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlx_vlm_pipes.arguments import BUNDLED_NAME
 from mlx_vlm_pipes.command import new_parser, run_command, say
 from mlx_vlm_pipes.errors import ConfigError, PipesError
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from mlx_vlm_pipes.server.settings import ServerSettings
 
 READY = b"r"  # a child tells its parent that it listens
-BUNDLED_NAME = "tiny-idefics3"
 _EPILOG = """\
 example:
   python -m mlx_vlm_pipes.serve --model HuggingFaceTB/SmolVLM-256M-Instruct

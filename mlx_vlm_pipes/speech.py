@@ -132,7 +132,7 @@ class Speech:
             self._held, self._state = rest, self._start if bare else self._tell
             self._is_fresh = True
         else:
-            keep = 0 if self._is_over else _overlap(thought, THOUGHT)
+            keep = 0 if self._is_over else overlap(thought, THOUGHT)
             yield from self._told(Kind.REASONING, thought[: len(thought) - keep])
             self._held = thought[len(thought) - keep :]
 
@@ -157,7 +157,7 @@ class Speech:
             return
         safe = self._held
         if begin and not self._is_over:  # what may begin the marker, and space before it
-            safe = safe[: len(safe) - _overlap(safe, begin)].rstrip()
+            safe = safe[: len(safe) - overlap(safe, begin)].rstrip()
         self._held = self._held[len(safe) :]
         yield from self._told(Kind.TEXT, safe)
 
@@ -345,7 +345,7 @@ def _unquoted(text: str) -> str:
     return value if isinstance(value, str) else ""
 
 
-def _overlap(text: str, marker: str) -> int:
+def overlap(text: str, marker: str) -> int:
     """Length of the longest tail of `text` that begins `marker`."""
     for size in range(min(len(text), len(marker) - 1), 0, -1):
         if marker.startswith(text[-size:]):

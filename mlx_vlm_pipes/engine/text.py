@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from mlx_vlm_pipes.speech import overlap
+
 
 class StreamDecoder(Protocol):
     """Turns tokens into text as they come; holds incomplete characters back."""
@@ -63,15 +65,7 @@ class TextStream:
             at, self.stopped_by = min(found)
             self._held = ""
             return text[:at]
-        keep = max(_overlap(text, stop) for stop in self._stops)
+        keep = max(overlap(text, stop) for stop in self._stops)
         cut = len(text) - keep
         self._held = text[cut:]
         return text[:cut]
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest tail of `text` that begins `stop`."""
-    for size in range(min(len(text), len(stop) - 1), 0, -1):
-        if stop.startswith(text[-size:]):
-            return size
-    return 0

@@ -15,6 +15,7 @@ from mlx_vlm_pipes.engine.requests import Chunk, Handle
 from mlx_vlm_pipes.errors import ContextTooLong
 from mlx_vlm_pipes.pipeline import Pipeline, Prompt
 from mlx_vlm_pipes.processing.types import ProcessedPrompt
+from mlx_vlm_pipes.server.events import disconnected
 from mlx_vlm_pipes.server.settings import ServerSettings
 
 T = TypeVar("T")
@@ -134,7 +135,7 @@ async def _read(index: int, handle: Handle, arrived: asyncio.Queue[Any]) -> None
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T | None:
     """The result of the work, or None where the client has gone meanwhile: it is cancelled then."""
     task = asyncio.create_task(work)
-    gone = asyncio.create_task(_disconnect(request))
+    gone = asyncio.create_task(disconnected(request.receive))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         return task.result() if task.done() else None
@@ -142,8 +143,3 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T | Non
         for each in (task, gone):
             each.cancel()
         await asyncio.gather(task, gone, return_exceptions=True)
-
-
-async def _disconnect(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass

@@ -46,6 +46,11 @@ class Form:
     top: int | None
     manner: Manner
 
+    def begun(self, answers: Answers) -> list[Told]:
+        """The answers to the first prompt, of which nothing has come yet."""
+        prompt = answers.prompts[0].text
+        return [Told(self.manner.speech(prompt)) for _ in range(self.n)]
+
 
 def read_chat(
     body: Mapping[str, Any], tokenizer: Tokenizer, settings: ServerSettings
@@ -124,7 +129,7 @@ class ChatAnswer:
 
     async def whole(self, answers: Answers) -> dict[str, Any]:
         """A chat.completion object."""
-        self._open(answers)
+        self.told = self.form.begun(answers)
         async for index, chunk in answers.pieces():
             self.told[index].add(chunk)
         return {
@@ -136,7 +141,7 @@ class ChatAnswer:
 
     async def streamed(self, answers: Answers) -> AsyncIterator[bytes]:
         """chat.completion.chunk events and [DONE]."""
-        self._open(answers)
+        self.told = self.form.begun(answers)
         for index in range(self.form.n):
             yield self._chunk(index, {"role": "assistant", "content": None})
         async for index, chunk in answers.pieces():
@@ -161,10 +166,6 @@ class ChatAnswer:
     def failed(self, error: ApiError) -> bytes:
         """The last event of a stream that breaks: no [DONE] behind it."""
         return event(error.body())
-
-    def _open(self, answers: Answers) -> None:
-        prompt = answers.prompts[0].text
-        self.told = [Told(self.form.manner.speech(prompt)) for _ in range(self.form.n)]
 
     def _choice(self, index: int, told: Told) -> dict[str, Any]:
         message = {"role": "assistant", "content": told.text, "refusal": None}

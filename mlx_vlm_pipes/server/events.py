@@ -33,7 +33,7 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         work = asyncio.create_task(self._send(send))
-        gone = asyncio.create_task(_disconnect(receive))
+        gone = asyncio.create_task(disconnected(receive))
         try:
             await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -72,6 +72,7 @@ async def _pinged(events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         await events.aclose()  # pyright: ignore[reportAttributeAccessIssue]  # a generator of ours
 
 
-async def _disconnect(receive: Receive) -> None:
+async def disconnected(receive: Receive) -> None:
+    """Returns once the client has gone."""
     while (await receive())["type"] != "http.disconnect":
         pass

@@ -199,7 +199,8 @@ class MessageAnswer:
 
     async def whole(self, answers: Answers) -> dict[str, Any]:
         """A message object."""
-        told = self._begin(answers)
+        self.told = self.form.begun(answers)
+        (told,) = self.told
         async for _, chunk in answers.pieces():
             told.add(chunk)
         return {
@@ -210,7 +211,8 @@ class MessageAnswer:
 
     async def streamed(self, answers: Answers) -> AsyncIterator[bytes]:
         """message_start, the blocks as they come, message_delta, message_stop."""
-        told = self._begin(answers)
+        self.told = self.form.begun(answers)
+        (told,) = self.told
         prompt = {"input_tokens": len(answers.prompts[0].input_ids), "output_tokens": 0}
         begun = {**self._head([], prompt), "stop_reason": None, "stop_sequence": None}
         yield _event("message_start", message=begun)
@@ -226,10 +228,6 @@ class MessageAnswer:
 
     def failed(self, error: ApiError) -> bytes:
         return event(error_body(error), "error")
-
-    def _begin(self, answers: Answers) -> Told:
-        self.told = [Told(self.form.manner.speech(answers.prompts[0].text))]
-        return self.told[0]
 
     def _events(self, told: Told, piece: Piece) -> list[bytes]:
         """Of a piece: another kind of text, or another call, is another block."""

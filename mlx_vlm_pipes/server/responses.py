@@ -196,7 +196,8 @@ class ResponseAnswer:
 
     async def whole(self, answers: Answers) -> dict[str, Any]:
         """A response object."""
-        told = self._begin(answers)
+        self.told = self.form.begun(answers)
+        (told,) = self.told
         async for _, chunk in answers.pieces():
             for piece in told.add(chunk):
                 for _ in self._events(told, piece):
@@ -207,7 +208,8 @@ class ResponseAnswer:
 
     async def streamed(self, answers: Answers) -> AsyncIterator[bytes]:
         """response.created, the items as they come, response.completed or .incomplete."""
-        told = self._begin(answers)
+        self.told = self.form.begun(answers)
+        (told,) = self.told
         yield self._event("response.created", response=self._head("in_progress"))
         yield self._event("response.in_progress", response=self._head("in_progress"))
         async for _, chunk in answers.pieces():
@@ -223,10 +225,6 @@ class ResponseAnswer:
         told = error.body()["error"]
         told["type"] = "error"
         return self._event("error", **{k: v for k, v in told.items() if k != "type"})
-
-    def _begin(self, answers: Answers) -> Told:
-        self.told = [Told(self.form.manner.speech(answers.prompts[0].text))]
-        return self.told[0]
 
     def _finished(self, told: Told) -> dict[str, Any]:
         """The whole response; kept, unless the request said not to."""

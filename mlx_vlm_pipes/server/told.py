@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -124,10 +124,7 @@ def timings_of(answers: Iterable[Told]) -> dict[str, float]:
 def chat_logprobs(scores: Iterable[LogProbabilities], top: int, of: Tokenizer) -> dict[str, Any]:
     """OpenAI's logprobs object of a chat's choice: each token with its `top` best rivals."""
     content = []
-    for score in scores:
-        ranked, own = score.top_log_probabilities[0], score.token_log_probabilities[0]
-        chosen = next(token for token, value in ranked.items() if value == own)
-        best = list(ranked.items())[:top]
+    for chosen, own, best in _ranked(scores, top):
         content.append(
             {**_token(chosen, own, of), "top_logprobs": [_token(t, v, of) for t, v in best]}
         )
@@ -139,18 +136,26 @@ def text_logprobs(
 ) -> dict[str, Any]:
     """OpenAI's older form, of /v1/completions. offset: where in the text the first token begins."""
     tokens, values, tops, offsets = [], [], [], []
-    for score in scores:
-        ranked, own = score.top_log_probabilities[0], score.token_log_probabilities[0]
-        chosen = next(token for token, value in ranked.items() if value == own)
+    for chosen, own, best in _ranked(scores, top):
         text = _text(chosen, of)
         tokens.append(text)
         values.append(own)
-        tops.append({_text(t, of): v for t, v in list(ranked.items())[:top]})
+        tops.append({_text(t, of): v for t, v in best})
         offsets.append(offset)
         offset += len(text)
     return {
         "tokens": tokens, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets
     }  # fmt: skip
+
+
+def _ranked(
+    scores: Iterable[LogProbabilities], top: int
+) -> Iterator[tuple[int, float, list[tuple[int, float]]]]:
+    """Of each score: the chosen token, its value, and the `top` best tokens with theirs."""
+    for score in scores:
+        ranked, own = score.top_log_probabilities[0], score.token_log_probabilities[0]
+        chosen = next(token for token, value in ranked.items() if value == own)
+        yield chosen, own, list(ranked.items())[:top]
 
 
 def _token(token: int, value: float, of: Tokenizer) -> dict[str, Any]:
