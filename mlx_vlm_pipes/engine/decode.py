@@ -60,13 +60,13 @@ class Decode:
         if self._flight is not None:
             return []
         crossing = self._take_crossing()
+        self.jobs.sort(key=_slot)  # rows that stay keep their slots, so nothing is moved
         if self.jobs and not self._step_over_drafts():
             self._flight = self._launch_fresh()
         return crossing
 
     def _step_over_drafts(self) -> bool:
         """Run and read a step over drafted tokens, where there are any worth it."""
-        self.jobs.sort(key=_slot)
         width, before = self._verify.width(self.jobs), self._state.cache.nbytes
         running = self._verify.run(self.jobs, width) if width > 1 else None
         if running is None:
@@ -117,7 +117,6 @@ class Decode:
 
     def _launch_fresh(self) -> Flight:
         """A decode step from the contexts' own tokens, after the rows have changed."""
-        self.jobs.sort(key=_slot)  # rows that stay keep their slots, so nothing is moved
         jobs = list(self.jobs)
         kv = cache_inputs(self._state.cache, [job.row for job in jobs])
         model = self._state.model

@@ -54,16 +54,15 @@ class Verify:
 
         All rows wait for it, so one token more is expected for each of them.
         """
+        drafting = [job.lookup for job in jobs if job.lookup is not None and job.lookup.is_on]
+        if not drafting:
+            return 1
         for width in WIDTHS:
-            expected = sum(
-                job.lookup.expected(width - 1)
-                for job in jobs
-                if job.lookup is not None and job.lookup.is_on
-            )
+            expected = sum(lookup.expected(width - 1) for lookup in drafting)
             fits = len(jobs) * width <= MOST_TOKENS and all(
                 job.row.length + width <= capacity_bucket(job.capacity) for job in jobs
             )
-            if fits and jobs and expected >= len(jobs):
+            if fits and expected >= len(jobs):
                 return width
         return 1
 
