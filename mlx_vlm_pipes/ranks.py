@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -59,4 +60,4 @@ ALONE = Ranks()
 def shares(units: int, size: int) -> list[tuple[int, int]]:
     """`units` whole things over `size` ranks, as evenly as they go: (begin, end) of each rank."""
     bounds = [units * rank // size for rank in range(size + 1)]
-    return list(zip(bounds, bounds[1:], strict=False))
+    return list(itertools.pairwise(bounds))
