@@ -35,6 +35,7 @@ NAMES = {
     "chat_template_kwargs": "chat_template_kwargs",
     "thinking_budget": "thinking_budget",
     "speculative": "speculative",
+    "num_draft_tokens": "num_draft_tokens",
 }
 # They change nothing of the answer, or nothing that this server does otherwise.
 IGNORED = frozenset({
