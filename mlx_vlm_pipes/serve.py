@@ -47,8 +47,16 @@ def build_parser() -> argparse.ArgumentParser:
         "--supervise", action="store_true", help="start the server again where its process dies"
     )
     net.add_argument("--child-fds", help=argparse.SUPPRESS)  # its socket, and its parent's end
+    _add_limits(parser)
+    return parser
+
+
+def _add_limits(parser: argparse.ArgumentParser) -> None:
     limits = parser.add_argument_group("limits")
     limits.add_argument("--max-waiting", type=int, default=64, help="requests that may wait")
+    limits.add_argument(
+        "--max-media", type=int, default=64, help="pictures, clips and PDF pages of a request"
+    )
     limits.add_argument("--max-body-mb", type=float, default=64, help="of a request")
     limits.add_argument(
         "--max-tokens", type=int, default=1024, help="of answers whose request names no limit"
@@ -63,7 +71,6 @@ def build_parser() -> argparse.ArgumentParser:
         "--allow-url-host", action="append", default=[], metavar="HOST",
         help="host that pictures may be fetched from; may be repeated",
     )  # fmt: skip
-    return parser
 
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -126,8 +133,8 @@ def _settings(args: argparse.Namespace) -> ServerSettings:
     from mlx_vlm_pipes.server.settings import ServerSettings, read_keys
 
     for name, kind, low in (
-        ("max_waiting", int, 0), ("max_tokens", int, 1), ("max_body_mb", float, 1e-3),
-        ("timeout", float, 0.1), ("idle_unload", float, 0.1),
+        ("max_waiting", int, 0), ("max_media", int, 0), ("max_tokens", int, 1),
+        ("max_body_mb", float, 1e-3), ("timeout", float, 0.1), ("idle_unload", float, 0.1),
     ):  # fmt: skip
         flag = "--" + name.replace("_", "-")
         Option("", name=flag, kind=kind, low=low, takes_none=True).read(getattr(args, name))
@@ -137,6 +144,7 @@ def _settings(args: argparse.Namespace) -> ServerSettings:
         api_keys=() if args.api_key_file is None else read_keys(args.api_key_file),
         max_waiting=args.max_waiting,
         max_body_bytes=int(args.max_body_mb * 2**20),
+        max_media=args.max_media,
         max_tokens=args.max_tokens,
         media_root=args.media_root,
         url_hosts=frozenset(host.lower() for host in args.allow_url_host),
