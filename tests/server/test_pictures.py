@@ -82,6 +82,14 @@ def test_places_are_told_in_pixels_of_the_picture(pipe: Pipeline, port: int) -> 
     assert "no picture" in refused.error["message"]
 
 
+BY_HAND = (
+    "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nSee?<|im_end|>\n"
+    "<|im_start|>assistant\n<|im_end|>\n<|im_start|>tool\n"
+    "<|vision_start|><|image_pad|><|vision_end|>Seen:"
+    "<|vision_start|><|image_pad|><|vision_end|><|im_end|>\n<|im_start|>assistant\n"
+)
+
+
 def test_pictures_of_a_tools_result_reach_the_model(
     pipe: Pipeline, port: int, read: list[ProcessedPrompt]
 ) -> None:
@@ -121,13 +129,7 @@ def test_pictures_of_a_tools_result_reach_the_model(
     ]  # fmt: skip
     message = call(port, "/v1/messages", {"messages": turns, "max_tokens": 1}).json
 
-    prompt = (
-        "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nSee?<|im_end|>\n"
-        "<|im_start|>assistant\n<|im_end|>\n<|im_start|>tool\n"
-        "<|vision_start|><|image_pad|><|vision_end|>Seen:"
-        "<|vision_start|><|image_pad|><|vision_end|><|im_end|>\n<|im_start|>assistant\n"
-    )
-    *read_by_server, own = [*read, pipe.encode(prompt, [RED, BLUE], raw=True)]
+    *read_by_server, own = [*read, pipe.encode(BY_HAND, [RED, BLUE], raw=True)]
     assert [prompt.input_ids for prompt in read_by_server] == [own.input_ids] * 3
     for prompt in read_by_server:
         assert [record.source_size for record in prompt.media] == [RED.size, BLUE.size]
