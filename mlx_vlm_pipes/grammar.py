@@ -163,6 +163,11 @@ class Thought:
             self._form.accept(token)
         self._begin = None  # an answer thinks once, at its beginning
 
+    def forced(self) -> list[int]:
+        """As `Constraint.forced`; none while it thinks, or may begin to."""
+        is_form = self._left is None and self._begin is None
+        return self._form.forced() if is_form and self._form is not None else []
+
 
 class Constraint:
     """One answer on its way through a form."""
@@ -183,6 +188,12 @@ class Constraint:
         """Go on behind a token. Raises: InputError where it does not fit the form."""
         self._matcher.consume_token(token)
         self._check()
+
+    def forced(self) -> list[int]:
+        """The next tokens, as far as each of them is the only one that may come."""
+        found = self._matcher.compute_ff_tokens()
+        self._check()
+        return found
 
     def _check(self) -> None:
         if self._matcher.is_error():

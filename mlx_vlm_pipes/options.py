@@ -198,8 +198,12 @@ class GenerateOptions(PromptOptions, SamplingOptions, total=False):
     ]
     speculative: Annotated[
         str | None,
-        Option("draft tokens from what prompt and answer repeat", choices=("lookup",)),
+        Option(
+            "where drafts come from: lookup, what prompt and answer repeat; draft, the draft model",
+            choices=("lookup", "draft", "none"),
+        ),
     ]
+    num_draft_tokens: Annotated[int | None, Option("at most so many together", low=1, high=7)]
     # The command's --adapter is the folder of the one that it loads.
     adapter: Annotated[str | None, Option('a loaded adapter\'s name, or "base"', has_flag=False)]
 
@@ -215,6 +219,7 @@ ALIASES = {
 # What others have and we have in another place, or not at all.
 ELSEWHERE = {
     "adapter_path": "give load(adapter=...)",
+    "draft_model": "give load(draft=...)",
     "do_sample": "a temperature above 0 samples",
     "enable_thinking": "give chat_template_kwargs={'enable_thinking': ...}",
     "eos_tokens": "here they are stop_token_ids",

@@ -6,6 +6,7 @@ together (see group_sampler); what a row has here is where it starts.
 
 from __future__ import annotations
 
+import copy
 import secrets
 from collections.abc import Sequence
 from dataclasses import replace
@@ -122,6 +123,13 @@ class RowSampler:
         """Add a chosen token uint32 [1], not computed yet, to what processors are shown."""
         if self.processors:
             self.tokens = mx.concatenate([self.tokens, token.astype(mx.int32)])
+
+    def twin(self) -> RowSampler:
+        """One that chooses as this one will, but for processors, and leaves this one as it is."""
+        other = copy.copy(self)
+        other._initial = {name: self.state(name) for name in self._initial}
+        other.processors, other._home = (), None
+        return other
 
     def has(self, name: str) -> bool:
         """Whether the row has that state: "keys" uint32 [2]; float32 [V], how often each token was

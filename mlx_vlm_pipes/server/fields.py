@@ -16,6 +16,7 @@ OWN = (
     "presence_penalty", "frequency_penalty", "logit_bias", "seed", "stop", "stop_token_ids",
     "min_tokens", "ignore_eos", "adapter", "fps", "num_frames", "min_pixels", "max_pixels",
     "chat_template_kwargs", "thinking_budget", "speculative",
+    "num_draft_tokens",
 )  # fmt: skip
 NAMES = {**{name: name for name in OWN}, "max_completion_tokens": "max_tokens"}
 # They change nothing of the answer, or nothing that this server does otherwise.
