@@ -107,8 +107,8 @@ def judge(pipe: Pipeline, count: int, max_tokens: int) -> None:
     tokens = sum(len(answer.tokens) for answer in answers)
     print(f"{count} schemas: {said}; {refused} refused; {tokens} tokens in all")
     for found, answer, schema in zip(verdicts, answers, schemas, strict=True):
-        if found == "wrong":
-            print(f"  {json.dumps(schema)[:300]} -> {answer.text[:100]!r}")
+        if found != "valid":
+            print(f"  {found}: {json.dumps(schema)[:300]} -> ... {answer.text[-80:]!r}")
 
 
 def verdict(

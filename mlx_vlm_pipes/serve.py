@@ -7,7 +7,7 @@ import asyncio
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from mlx_vlm_pipes.arguments import BUNDLED_NAME
 from mlx_vlm_pipes.command import new_parser, run_command, say
 from mlx_vlm_pipes.errors import ConfigError, PipesError
+from mlx_vlm_pipes.prompt_cache import prefix_files, read_prefixes
 
 if TYPE_CHECKING:
     from mlx_vlm_pipes.pipeline import Pipeline
@@ -36,20 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         usage="%(prog)s [options]",
     )
-    model = parser.add_argument_group("model")
-    model.add_argument(
-        "--model",
-        action="append",
-        default=[],
-        metavar="[NAME=]MODEL",
-        help="folder, GGUF file or hub id, and the name that requests give; may be repeated; "
-        "default: the small bundled model",
-    )
-    model.add_argument("--dtype", default="auto", help="as for generate")
-    model.add_argument("--device", choices=["cpu", "gpu"], help="default: the GPU if there is one")
-    model.add_argument("--adapter", action="append", help="LoRA folder; may be repeated")
-    model.add_argument("--kv-bits", type=int, choices=[4, 8], help="quantise the KV cache")
-    model.add_argument("--max-length", type=int, help="limit on prompt plus answer, in tokens")
+    _add_model_options(parser)
     net = parser.add_argument_group("network")
     net.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (default %(default)s)"
@@ -77,6 +65,28 @@ def build_parser() -> argparse.ArgumentParser:
         help="host that pictures may be fetched from; may be repeated",
     )  # fmt: skip
     return parser
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--model",
+        action="append",
+        default=[],
+        metavar="[NAME=]MODEL",
+        help="folder, GGUF file or hub id, and the name that requests give; may be repeated; "
+        "default: the small bundled model",
+    )
+    model.add_argument("--dtype", default="auto", help="as for generate")
+    model.add_argument("--device", choices=["cpu", "gpu"], help="default: the GPU if there is one")
+    model.add_argument("--adapter", action="append", help="LoRA folder; may be repeated")
+    model.add_argument("--kv-bits", type=int, choices=[4, 8], help="quantise the KV cache")
+    model.add_argument("--max-length", type=int, help="limit on prompt plus answer, in tokens")
+    model.add_argument(
+        "--prompt-cache", action="append", default=[], metavar="[NAME=]FILE",
+        help="prefix that generate, chat or save_prefix wrote, or a folder of them, read when the "
+        "model is loaded; may be repeated",
+    )  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -150,13 +160,30 @@ def _given_models(args: argparse.Namespace) -> dict[str, str | None]:
 def _openers(
     args: argparse.Namespace, given: dict[str, str | None]
 ) -> dict[str, Callable[[], Pipeline]]:
-    from mlx_vlm_pipes.loading import load
-
+    """By name: what opens each. Raises: ConfigError for a --prompt-cache that is not there."""
+    cached: dict[str, list[Path]] = {name: [] for name in given}
+    for text in args.prompt_cache:
+        head, _, path = text.partition("=")
+        is_named = head in given
+        cached[head if is_named else next(iter(given))] += prefix_files(path if is_named else text)
     options = {
         "dtype": args.dtype, "device": args.device, "adapter": args.adapter,
         "kv_bits": args.kv_bits, "max_length": args.max_length, "progress": False,
     }  # fmt: skip
-    return {name: partial(load, path, **options) for name, path in given.items()}
+    return {name: partial(_open, path, options, cached[name]) for name, path in given.items()}
+
+
+def _open(path: str | None, options: Mapping[str, Any], prefixes: Sequence[Path]) -> Pipeline:
+    """Raises: as `load` and `read_prefixes`."""
+    from mlx_vlm_pipes.loading import load
+
+    pipe = load(path, **options)
+    try:
+        read_prefixes(pipe, prefixes)
+    except PipesError:
+        pipe.close()
+        raise
+    return pipe
 
 
 def _weight_bytes(path: str | None) -> int:
