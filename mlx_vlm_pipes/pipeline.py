@@ -447,7 +447,8 @@ class Pipeline:
         has_model = self.engine.drafter is not None
         if asked == "draft" and not has_model:
             raise InputError(
-                "speculative is 'draft', but no draft model is loaded; give load(draft=...)"
+                "speculative is 'draft', but no draft model is loaded; give load(draft=...), or "
+                "--draft-model to a command"
             )
         return "draft" if asked is None and has_model else asked
 
