@@ -94,7 +94,7 @@ class Option:
 
 def unfit(name: str, value: object, expected: str) -> InputError:
     """The error for a wrong value, in one line."""
-    return InputError(f"{name} is {shown(value)}, expected {expected}")
+    return InputError(f"{name} is {shown(value)}, expected {expected}", param=name)
 
 
 class PromptOptions(TypedDict, total=False):
@@ -244,7 +244,7 @@ def read_options(given: Mapping[str, object], table: Mapping[str, Option]) -> di
     unknown = sorted(given.keys() - table.keys())
     if unknown:
         hint = ELSEWHERE.get(unknown[0], f"options: {', '.join(sorted(table))}")
-        raise InputError(f"unknown option {shown(unknown[0])}; {hint}")
+        raise InputError(f"unknown option {shown(unknown[0])}; {hint}", param=unknown[0])
     read = {name: table[name].read(value) for name, value in given.items()}
     return {name: value for name, value in read.items() if value is not None}
 
@@ -257,7 +257,8 @@ def own_names(given: Mapping[str, object]) -> dict[str, object]:
         target = ALIASES.get(name, name)
         if target in own:
             alias = said[target] if name == target else name
-            raise InputError(f"{alias} and {target} are the same option; give one of them")
+            message = f"{alias} and {target} are the same option; give one of them"
+            raise InputError(message, param=alias)
         own[target], said[target] = value, name
     return own
 

@@ -21,6 +21,7 @@ from mlx_vlm_pipes.given_media import listed, named_media
 from mlx_vlm_pipes.grammar import Grammars
 from mlx_vlm_pipes.hf_config import lookup
 from mlx_vlm_pipes.interfaces import PipelineModelWithKVCache
+from mlx_vlm_pipes.media.places import marked_places
 from mlx_vlm_pipes.options import (
     OPTIONS,
     PROMPT_OPTIONS,
@@ -416,9 +417,10 @@ class Pipeline:
     ) -> Handle:
         """Hand a processed prompt to the engine."""
         context = self._context(processed, given)
+        places = marked_places(given.get("schema", {}), processed.media)
         decoder = self.tokenizer.stream_decoder(kept=kept)
         handle = self.engine.submit(context, decoder, watch)
-        handle.media = tuple(processed.media)
+        handle.media, handle.places = tuple(processed.media), places
         return handle
 
     def _context(self, processed: ProcessedPrompt, given: Mapping[str, Any]) -> TextContext:
@@ -427,7 +429,8 @@ class Pipeline:
         options = complete_options(given, OPTIONS)
         constraint = self.grammars.constraint(options, processed.text)
         if constraint is not None and options["ignore_eos"]:
-            raise InputError("ignore_eos: an answer of a form ends with the form; leave it out")
+            message = "ignore_eos: an answer of a form ends with the form; leave it out"
+            raise InputError(message, param="ignore_eos")
         context = self.processor.new_context(
             processed,
             max_length=self.max_seq_len,
@@ -446,10 +449,8 @@ class Pipeline:
         """Where a request's drafts come from: the draft model, where there is one."""
         has_model = self.engine.drafter is not None
         if asked == "draft" and not has_model:
-            raise InputError(
-                "speculative is 'draft', but no draft model is loaded; give load(draft=...), or "
-                "--draft-model to a command"
-            )
+            message = "speculative is 'draft', but no draft model is loaded; give load(draft=...)"
+            raise InputError(f"{message}, or --draft-model to a command", param="speculative")
         return "draft" if asked is None and has_model else asked
 
     def _adapter(self, name: str | None) -> str:

@@ -25,6 +25,7 @@ from mlx_vlm_pipes.engine.worker import require_same_process
 from mlx_vlm_pipes.errors import EngineClosed
 from mlx_vlm_pipes.kv_cache import CacheRow
 from mlx_vlm_pipes.log_probabilities import LogProbabilities
+from mlx_vlm_pipes.media.places import Places
 from mlx_vlm_pipes.media.records import MediaRecord
 from mlx_vlm_pipes.options import unfit
 from mlx_vlm_pipes.progress import WAIT_S, Watch, Work
@@ -132,12 +133,14 @@ class Handle:
     exception in the request is raised where it is iterated. owner: what must live on until the
     answer is complete. watch: is told of the work on the prompt, by whoever waits for the first
     chunk, and closed before that is handed out. media: what the model saw of each picture and clip.
+    places: what the answer's schema says of places in them.
     """
 
     def __init__(self) -> None:
         self.owner: object = None
         self.watch: Watch | None = None
         self.media: tuple[MediaRecord, ...] = ()
+        self.places: Places | None = None
         self._noted: Work | None = None
         self._queue: queue.SimpleQueue[Chunk | Work | BaseException | None] = queue.SimpleQueue()
         self._closed = threading.Event()
@@ -271,6 +274,10 @@ class ChunkIterator(Iterator[Chunk]):
     @property
     def media(self) -> tuple[MediaRecord, ...]:
         return self._handle.media
+
+    @property
+    def places(self) -> Places | None:
+        return self._handle.places
 
     def __next__(self) -> Chunk:
         chunk = self._handle.next_chunk()

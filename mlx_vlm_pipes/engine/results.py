@@ -164,7 +164,8 @@ def _allowed(job: Job) -> np.ndarray:
         if not (bits.astype(bool) & ~banned).any():
             raise InputError(
                 "the answer's form goes on with tokens that min_tokens or logit_bias forbid; "
-                "leave these out"
+                "leave these out",
+                param="logit_bias" if job.context.sampling_params.logit_bias else "min_tokens",
             )
     return words
 

@@ -174,6 +174,7 @@ def _dense_bias(bias: dict[int, float], vocab_size: int) -> np.ndarray | None:
     dense = np.zeros(vocab_size, np.float32)
     for token, value in bias.items():
         if not 0 <= token < vocab_size:
-            raise InputError(f"logit_bias for token {token}; the vocabulary has {vocab_size}")
+            message = f"logit_bias for token {token}; the vocabulary has {vocab_size}"
+            raise InputError(message, param="logit_bias")
         dense[token] = np.clip(value, NEGATIVE, -NEGATIVE)
     return dense
