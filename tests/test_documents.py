@@ -77,6 +77,7 @@ TEMPLATE = """\
 {% for message in messages %}{{ message.role }}: {{ message.content }}
 {% endfor %}{% if add_generation_prompt %}assistant:\
 {% if enable_thinking is not defined or enable_thinking %} <think>{% endif %}{% endif %}"""
+CLIENTS = ("openai", "pydantic")  # run where they are installed
 PEERS = {"mlx-vlm": "mlx_vlm", "mlx-lm": "mlx_lm", "transformers": "transformers"}
 FIGURES = re.compile(r"\d[\d.,]*(?=( ?(s|ms|MB|GB|tokens/s)\b))")
 
@@ -138,7 +139,7 @@ class Reader:
     def read(self) -> None:
         for block in blocks(self._page):
             where = f"{self._page.name}:{block.line}"
-            missing = block.title == "openai" and find_spec("openai") is None
+            missing = block.title in CLIENTS and find_spec(block.title) is None
             if block.language == "python" and (block.title in PEERS or missing):
                 self._printed = None
             elif block.language == "python":
@@ -166,7 +167,7 @@ class Reader:
         code = "\n" * (block.line - 1) + with_local_models(block.code, own=self._server is None)
         code = code.replace(SERVED, self._address)
         with contextlib.redirect_stdout(out):
-            exec(compile(code, where, "exec"), self._names)
+            exec(compile(code, where, "exec", dont_inherit=True), self._names)
         return out.getvalue()
 
     def _type(self, block: Block, where: str) -> None:
