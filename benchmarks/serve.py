@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import ctypes.util
 import http.client
 import io
 import itertools
@@ -196,7 +197,7 @@ def endless(source: Path, target: Path) -> Path:
     """
     options = ["--model", str(source), "--out", str(target), "--dtype", "float32"]
     command = [sys.executable, "-m", "mlx_vlm_pipes.convert", *options]
-    subprocess.run(command, check=True, capture_output=True)
+    subprocess.run(command, check=True, capture_output=True, env={**os.environ, **environment()})
     tokenizer = AutoTokenizer.from_pretrained(target)
     file = target / "model.safetensors"
     weights: Any = mx.load(str(file))
@@ -207,6 +208,15 @@ def endless(source: Path, target: Path) -> Path:
     return target
 
 
+def environment() -> dict[str, str]:
+    """What all servers run in; OpenBLAS, where it is installed, in place of MLX's slow own BLAS."""
+    root = str(Path(__file__).parents[1])
+    common = {"HF_HUB_OFFLINE": "1", "MLX_ENABLE_TF32": "0", "TOKENIZERS_PARALLELISM": "false",
+              "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}  # fmt: skip
+    blas = ctypes.util.find_library("openblas") if sys.platform == "linux" else None
+    return common | ({"LD_PRELOAD": blas, "OPENBLAS_NUM_THREADS": "1"} if blas else {})
+
+
 @contextmanager
 def running(side: Side, model: Path, log: IO[bytes]) -> Iterator[int]:
     """The port of a server. Raises: RuntimeError where it does not start."""
@@ -215,7 +225,7 @@ def running(side: Side, model: Path, log: IO[bytes]) -> Iterator[int]:
     command = [sys.executable, "-m", *side.module, "--port", str(port), "--host", "127.0.0.1"]
     process = subprocess.Popen(
         [*command, "--model", str(model)], stdout=log, stderr=log,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", **side.environment},
+        env={**os.environ, **environment(), **side.environment},
     )  # fmt: skip
     try:
         end = time.monotonic() + START_S
