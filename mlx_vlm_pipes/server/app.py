@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import ExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -22,8 +22,7 @@ from mlx_vlm_pipes.processing.tokenizer import Tokenizer
 from mlx_vlm_pipes.processing.types import ProcessedPrompt
 from mlx_vlm_pipes.server.answers import Answers, Question, ask, prepared, unless_gone
 from mlx_vlm_pipes.server.body import read_object
-from mlx_vlm_pipes.server.chat import PROMPT, ChatAnswer, read_chat
-from mlx_vlm_pipes.server.completions import PROMPT as TEXT_PROMPT
+from mlx_vlm_pipes.server.chat import ChatAnswer, read_chat
 from mlx_vlm_pipes.server.completions import TextAnswer, read_completion
 from mlx_vlm_pipes.server.errors import ApiError, api_error
 from mlx_vlm_pipes.server.events import EventStream
@@ -32,7 +31,6 @@ from mlx_vlm_pipes.server.messages import MessageAnswer, error_body, read_messag
 from mlx_vlm_pipes.server.metrics import Metrics
 from mlx_vlm_pipes.server.models import Model, Models
 from mlx_vlm_pipes.server.page import page
-from mlx_vlm_pipes.server.responses import PROMPT as RESPONSE_PROMPT
 from mlx_vlm_pipes.server.responses import ResponseAnswer, Store, read_response
 from mlx_vlm_pipes.server.settings import ServerSettings
 from mlx_vlm_pipes.server.told import Told
@@ -62,7 +60,6 @@ class Asked:
     question: Question
     answer: Answer
     stream: bool
-    param: str  # what the dialect calls the prompt
 
 
 Read = Callable[[dict[str, Any], Model, Pipeline], Asked]
@@ -163,14 +160,14 @@ class Server:
         try:
             return await ask(asked.pipe, asked.question, self.settings)
         except Exception as error:
-            raise api_error(error, asked.param) from error
+            raise api_error(error, asked.question.params) from error
 
     async def _whole(self, asked: Asked) -> dict[str, Any]:
         answers = await self._ask(asked)
         try:
             told = await asked.answer.whole(answers)
         except Exception as error:
-            raise api_error(error, asked.param) from error
+            raise api_error(error, asked.question.params) from error
         finally:
             answers.close()
         self._count(asked)
@@ -183,7 +180,7 @@ class Server:
                 async for part in events:
                     yield part
         except Exception as error:
-            yield asked.answer.failed(_refusal(error, asked.param))
+            yield asked.answer.failed(_refusal(error, asked.question.params))
 
     def _count(self, asked: Asked) -> None:
         self.metrics.count_answers(asked.answer.told, asked.question.n)
@@ -193,7 +190,7 @@ async def _chat(server: Server, request: Request) -> Response:
     def read(body: dict[str, Any], model: Model, pipe: Pipeline) -> Asked:
         question, form = read_chat(body, pipe.tokenizer, server.settings)
         answer = ChatAnswer(model.name, form, pipe.tokenizer)
-        return Asked(pipe, question, answer, form.stream, PROMPT)
+        return Asked(pipe, question, answer, form.stream)
 
     return await server.respond(request, read)
 
@@ -202,7 +199,7 @@ async def _completion(server: Server, request: Request) -> Response:
     def read(body: dict[str, Any], model: Model, pipe: Pipeline) -> Asked:
         question, form, echoed = read_completion(body)
         answer = TextAnswer(model.name, form, pipe.tokenizer, echoed, question.n)
-        return Asked(pipe, question, answer, form.stream, TEXT_PROMPT)
+        return Asked(pipe, question, answer, form.stream)
 
     return await server.respond(request, read)
 
@@ -211,7 +208,7 @@ async def _messages(server: Server, request: Request) -> Response:
     def read(body: dict[str, Any], model: Model, pipe: Pipeline) -> Asked:
         question, form = read_messages(body, pipe.tokenizer, server.settings)
         answer = MessageAnswer(model.name, form, tuple(body.get("stop_sequences") or ()))
-        return Asked(pipe, question, answer, form.stream, PROMPT)
+        return Asked(pipe, question, answer, form.stream)
 
     return await server.respond(request, read)
 
@@ -221,7 +218,7 @@ async def _respond(server: Server, request: Request) -> Response:
         asked = read_response(body, server.store, pipe.tokenizer, server.settings)
         question, form, messages = asked
         answer = ResponseAnswer(model.name, form, body, messages, server.store)
-        return Asked(pipe, question, answer, form.stream, RESPONSE_PROMPT)
+        return Asked(pipe, question, answer, form.stream)
 
     return await server.respond(request, read)
 
@@ -299,7 +296,7 @@ async def _told_before(
         try:
             return JSONResponse(await anyio.to_thread.run_sync(told))
         except Exception as error:
-            raise api_error(error, PROMPT) from error
+            raise api_error(error, question.params) from error
 
 
 async def _list_models(server: Server, request: Request) -> Response:
@@ -338,15 +335,15 @@ async def _health(server: Server, request: Request) -> Response:
 
 
 def error_response(error: Exception, path: str) -> Response:
-    refusal = _refusal(error, None)
+    refusal = _refusal(error)
     body = error_body(refusal) if path.startswith("/v1/messages") else refusal.body()
     return JSONResponse(body, refusal.status, dict(refusal.headers))
 
 
-def _refusal(error: Exception, prompt_param: str | None) -> ApiError:
+def _refusal(error: Exception, params: Mapping[str, str] | None = None) -> ApiError:
     """What a client is told; a fault of ours goes to the log, not to the client."""
     try:
-        return api_error(error, prompt_param or "")
+        return api_error(error, params)
     except Exception:
         _LOG.exception("a request failed")
         return ApiError(500, "the server failed; its log says how", code="internal_error")

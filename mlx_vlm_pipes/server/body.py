@@ -61,7 +61,9 @@ def _require_plain(body: dict[str, Any]) -> None:
 
 async def _bytes(request: Request, settings: ServerSettings) -> bytes:
     limit = settings.max_body_bytes
-    too_large = ApiError(413, f"the body has more than {limit} bytes, the limit of this server")
+    too_large = ApiError(
+        413, f"the body has more than {limit} bytes, the limit of this server (--max-body-mb)"
+    )
     announced = request.headers.get("content-length", "0")
     if announced.isdecimal() and int(announced) > limit:
         raise too_large
