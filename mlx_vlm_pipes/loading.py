@@ -24,6 +24,7 @@ from mlx_vlm_pipes.paths import is_there, user_path
 from mlx_vlm_pipes.pipeline import Pipeline
 from mlx_vlm_pipes.progress import Watch, bar, is_wanted
 from mlx_vlm_pipes.quantization import LoRAConfig
+from mlx_vlm_pipes.ranks import ALONE, Ranks
 from mlx_vlm_pipes.registry import Room, find_room
 from mlx_vlm_pipes.weights import Weights, find_weight_files, load_weights
 
@@ -109,6 +110,7 @@ class LoadOptions:
     compile: bool = True
     lora: LoRAConfig | None = None
     vision_config_overrides: dict[str, Any] = field(default_factory=dict)
+    ranks: Ranks = ALONE
 
 
 def lora_config(adapter: str | Path | Sequence[str | Path] | None) -> LoRAConfig | None:
@@ -130,13 +132,13 @@ def load_model(
     watch: Watch | None = None,
 ) -> PipelineModelWithKVCache:
     """The pipeline model of a folder, on the calling thread; watch: is told of its weights."""
-    device = options.device
+    devices = [options.device] * options.ranks.size
     weights = load_weights(find_weight_files(folder))
     model_config = model_config_for(folder, config, weights, options)
     return room.model_class()(
         PipelineConfig(model=model_config, lora=options.lora),
-        InferenceSession([device], compile=options.compile, watch=watch),
-        [device],
+        InferenceSession(devices[:1], compile=options.compile, watch=watch, ranks=options.ranks),
+        devices,
         model_config.kv_cache,
         weights,
         return_logits=ReturnLogits.VARIABLE,
@@ -161,7 +163,7 @@ def model_config_for(
         model_path=str(folder),
         weight_path=find_weight_files(folder),
         quantization_encoding=wanted,
-        device_specs=[DeviceSpec(device.id, device.label)],
+        device_specs=[DeviceSpec(device.id, device.label)] * options.ranks.size,
         max_length=options.max_length,
         kv_cache=options.kv_cache,
         vision_config_overrides=options.vision_config_overrides,

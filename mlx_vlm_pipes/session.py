@@ -12,6 +12,7 @@ from mlx.utils import tree_flatten
 
 from mlx_vlm_pipes.dtypes import Device
 from mlx_vlm_pipes.progress import Watch, Work
+from mlx_vlm_pipes.ranks import ALONE, Ranks
 
 PORTIONS = 50  # in which weights are evaluated; each costs a wait for the device
 
@@ -37,7 +38,8 @@ class InferenceSession:
     """The devices and the compile switch that models are loaded with.
 
     devices: a model's must be among them; empty means any. watch: is told of the weights as they
-    are read; expected_bytes: how many there will be, loaded_bytes: how many there are.
+    are read; expected_bytes: how many there will be, loaded_bytes: how many there are. ranks: the
+    processes that a model is cut for; each loads its own part.
     """
 
     devices: Sequence[Device] = ()
@@ -45,6 +47,7 @@ class InferenceSession:
     watch: Watch | None = None
     expected_bytes: int = 0
     loaded_bytes: int = 0
+    ranks: Ranks = ALONE
 
     def load(
         self, module: nn.Module, weights_registry: Mapping[str, mx.array] | None = None
