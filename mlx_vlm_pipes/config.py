@@ -80,6 +80,10 @@ class KVCacheConfig:
         devices: list[DeviceRef],
         data_parallel_degree: int = 1,
     ) -> KVCacheParams:
+        """The parameters of a cache on these devices. Heads that do not divide among them count as
+        the largest share; what this process has, the loaded model says (own_kv_heads)."""
+        size = max(1, len(devices) // data_parallel_degree)
+        is_uneven = n_kv_heads > size and n_kv_heads % size > 0
         return KVCacheParams(
             dtype=dtype,
             n_kv_heads=n_kv_heads,
@@ -91,6 +95,7 @@ class KVCacheConfig:
             data_parallel_degree=data_parallel_degree,
             bits=self.bits,
             group_size=self.group_size,
+            own_kv_heads=-(-n_kv_heads // size) if is_uneven else None,
         )
 
 
