@@ -110,7 +110,7 @@ def load_decoder(
     config = replace(config, tie_word_embeddings=tied)
     if session.ranks.are_many:
         _require_whole(config, state)
-        config = keep_own_part(state, config, session.ranks)
+        config = keep_own_part(state, config, session.ranks, session.note_read)
     decoder = DenseDecoder(config)
     fill(decoder, state)
     decoder.cast_norms()

@@ -73,6 +73,11 @@ class WeightData:
         mx.eval(data)
         return WeightData(data, self.name, self.dtype, data.shape, self.quantization_encoding)
 
+    def read_bytes(self, part: tuple[int, ...]) -> int:
+        """Bytes to read for a part of this shape: all, where nothing is known of a file."""
+        del part
+        return self.nbytes
+
     def renamed(self, name: str) -> WeightData:
         """The same tensor under another name, as unread as it was."""
         return replace(self, name=name)
@@ -102,6 +107,9 @@ class StoredWeight(WeightData):
         weight = stored.astype(self.dtype)
         mx.eval(weight.data)
         return replace(weight, quantization_encoding=self.quantization_encoding)
+
+    def read_bytes(self, part: tuple[int, ...]) -> int:
+        return math.prod(part) * self.info.dtype.size_in_bytes
 
 
 Tensors = Mapping[str, WeightData]

@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_vlm_pipes.contexts import TextAndVisionContext
+from mlx_vlm_pipes.contexts import TextAndVisionContext, TextContext, TokenBuffer
 from mlx_vlm_pipes.hf_config import read_config
 from mlx_vlm_pipes.interfaces import PipelineModelWithKVCache
 from mlx_vlm_pipes.kv_cache import KVCache, cache_inputs, increment_cache_lengths
@@ -37,11 +37,18 @@ class Rank:
 
     def answer(self, request: dict[str, Any], new: int) -> tuple[np.ndarray, list[int]]:
         """Logits [T, V] at every position of the prompt, and `new` greedy tokens."""
-        model = self.model
         asked = {"images": (), "videos": (), **request}
         asked["images"], asked["videos"] = tuple(asked["images"]), tuple(asked["videos"])
         processed = self.processor.process(PromptRequest(**asked))
-        context = self.processor.new_context(processed, max_length=model.max_seq_len)
+        context = self.processor.new_context(processed, max_length=self.model.max_seq_len)
+        return self._steps(context, new)
+
+    def greedy(self, ids: list[int], new: int) -> list[int]:
+        """`new` greedy tokens after a prompt of these ids."""
+        return self._steps(TextContext(tokens=TokenBuffer(np.array(ids)), max_length=8192), new)[1]
+
+    def _steps(self, context: TextContext, new: int) -> tuple[np.ndarray, list[int]]:
+        model = self.model
         pictures = active_images([context]) if isinstance(context, TextAndVisionContext) else []
         rows = mx.concatenate(model.encode_images(pictures)) if pictures else None
         cache = KVCache(model.kv_params)
