@@ -24,7 +24,7 @@ from mlx_vlm_pipes.contexts import (
     TokenBuffer,
 )
 from mlx_vlm_pipes.dtypes import Device, DeviceRef, DType
-from mlx_vlm_pipes.errors import UnknownAdapter, shown
+from mlx_vlm_pipes.errors import ConfigError, UnknownAdapter, shown
 from mlx_vlm_pipes.log_probabilities import LogProbabilities, LogProbabilitiesMixin
 from mlx_vlm_pipes.model_device import StepsOnDevice, require_device
 from mlx_vlm_pipes.session import InferenceSession, Model
@@ -119,6 +119,12 @@ class PipelineModel(StepsOnDevice, ABC, Generic[ContextT]):
         """
         pipeline_config.require_supported()
         self.ranks = session.ranks
+        degree = pipeline_config.model.data_parallel_degree
+        if self.ranks.are_many and degree > 1:
+            raise ConfigError(
+                f"data_parallel_degree {degree} with {self.ranks.size} ranks, which run one replica"
+                " together; use 1"
+            )
         self.device = require_device(devices, session, pipeline_config.model.devices)
         pipeline_config.model.resolve(weights)
         self.pipeline_config = pipeline_config

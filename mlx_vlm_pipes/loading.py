@@ -14,7 +14,7 @@ from mlx_vlm_pipes.encoding import COMPUTE_TYPES, dominant_type
 from mlx_vlm_pipes.engine.engine import Engine
 from mlx_vlm_pipes.engine.state import EngineConfig
 from mlx_vlm_pipes.engine.worker import OwnerThread
-from mlx_vlm_pipes.errors import CheckpointNotFound, ConfigError, clip, shown
+from mlx_vlm_pipes.errors import CheckpointError, CheckpointNotFound, ConfigError, clip, shown
 from mlx_vlm_pipes.gguf.header import is_gguf, only_gguf
 from mlx_vlm_pipes.hf_config import HuggingFaceConfig, read_config
 from mlx_vlm_pipes.hub.download import download, is_hub_name
@@ -131,7 +131,36 @@ def load_model(
     options: LoadOptions,
     watch: Watch | None = None,
 ) -> PipelineModelWithKVCache:
-    """The pipeline model of a folder, on the calling thread; watch: is told of its weights."""
+    """The pipeline model of a folder, on the calling thread; watch: is told of its weights.
+
+    On several ranks all load it or none. Raises: CheckpointError on a rank whose own part is fine,
+    where another's is not.
+    """
+    ranks, failure, model = options.ranks, None, None
+    try:
+        model = _load_own(room, folder, config, options, watch)
+    except Exception as error:
+        if not ranks.are_many:
+            raise
+        failure = error
+    failed = ranks.total(int(failure is not None))
+    if failure is not None:
+        raise failure
+    if failed or model is None:
+        raise CheckpointError(
+            f"{failed} of {ranks.size} ranks could not load the model; their messages say why"
+        )
+    return model
+
+
+def _load_own(
+    room: Room,
+    folder: Path,
+    config: HuggingFaceConfig,
+    options: LoadOptions,
+    watch: Watch | None,
+) -> PipelineModelWithKVCache:
+    """The model of this process, or its part of it."""
     devices = [options.device] * options.ranks.size
     weights = load_weights(find_weight_files(folder))
     model_config = model_config_for(folder, config, weights, options)

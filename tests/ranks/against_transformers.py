@@ -43,11 +43,14 @@ class Rank:
         context = self.processor.new_context(processed, max_length=self.model.max_seq_len)
         return self._steps(context, new)
 
-    def greedy(self, ids: list[int], new: int) -> list[int]:
-        """`new` greedy tokens after a prompt of these ids."""
-        return self._steps(TextContext(tokens=TokenBuffer(np.array(ids)), max_length=8192), new)[1]
+    def greedy(self, ids: list[int], new: int, banned: int | None = None) -> list[int]:
+        """`new` greedy tokens after a prompt of these ids, none of them `banned`."""
+        context = TextContext(tokens=TokenBuffer(np.array(ids)), max_length=8192)
+        return self._steps(context, new, banned)[1]
 
-    def _steps(self, context: TextContext, new: int) -> tuple[np.ndarray, list[int]]:
+    def _steps(
+        self, context: TextContext, new: int, banned: int | None = None
+    ) -> tuple[np.ndarray, list[int]]:
         model = self.model
         pictures = active_images([context]) if isinstance(context, TextAndVisionContext) else []
         rows = mx.concatenate(model.encode_images(pictures)) if pictures else None
@@ -58,13 +61,21 @@ class Rank:
         output = model.execute(inputs)
         increment_cache_lengths(view, [count])
         logits = np.array(output.logits)
-        tokens = [int(logits[-1].argmax())]
+        tokens = [_best(logits[-1], banned)]
         while len(tokens) < new:
             inputs = model.prepare_next_token_inputs(mx.array(tokens[-1:]), inputs)
             output = model.execute(inputs)
             increment_cache_lengths(view, [1])
-            tokens.append(int(mx.argmax(output.next_token_logits[0]).item()))
+            tokens.append(_best(np.array(output.next_token_logits[0]), banned))
         return logits, tokens
+
+
+def _best(logits: np.ndarray, banned: int | None) -> int:
+    """The token of the largest logit."""
+    allowed = logits.copy()
+    if banned is not None:
+        allowed[banned] = -np.inf
+    return int(allowed.argmax())
 
 
 def distance(folder: Path, ranks: Ranks) -> dict[str, Any]:

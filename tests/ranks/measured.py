@@ -1,7 +1,7 @@
 """A rank that answers in ids, and reports what it holds and has read.
 
 `python -m tests.ranks.measured REQUEST.json`, started by tests.ranks.launched: {"folder", "prompts"
-(lists of ids), "new" (tokens), "options" (of loading.LoadOptions)}.
+(lists of ids), "new" (tokens), "banned" (a token), "options" (of loading.LoadOptions)}.
 """
 
 from __future__ import annotations
@@ -25,5 +25,5 @@ if __name__ == "__main__":
         "weight_bytes": rank.model.weight_bytes,
         "read_bytes": rank.model.session.read_bytes,
     }
-    answers = [rank.greedy(ids, asked["new"]) for ids in asked["prompts"]]
+    answers = [rank.greedy(ids, asked["new"], asked["banned"]) for ids in asked["prompts"]]
     report(facts | {"tokens": answers})
