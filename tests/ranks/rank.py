@@ -56,16 +56,17 @@ class Rank:
         folder = Path(job.folder)
         config = read_config(folder)
         room = find_room(config)
-        self.processor = room.processor_class()(folder, config.to_dict())
+        self.room, self.folder, self.config = room, folder, config
         options = LoadOptions(dtype=job.dtype, ranks=ranks, lora=lora_config(job.adapters or None))
         self.model: PipelineModelWithKVCache = load_model(room, folder, config, options)
         self.job = job
 
     def read(self, request: dict[str, Any]) -> TextContext:
         """The context of a fixture's request."""
+        processor = self.room.processor_class()(self.folder, self.config.to_dict())
         asked = request | {name: tuple(request[name]) for name in ("images", "videos")}
-        processed = self.processor.process(PromptRequest(**asked))
-        return self.processor.new_context(processed, max_length=self.model.max_seq_len)
+        processed = processor.process(PromptRequest(**asked))
+        return processor.new_context(processed, max_length=self.model.max_seq_len)
 
     def of_ids(self, ids: list[int]) -> TextContext:
         tokens = TokenBuffer(np.array(ids))

@@ -12,10 +12,12 @@ import pytest
 
 from mlx_vlm_pipes.ranks import ALONE
 from tests.device import bar
+from tests.engine.models import write_llama
 from tests.fixtures_helper import FIXTURES, SAME_PILLOW, cases
+from tests.gguf_file import write_case
 from tests.ranks.launched import launch
 from tests.ranks.rank import Job, run
-from tests.ranks.variants import pack, with_all_heads
+from tests.ranks.variants import MLX_FORMATS, pack, with_all_heads
 
 LOGITS_BAR = bar(2e-5)  # of the largest logit, as one process has (test_against_transformers)
 # one of each family, and stacked projections
@@ -75,3 +77,24 @@ def test_every_family_has_the_numbers_of_transformers(size: int, tmp_path: Path)
             }
         else:
             require_reference(job, ranks)
+
+
+@pytest.mark.slow
+def test_packed_weights_are_cut_in_whole_groups(tmp_path: Path) -> None:
+    """3 KV heads over 2 ranks, and an MLP of 192 in groups of 64: 64 and 128 columns.
+
+    Compared with one process: every packing has numbers of its own.
+    """
+    plain = write_llama(tmp_path / "plain", heads=6, kv_heads=3, hidden=128)
+    jobs = [Job(str(plain), prompts=IDS, large_vocabulary=100)]
+    for form in [*(set(MLX_FORMATS) - {"coarse"}), "gptq", "awq", "int8"]:
+        folder = pack(plain, tmp_path / form, form)
+        jobs.append(Job(str(folder), prompts=IDS, large_vocabulary=100))
+    jobs.append(Job(str(write_case(tmp_path / "q4.gguf", "llama-tied", "Q4_0")), prompts=IDS))
+    for job, ranks in zip(jobs, ask(jobs, 2, tmp_path), strict=True):
+        alone = run(Job(job.folder, prompts=IDS), ALONE)
+        assert [rank.get("refused") for rank in ranks] == [None, None], job.folder
+        want = np.array(alone["last"])
+        for rank in ranks:
+            assert np.abs(np.array(rank["last"]) - want).max() < LOGITS_BAR * np.abs(want).max()
+            assert rank["tokens"] == alone["tokens"], job.folder
