@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from mlx_vlm_pipes.speech import THINK, THOUGHT
 JSON_OPTIONS = {"whitespace_pattern": r"(\n {0,16}| )?"}
 MAX_SOURCE = 64 * 1024  # characters
 SOURCES = ("schema", "regex", "grammar")
+MOST_KEPT = 16  # compiled forms: n answers have one, and so have the requests of many a client
 
 
 class Grammars:
@@ -36,6 +38,7 @@ class Grammars:
         self._tokenizer, self._size, self._ends = tokenizer, vocab_size, list(ends)
         self._lock = threading.Lock()
         self._tokens: Any = None
+        self._compiled: OrderedDict[tuple[str, str], Grammar] = OrderedDict()  # used last: at last
 
     def constraint(self, given: Mapping[str, Any], prompt: str) -> Constraint | Thought | None:
         """What the options of a request ask of its answer; None where they ask nothing.
@@ -75,12 +78,29 @@ class Grammars:
         return self.compile(named[0], given[named[0]])
 
     def compile(self, name: str, source: Any) -> Grammar:
-        """name: of SOURCES. source: a schema as an object, or a text. Raises: as `make`."""
-        matcher = _library().LLMatcher
+        """A form, which is kept for later requests.
+
+        name: of SOURCES. source: a schema as an object, or a text. Raises: as `make`.
+        """
         written = json.dumps(source) if name == "schema" else source
         if len(written) > MAX_SOURCE:
             message = f"{name} has {len(written)} characters, expected at most {MAX_SOURCE}"
             raise InputError(message, param=name)
+        key = name, written
+        with self._lock:
+            if key in self._compiled:
+                self._compiled.move_to_end(key)
+                return self._compiled[key]
+        made = self._made(name, written)
+        with self._lock:
+            self._compiled[key] = made
+            if len(self._compiled) > MOST_KEPT:
+                self._compiled.popitem(last=False)
+        return made
+
+    def _made(self, name: str, written: str) -> Grammar:
+        """Raises: as `make`."""
+        matcher = _library().LLMatcher
         try:
             if name == "schema":
                 text = matcher.grammar_from_json_schema(written, overrides=JSON_OPTIONS)

@@ -18,7 +18,7 @@ from mlx_vlm_pipes.engine.draft_model import Drafter
 from mlx_vlm_pipes.engine.engine import Engine
 from mlx_vlm_pipes.engine.state import EngineConfig
 from mlx_vlm_pipes.engine.worker import OwnerThread
-from mlx_vlm_pipes.errors import CheckpointNotFound, ConfigError, clip, shown
+from mlx_vlm_pipes.errors import CheckpointError, CheckpointNotFound, ConfigError, clip, shown
 from mlx_vlm_pipes.gguf.header import is_gguf, only_gguf
 from mlx_vlm_pipes.hf_config import HuggingFaceConfig, read_config
 from mlx_vlm_pipes.hub.download import download, is_hub_name
@@ -31,6 +31,7 @@ from mlx_vlm_pipes.processing.tokenizer import require_same_tokens
 from mlx_vlm_pipes.processing.types import ProcessedPrompt
 from mlx_vlm_pipes.progress import Watch, bar, is_wanted
 from mlx_vlm_pipes.quantization import LoRAConfig
+from mlx_vlm_pipes.ranks import ALONE, Ranks
 from mlx_vlm_pipes.registry import Room, find_room
 from mlx_vlm_pipes.weights import Weights, find_weight_files, load_weights
 
@@ -163,6 +164,7 @@ class LoadOptions:
     compile: bool = True
     lora: LoRAConfig | None = None
     vision_config_overrides: dict[str, Any] = field(default_factory=dict)
+    ranks: Ranks = ALONE
 
 
 def lora_config(adapter: str | Path | Sequence[str | Path] | None) -> LoRAConfig | None:
@@ -183,14 +185,43 @@ def load_model(
     options: LoadOptions,
     watch: Watch | None = None,
 ) -> PipelineModelWithKVCache:
-    """The pipeline model of a folder, on the calling thread; watch: is told of its weights."""
-    device = options.device
+    """The pipeline model of a folder, on the calling thread; watch: is told of its weights.
+
+    On several ranks all load it or none. Raises: CheckpointError on a rank whose own part is fine,
+    where another's is not.
+    """
+    ranks, failure, model = options.ranks, None, None
+    try:
+        model = _load_own(room, folder, config, options, watch)
+    except Exception as error:
+        if not ranks.are_many:
+            raise
+        failure = error
+    failed = ranks.total(int(failure is not None))
+    if failure is not None:
+        raise failure
+    if failed or model is None:
+        raise CheckpointError(
+            f"{failed} of {ranks.size} ranks could not load the model; their messages say why"
+        )
+    return model
+
+
+def _load_own(
+    room: Room,
+    folder: Path,
+    config: HuggingFaceConfig,
+    options: LoadOptions,
+    watch: Watch | None,
+) -> PipelineModelWithKVCache:
+    """The model of this process, or its part of it."""
+    devices = [options.device] * options.ranks.size
     weights = load_weights(find_weight_files(folder))
     model_config = model_config_for(folder, config, weights, options)
     return room.model_class()(
         PipelineConfig(model=model_config, lora=options.lora),
-        InferenceSession([device], compile=options.compile, watch=watch),
-        [device],
+        InferenceSession(devices[:1], compile=options.compile, watch=watch, ranks=options.ranks),
+        devices,
         model_config.kv_cache,
         weights,
         return_logits=ReturnLogits.VARIABLE,
@@ -215,7 +246,7 @@ def model_config_for(
         model_path=str(folder),
         weight_path=find_weight_files(folder),
         quantization_encoding=wanted,
-        device_specs=[DeviceSpec(device.id, device.label)],
+        device_specs=[DeviceSpec(device.id, device.label)] * options.ranks.size,
         max_length=options.max_length,
         kv_cache=options.kv_cache,
         vision_config_overrides=options.vision_config_overrides,

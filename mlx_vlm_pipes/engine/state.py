@@ -39,7 +39,7 @@ class EngineConfig:
     Raises: InputError for a limit that would let nothing run, or of a wrong type.
     """
 
-    max_batch_size: int = 16
+    max_batch_size: int = 32
     prefill_chunk: int = 2048
     running_chunk: int = 512
     running_wait_ms: float = 250.0

@@ -19,6 +19,7 @@ from mlx_vlm_pipes.server.models import Models
 from mlx_vlm_pipes.server.settings import ServerSettings
 from tests.server.driving import running
 from tests.server.test_tools import TEMPLATE
+from tests.test_documents import SERVED, blocks
 
 IMAGE = Path(__file__).parents[2] / "examples" / "images" / "shapes.png"
 ENCODED = base64.b64encode(IMAGE.read_bytes()).decode()
@@ -27,6 +28,16 @@ URL = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{ENCODE
 CHAT: Any = [{"role": "user", "content": [URL, {"type": "text", "text": ASK}]}]
 WHO: Any = [{"role": "user", "content": "Who?"}]
 CITIES = ("Bonn", "Ulm")
+
+
+def from_guide(title: str, port: int) -> str:
+    """The block of this title on the page about clients, for the server of these tests."""
+    page = Path(__file__).parents[2] / "docs" / "guide" / "clients.md"
+    (code,) = (block.code for block in blocks(page) if block.title == title)
+    for name, served in (("HuggingFaceTB/SmolVLM-256M-Instruct", "shapes"), (SERVED, "")):
+        assert name in code
+        code = code.replace(name, served or f"127.0.0.1:{port}")
+    return code
 
 
 @pytest.fixture(scope="package")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.clients.conftest import CITIES, IMAGE
+from tests.clients.conftest import CITIES, IMAGE, from_guide
 
 pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
@@ -35,13 +34,17 @@ def packages(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_ai_sdk(port: int, answer: str, text_answer: str, packages: Path) -> None:
+def node(packages: Path, *words: str) -> str:
+    """What a script prints."""
     done = subprocess.run(
-        ["node", "ai_sdk.mjs", str(port), str(IMAGE)], cwd=packages, capture_output=True,
-        text=True, check=False, timeout=RUN_S, env={**os.environ, "AI_SDK_LOG_WARNINGS": "false"},
-    )  # fmt: skip
+        ["node", *words], cwd=packages, capture_output=True, text=True, check=False, timeout=RUN_S
+    )
     assert done.returncode == 0, done.stderr[-3000:]
-    told = json.loads(done.stdout.splitlines()[-1])
+    return done.stdout
+
+
+def test_ai_sdk(port: int, answer: str, text_answer: str, packages: Path) -> None:
+    told = json.loads(node(packages, "ai_sdk.mjs", str(port), str(IMAGE)).splitlines()[-1])
     assert told["text"].strip() == text_answer
     assert "".join(told["parts"]) == answer
     assert len(told["parts"]) > 1
@@ -50,3 +53,6 @@ def test_ai_sdk(port: int, answer: str, text_answer: str, packages: Path) -> Non
     assert told["input"]["city"] in CITIES
     assert told["refused"]["status"] == 404
     assert "no model 'none' here" in told["refused"]["message"]
+    (packages / "guide.mjs").write_text(from_guide("ai-sdk", port))
+    shutil.copy(IMAGE, packages / "cat.png")
+    assert node(packages, "guide.mjs") == f"{answer}\ncolour\n"

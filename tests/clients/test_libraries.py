@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import pytest
 
-from tests.clients.conftest import ASK, CHAT, CITIES, IMAGE, WHO
+from tests.clients.conftest import ASK, CHAT, CITIES, IMAGE, WHO, from_guide
 
 pytestmark = pytest.mark.slow  # their imports alone take seconds
 WEATHER = {
@@ -97,26 +97,22 @@ def test_instructor_with_a_pydantic_class(port: int, mode: str) -> None:
 def test_llm(port: int, answer: str, text_answer: str, tmp_path: Path) -> None:
     """Its own configuration file names the server; nothing is read from or left in the home."""
     pytest.importorskip("llm")
-    (tmp_path / "extra-openai-models.yaml").write_text(
-        "".join(
-            f"- {{model_id: {name}, model_name: {name}, api_base: 'http://127.0.0.1:{port}/v1', "
-            f"vision: true, supports_schema: true, supports_tools: true}}\n"
-            for name in ("shapes", "calling", "none")
-        )
-    )
+    known = from_guide("extra-openai-models.yaml", port)
+    known += known.replace("local", "none").replace("shapes", "none")
+    (tmp_path / "extra-openai-models.yaml").write_text(known)
 
     def llm(*words: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-m", "llm", *words], capture_output=True, text=True, check=False,
             stdin=subprocess.DEVNULL,
-            env={**os.environ, "LLM_USER_PATH": str(tmp_path), "OPENAI_API_KEY": "x"},
+            env={**os.environ, "LLM_USER_PATH": str(tmp_path)},
         )  # fmt: skip
 
-    told = llm("-m", "shapes", "-o", "max_tokens", "20", "Who?")
+    told = llm("-m", "local", "-o", "max_tokens", "20", "Who?")
     assert (told.stdout.strip(), told.stderr) == (text_answer, "")
-    assert llm("-m", "shapes", "-a", str(IMAGE), "--no-stream", ASK).stdout.strip() == answer
+    assert llm("-m", "local", "-a", str(IMAGE), "--no-stream", ASK).stdout.strip() == answer
     schema = json.dumps(WEATHER["parameters"])
-    told = llm("-m", "shapes", "--schema", schema, "-o", "max_tokens", "60", "Who?")
+    told = llm("-m", "local", "--schema", schema, "-o", "max_tokens", "60", "Who?")
     assert json.loads(told.stdout)["city"] in CITIES
     refused = llm("-m", "none", "Who?")
     assert refused.returncode == 1

@@ -20,7 +20,7 @@ CHAT = "/v1/chat/completions"
 
 def models_of(*argv: str) -> Models:
     args = serve.build_parser().parse_args(argv)
-    return Models(serve._openers(args, serve._given_models(args)))
+    return Models(serve._openers(args, serve._given_models(args), {}))
 
 
 def ask(models: Models, name: str) -> tuple[str, int]:
