@@ -11,8 +11,8 @@ another one. Each client asks, reads the stream and asks again; nothing is asked
 All sides compute in float32 on a copy of the checkpoint in which no answer ends by itself, so
 that greedy ones are equally long. Every server is a process of its own, warmed up; rounds are
 interleaved, each beginning with another side. Only requests that all sides answered in full count.
-Told, as medians of rounds: seconds for a request (the round's, by its requests), time to the first text
-(median, 95th percentile), tokens a second, and in how many answers the text is ours.
+Told, as medians of rounds: seconds for a request (the round's, by its requests), time to the first
+text (median, 95th percentile), tokens a second, and in how many answers the text is ours.
 """
 
 from __future__ import annotations
