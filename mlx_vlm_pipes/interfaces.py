@@ -318,13 +318,15 @@ class PipelineModelWithKVCache(PipelineModel[ContextT]):
         if not name and self.merged_adapter:
             raise UnknownAdapter(
                 f"no answers of the base model: adapter {shown(self.merged_adapter)} changes the"
-                " vision tower too, for all requests; load the model once more without it"
+                " vision tower too, for all requests; load the model once more without it",
+                param="adapter",
             )
         if not name:
             return 0
         if name not in self.adapters:
             loaded = ", ".join(self.adapters) or "none"
-            raise UnknownAdapter(f"no adapter {shown(name)}; loaded: {loaded}")
+            message = f"no adapter {shown(name)}; loaded: {loaded}"
+            raise UnknownAdapter(message, param="adapter")
         return self.adapters.index(name) + 1
 
     @classmethod

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mlx_vlm_pipes.config import KVCacheConfig, ModelConfig, PipelineConfig
+from mlx_vlm_pipes.contexts import TextContext
 from mlx_vlm_pipes.dtypes import Device, DeviceRef, DeviceSpec, DType, default_device
 from mlx_vlm_pipes.encoding import COMPUTE_TYPES, dominant_type
+from mlx_vlm_pipes.engine.draft_model import Drafter
 from mlx_vlm_pipes.engine.engine import Engine
 from mlx_vlm_pipes.engine.state import EngineConfig
 from mlx_vlm_pipes.engine.worker import OwnerThread
@@ -22,6 +26,9 @@ from mlx_vlm_pipes.interfaces import InferenceSession, PipelineModelWithKVCache,
 from mlx_vlm_pipes.options import Option, unfit
 from mlx_vlm_pipes.paths import is_there, user_path
 from mlx_vlm_pipes.pipeline import Pipeline
+from mlx_vlm_pipes.processing.base import TextProcessor
+from mlx_vlm_pipes.processing.tokenizer import require_same_tokens
+from mlx_vlm_pipes.processing.types import ProcessedPrompt
 from mlx_vlm_pipes.progress import Watch, bar, is_wanted
 from mlx_vlm_pipes.quantization import LoRAConfig
 from mlx_vlm_pipes.ranks import ALONE, Ranks
@@ -38,6 +45,7 @@ def load(  # noqa: PLR0913  # the options a user may say, all but one by keyword
     device: str | None = None,
     revision: str | None = None,
     adapter: str | Path | Sequence[str | Path] | None = None,
+    draft: str | Path | None = None,
     max_length: int | None = None,
     kv_bits: int | None = None,
     engine: EngineConfig | None = None,
@@ -50,7 +58,8 @@ def load(  # noqa: PLR0913  # the options a user may say, all but one by keyword
     Args: dtype "auto" is the checkpoint's own on a GPU and float32 on a CPU; device "cpu" or
     "gpu"; adapter a LoRA folder, or several (`name=folder`), of which each request names one
     (one that changes the vision tower too is loaded alone and merged there: no request can leave
-    it out); max_length in tokens; kv_bits 8 or 4 quantises the KV cache; vision_config_overrides
+    it out); draft a smaller checkpoint with the same tokenizer, which drafts tokens for this one;
+    max_length in tokens; kv_bits 8 or 4 quantises the KV cache; vision_config_overrides
     wins over config.json (InternVL: max_dynamic_patch, min_dynamic_patch, tiles of a picture);
     progress whether slow work (a download, weights, pictures, long prompts, batches) shows a bar
     while it lasts, None for on a terminal and in a notebook.
@@ -58,24 +67,65 @@ def load(  # noqa: PLR0913  # the options a user may say, all but one by keyword
     argument of a wrong type or out of its bounds.
     """
     _require_kinds(path, adapter, engine, vision_config_overrides)
+    _require_path("draft", draft)
     max_length, kv_bits = _MAX_LENGTH.read(max_length), _KV_BITS.read(kv_bits)
     compile, has_bars = _COMPILE.read(compile), is_wanted(_PROGRESS.read(progress))
     folder = resolve_folder(path, _REVISION.read(revision), progress=has_bars)
-    config = read_config(folder)
-    room = find_room(config)
-    overrides = dict(vision_config_overrides or {})
-    processor = room.processor_class()(folder, config.to_dict(), overrides)
+    own = _Opened.of(folder, dict(vision_config_overrides or {}))
+    other = None if draft is None else _Opened.of(resolve_folder(draft, progress=has_bars), {})
+    if other is not None:
+        require_same_tokens(own.processor.tokenizer, other.processor.tokenizer)
     lora = lora_config(adapter)
     chosen, cache = select_device(device), KVCacheConfig(bits=kv_bits)
-    options = LoadOptions(dtype, chosen, max_length, cache, compile, lora, overrides)
+    options = LoadOptions(dtype, chosen, max_length, cache, compile, lora, own.overrides)
     worker = OwnerThread(chosen)
     try:
         with bar(is_on=has_bars) as watch:
-            model = worker.call(lambda: load_model(room, folder, config, options, watch))
-        return Pipeline(model, processor, Engine(worker, model, engine), has_bars=has_bars)
+            model, drafter = worker.call(lambda: _load_both(own, other, options, watch))
+        made = Engine(worker, model, engine, drafter)
+        return Pipeline(model, own.processor, made, has_bars=has_bars)
     except BaseException:
         worker.stop()
         raise
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A checkpoint whose small files have been read."""
+
+    folder: Path
+    config: HuggingFaceConfig
+    room: Room
+    overrides: dict[str, Any]
+    processor: TextProcessor
+
+    @classmethod
+    def of(cls, folder: Path, overrides: dict[str, Any]) -> _Opened:
+        """Raises: CheckpointError."""
+        config = read_config(folder)
+        room = find_room(config)
+        processor = room.processor_class()(folder, config.to_dict(), overrides)
+        return cls(folder, config, room, overrides, processor)
+
+    def load(self, options: LoadOptions, watch: Watch | None) -> PipelineModelWithKVCache:
+        return load_model(self.room, self.folder, self.config, options, watch)
+
+
+def _load_both(
+    own: _Opened, other: _Opened | None, options: LoadOptions, watch: Watch | None
+) -> tuple[PipelineModelWithKVCache, Drafter | None]:
+    """The model, and the one that drafts for it. Both compute alike."""
+    model = own.load(options, watch)
+    if other is None:
+        return model, None
+    plain = replace(options, max_length=None, lora=None, vision_config_overrides={})
+    smaller, processor = other.load(plain, watch), other.processor
+
+    def new_context(tokens: np.ndarray) -> TextContext:
+        processed = ProcessedPrompt("", tokens.tolist(), [], [])
+        return processor.new_context(processed, max_length=smaller.max_seq_len)
+
+    return model, Drafter(smaller, new_context, other.folder.name)
 
 
 _MAX_LENGTH = Option("", name="max_length", kind=int, low=1, takes_none=True)
@@ -88,8 +138,7 @@ _REVISION = Option("", name="revision", kind=str, takes_none=True)
 def _require_kinds(path: object, adapter: object, engine: object, overrides: object) -> None:
     """Raises: InputError for the first argument of `load` that is not of its type."""
     name = (str, os.PathLike)
-    if not (path is None or isinstance(path, name)):
-        raise unfit("path", path, "a folder, a hub id or None")
+    _require_path("path", path)
     adapters = adapter if isinstance(adapter, (list, tuple)) else [adapter]
     if not (adapter is None or all(isinstance(one, name) for one in adapters)):
         raise unfit("adapter", adapter, "a folder or a list of folders")
@@ -97,6 +146,11 @@ def _require_kinds(path: object, adapter: object, engine: object, overrides: obj
         raise unfit("engine", engine, "an EngineConfig")
     if not (overrides is None or isinstance(overrides, Mapping)):
         raise unfit("vision_config_overrides", overrides, "names with values")
+
+
+def _require_path(name: str, value: object) -> None:
+    if not (value is None or isinstance(value, (str, os.PathLike))):
+        raise unfit(name, value, "a folder, a hub id or None")
 
 
 @dataclass(frozen=True)

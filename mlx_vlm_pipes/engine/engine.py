@@ -12,6 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_vlm_pipes.contexts import TextContext
+from mlx_vlm_pipes.engine.draft_model import Drafter
 from mlx_vlm_pipes.engine.memory import set_limits
 from mlx_vlm_pipes.engine.plan import Plan, default_limits, make_plan
 from mlx_vlm_pipes.engine.requests import Handle, PromptLogits, PromptRow
@@ -30,7 +31,8 @@ OutcomeT = TypeVar("OutcomeT", PromptLogits, PromptRow)
 class Engine:
     """A model on its owning thread, and the scheduler that feeds it.
 
-    config: the limits; None for those that the model's own settings ask for.
+    config: the limits; None for those that the model's own settings ask for. drafter: a smaller
+    model that drafts for it.
     """
 
     def __init__(
@@ -38,11 +40,13 @@ class Engine:
         worker: OwnerThread,
         model: PipelineModelWithKVCache,
         config: EngineConfig | None,
+        drafter: Drafter | None = None,
     ) -> None:
-        config = default_limits(model) if config is None else config
+        self.drafter = drafter
+        config = default_limits(model, self._drafter_bytes) if config is None else config
         worker.call(lambda: set_limits(model.device))
         self.worker, self.model, self.config = worker, model, config
-        self.scheduler = Scheduler(model, config)
+        self.scheduler = Scheduler(model, config, drafter)
         scheduler = self.scheduler
         self.prefix_files = PrefixFiles(worker, scheduler.state)
         worker.idle_work = scheduler.step
@@ -150,6 +154,15 @@ class Engine:
         """The memory that the device has, or recommends to use."""
         return self.scheduler.state.memory_bytes
 
+    @property
+    def weight_bytes(self) -> int:
+        """What weights take in memory: the model's, and those of the one that drafts for it."""
+        return self.model.weight_bytes + self._drafter_bytes
+
+    @property
+    def _drafter_bytes(self) -> int:
+        return 0 if self.drafter is None else self.drafter.model.weight_bytes
+
     def peak_memory_bytes(self) -> int:
         """The most memory that MLX held at once in this process."""
         return self.worker.call(mx.get_peak_memory)
@@ -165,13 +178,9 @@ class Engine:
         """
 
         def limit() -> None:
-            self.config = config = default_limits(self.model, others_bytes, parts)
-            state = self.scheduler.state
-            state.config = config
-            kept = config.prefix_bytes if config.enable_prefix_caching else 0
-            state.prefixes.budget_bytes, state.images.budget_bytes = kept, config.image_bytes
-            state.prefixes.shrink(kept)
-            state.images.shrink(config.image_bytes)
+            others = others_bytes + self._drafter_bytes
+            self.config = default_limits(self.model, others, parts)
+            self.scheduler.limit(self.config)
 
         self.worker.call(limit)
 
@@ -179,8 +188,7 @@ class Engine:
         """Empty the prefix and image caches."""
 
         def clear() -> None:
-            self.scheduler.state.prefixes.shrink(-1)
-            self.scheduler.state.images.shrink(-1)
+            self.scheduler.forget()
             mx.clear_cache()
 
         self.worker.call(clear)

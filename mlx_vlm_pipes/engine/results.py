@@ -96,6 +96,8 @@ class Results:
         context = job.context
         if context.constraint is not None:
             context.constraint.accept(token)
+            if context.speculative != "none":
+                job.forced = context.constraint.forced()
         context.update(token)
         ended = context.status is GenerationStatus.END_OF_SEQUENCE
         # An end token is no text; it is still reported as a token.
@@ -139,6 +141,8 @@ class Results:
         """
         self.live.discard(job)
         try:
+            if job.drafts is not None:
+                job.drafts.end(is_kept=is_kept)
             if is_kept:
                 self._state.remember(job)
             job.features.clear()
@@ -160,7 +164,8 @@ def _allowed(job: Job) -> np.ndarray:
         if not (bits.astype(bool) & ~banned).any():
             raise InputError(
                 "the answer's form goes on with tokens that min_tokens or logit_bias forbid; "
-                "leave these out"
+                "leave these out",
+                param="logit_bias" if job.context.sampling_params.logit_bias else "min_tokens",
             )
     return words
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from dataclasses import replace
 
 import numpy as np
 
 from mlx_vlm_pipes.contexts import TextContext, require_known_tokens
 from mlx_vlm_pipes.engine.caches import common_prefix, prefix_keys
 from mlx_vlm_pipes.engine.decode import Decode
+from mlx_vlm_pipes.engine.draft_model import Drafter, DraftModel
 from mlx_vlm_pipes.engine.plan import require_room
 from mlx_vlm_pipes.engine.prefill import SHARED_MIN, Prefill
 from mlx_vlm_pipes.engine.requests import Handle, Job, PromptLogits, PromptRow, new_job
@@ -25,14 +27,27 @@ from mlx_vlm_pipes.kv_cache import KVCache
 
 
 class Scheduler:
-    """Owns all jobs. Knows models only through `PipelineModelWithKVCache`."""
+    """Owns all jobs. Knows models only through `PipelineModelWithKVCache`.
 
-    def __init__(self, model: PipelineModelWithKVCache, config: EngineConfig) -> None:
+    drafter: a smaller model that drafts for this one.
+    """
+
+    def __init__(
+        self,
+        model: PipelineModelWithKVCache,
+        config: EngineConfig,
+        drafter: Drafter | None = None,
+    ) -> None:
         self.state, self.vocab_size = EngineState(model, config), model.vocab_size
+        self.draft_model: DraftModel | None = None
+        if drafter is not None:
+            self.draft_model = DraftModel(drafter, config, model.vocab_size)
+            self.state.beside = drafter.model
+            self.limit(config)
         self.waiting: deque[Job] = deque()
         self._results = Results(self.state)
         self._prefill = Prefill(self.state, self._results)
-        self._decode = Decode(self.state, self._results)
+        self._decode = Decode(self.state, self._results, self.draft_model)
 
     @property
     def stats(self) -> EngineStats:
@@ -64,7 +79,10 @@ class Scheduler:
         new_tokens = context.sampling_params.max_new_tokens
         capacity = self.state.capacity_needed(context, new_tokens)
         require_room(self.state, context, new_tokens, scored=context.log_probabilities_echo)
-        return self._queue(new_job(context, decoder, self.vocab_size, keys, capacity))
+        job = new_job(context, decoder, self.vocab_size, keys, capacity)
+        if self.draft_model is not None and context.speculative == "draft":
+            job.drafts = self.draft_model.rows(context.num_draft_tokens)
+        return self._queue(job)
 
     def submit_logits(self, context: TextContext) -> tuple[Handle, PromptLogits]:
         """Queue a request for the logits of a prompt: once its handle has ended, they are there.
@@ -112,6 +130,27 @@ class Scheduler:
             self._advance_decode()
         return self.is_busy
 
+    def limit(self, config: EngineConfig) -> None:
+        """Take other limits; what is cached beyond them is forgotten.
+
+        Prefixes of both models are kept for as many tokens.
+        """
+        if self.draft_model is None:
+            self.state.limit(config)
+            return
+        beside = self.draft_model.state
+        sizes = [state.model.kv_params.bytes_per_token for state in (self.state, beside)]
+        own = config.prefix_bytes * sizes[0] // sum(sizes)
+        self.state.limit(replace(config, prefix_bytes=own))
+        beside.limit(replace(config, prefix_bytes=config.prefix_bytes - own))
+
+    def forget(self) -> None:
+        """Empty the prefix and image caches."""
+        self.state.prefixes.shrink(-1)
+        self.state.images.shrink(-1)
+        if self.draft_model is not None:
+            self.draft_model.state.prefixes.shrink(-1)
+
     def fail_all(self, error: BaseException) -> None:
         """End every request with this exception; the batch's cache is made anew."""
         self.waiting.clear()
@@ -122,6 +161,8 @@ class Scheduler:
         """End every request that neither waits nor is in prefill, with the cache of the batch."""
         self._decode.drop()
         self.state.cache = KVCache(self.state.model.kv_params)
+        if self.draft_model is not None:
+            self.draft_model.drop()
         for job in self._results.live.difference(self.waiting, self.prefilling):
             self._results.abandon(job, error)
 
