@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import mlx.core as mx
+
+from mlx_vlm_pipes import __version__
 from mlx_vlm_pipes.config import KVCacheConfig, ModelConfig, PipelineConfig
+from mlx_vlm_pipes.distributed.launch import join_group, launched_rank, launched_size
+from mlx_vlm_pipes.distributed.team import Team, meet
 from mlx_vlm_pipes.dtypes import Device, DeviceRef, DeviceSpec, DType, default_device
 from mlx_vlm_pipes.encoding import COMPUTE_TYPES, dominant_type
 from mlx_vlm_pipes.engine.engine import Engine
+from mlx_vlm_pipes.engine.identity import files_digest, values_digest
 from mlx_vlm_pipes.engine.state import EngineConfig
 from mlx_vlm_pipes.engine.worker import OwnerThread
-from mlx_vlm_pipes.errors import CheckpointNotFound, ConfigError, clip, shown
+from mlx_vlm_pipes.errors import CheckpointNotFound, ConfigError, PipesWarning, clip, shown
 from mlx_vlm_pipes.gguf.header import is_gguf, only_gguf
 from mlx_vlm_pipes.hf_config import HuggingFaceConfig, read_config
 from mlx_vlm_pipes.hub.download import download, is_hub_name
@@ -24,8 +32,12 @@ from mlx_vlm_pipes.paths import is_there, user_path
 from mlx_vlm_pipes.pipeline import Pipeline
 from mlx_vlm_pipes.progress import Watch, bar, is_wanted
 from mlx_vlm_pipes.quantization import LoRAConfig
+from mlx_vlm_pipes.ranks import ALONE, Ranks
 from mlx_vlm_pipes.registry import Room, find_room
 from mlx_vlm_pipes.weights import Weights, find_weight_files, load_weights
+
+if TYPE_CHECKING:
+    from mlx_vlm_pipes.processing.base import TextProcessor
 
 BUNDLED = Path(__file__).parent / "assets" / "tiny-idefics3"
 
@@ -43,6 +55,7 @@ def load(  # noqa: PLR0913  # the options a user may say, all but one by keyword
     compile: bool = True,
     vision_config_overrides: Mapping[str, Any] | None = None,
     progress: bool | None = None,
+    distributed: str | mx.distributed.Group | None = None,
 ) -> Pipeline:
     """Open a checkpoint: a folder, GGUF file or hub id, or (None) the small model in the package.
 
@@ -52,25 +65,28 @@ def load(  # noqa: PLR0913  # the options a user may say, all but one by keyword
     it out); max_length in tokens; kv_bits 8 or 4 quantises the KV cache; vision_config_overrides
     wins over config.json (InternVL: max_dynamic_patch, min_dynamic_patch, tiles of a picture);
     progress whether slow work (a download, weights, pictures, long prompts, batches) shows a bar
-    while it lasts, None for on a terminal and in a notebook.
+    while it lasts, None for on a terminal and in a notebook; distributed "auto" runs the model
+    together with the other processes that mlx.launch has started, or with those of a group.
+    Rank 0 gets the pipeline. The others serve it in here until it closes and then exit.
     Raises: CheckpointError, one line saying what is wrong with the checkpoint; InputError for an
-    argument of a wrong type or out of its bounds.
+    argument of a wrong type or out of its bounds; RanksDiffer on all ranks where these do not meet
+    or have not the same; SystemExit, with 0, on all but the first at the end.
     """
     _require_kinds(path, adapter, engine, vision_config_overrides)
     max_length, kv_bits = _MAX_LENGTH.read(max_length), _KV_BITS.read(kv_bits)
     compile, has_bars = _COMPILE.read(compile), is_wanted(_PROGRESS.read(progress))
-    folder = resolve_folder(path, _REVISION.read(revision), progress=has_bars)
-    config = read_config(folder)
-    room = find_room(config)
-    overrides = dict(vision_config_overrides or {})
-    processor = room.processor_class()(folder, config.to_dict(), overrides)
-    lora = lora_config(adapter)
-    chosen, cache = select_device(device), KVCacheConfig(bits=kv_bits)
+    overrides, cache = dict(vision_config_overrides or {}), KVCacheConfig(bits=kv_bits)
+    chosen, lora = select_device(device), lora_config(adapter)
     options = LoadOptions(dtype, chosen, max_length, cache, compile, lora, overrides)
+    asked = Asked(path, _REVISION.read(revision), options, engine, has_bars)
+    if distributed is not None:
+        return open_together(asked, distributed)
+    warn_of_ranks()
+    found = asked.find()
+    processor = asked.new_processor(found)
     worker = OwnerThread(chosen)
     try:
-        with bar(is_on=has_bars) as watch:
-            model = worker.call(lambda: load_model(room, folder, config, options, watch))
+        model = asked.load_model(worker, found)
         return Pipeline(model, processor, Engine(worker, model, engine), has_bars=has_bars)
     except BaseException:
         worker.stop()
@@ -109,6 +125,115 @@ class LoadOptions:
     compile: bool = True
     lora: LoRAConfig | None = None
     vision_config_overrides: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint before its weights: where it is, what it says, which room serves it."""
+
+    folder: Path
+    config: HuggingFaceConfig
+    room: Room
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What `load` was asked for, checked."""
+
+    path: str | Path | None
+    revision: str | None
+    options: LoadOptions
+    engine: EngineConfig | None
+    has_bars: bool
+
+    def find(self) -> Found:
+        """The checkpoint; downloaded where it is not here. Raises: as `load`."""
+        folder = resolve_folder(self.path, self.revision, progress=self.has_bars)
+        config = read_config(folder)
+        return Found(folder, config, find_room(config))
+
+    def new_processor(self, found: Found) -> TextProcessor:
+        """What makes tokens and pixels of its requests. Raises: as `load`."""
+        overrides = self.options.vision_config_overrides
+        return found.room.processor_class()(found.folder, found.config.to_dict(), overrides)
+
+    def load_model(
+        self, worker: OwnerThread, found: Found, ranks: Ranks = ALONE
+    ) -> PipelineModelWithKVCache:
+        """Its model, on the thread that is to own it. Raises: as `load`."""
+        del ranks
+        with bar(is_on=self.has_bars) as watch:
+            room, folder, config, options = found.room, found.folder, found.config, self.options
+            return worker.call(lambda: load_model(room, folder, config, options, watch))
+
+
+def open_together(asked: Asked, distributed: str | mx.distributed.Group) -> Pipeline:
+    """The pipeline of several ranks, on the first; the others do as it does until it closes.
+
+    Raises: as `load`.
+    """
+    worker = OwnerThread(asked.options.device)
+    team, engine = None, None
+    try:
+        ranks = worker.call(lambda: join_group(distributed))
+        team = worker.call(lambda: meet(ranks)) if ranks.are_many else None
+        if team is not None:
+            team.watchdog.tell(worker.abandon)
+        if not ranks.is_first:
+            asked = replace(asked, has_bars=False)
+        found = _found_together(asked, team)
+        processor = asked.new_processor(found) if ranks.is_first else None
+
+        def load_own() -> PipelineModelWithKVCache:
+            return asked.load_model(worker, found, ranks)
+
+        model = load_own() if team is None else team.together(load_own)
+        engine = Engine(worker, model, asked.engine, team)
+        if processor is not None:
+            return Pipeline(model, processor, engine, has_bars=asked.has_bars)
+        engine.follow()
+    except BaseException:
+        if team is not None:
+            team.close()
+        worker.stop()
+        raise
+    engine.close()
+    raise SystemExit(0)
+
+
+def _found_together(asked: Asked, team: Team | None) -> Found:
+    """The checkpoint, once all ranks have found the same. Raises: RanksDiffer, and as `load`."""
+    if team is None:
+        return asked.find()
+    found = team.together(asked.find)
+    options, config = asked.options, found.config.to_dict()
+    team.require_same(
+        {
+            "mlx_vlm_pipes": __version__,
+            "mlx": version("mlx"),
+            "config.json": values_digest(config),
+            "the weight files (a digest)": files_digest(find_weight_files(found.folder)),
+            "dtype": options.dtype,
+            "device": options.device.label,
+            "max_length": options.max_length,
+            "kv_bits": options.kv_cache.bits,
+            "compile": options.compile,
+            "vision_config_overrides": values_digest(options.vision_config_overrides),
+            "engine": None if asked.engine is None else repr(asked.engine),
+        }
+    )
+    return found
+
+
+def warn_of_ranks() -> None:
+    """Say once, on rank 0, that the launcher's processes run a model each."""
+    if launched_rank() == 0 and launched_size() > 1:
+        warnings.warn(
+            f"{launched_size()} processes each load the whole model and answer by themselves; "
+            'load(..., distributed="auto") runs one model on all of them',
+            PipesWarning,
+            stacklevel=3,
+        )
 
 
 def lora_config(adapter: str | Path | Sequence[str | Path] | None) -> LoRAConfig | None:

@@ -12,15 +12,17 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_vlm_pipes.contexts import TextContext
+from mlx_vlm_pipes.distributed.team import Team
+from mlx_vlm_pipes.engine.following import digests, follow, last_work, lead, new_scheduler
+from mlx_vlm_pipes.engine.lockstep import require_alone
 from mlx_vlm_pipes.engine.memory import set_limits
 from mlx_vlm_pipes.engine.plan import Plan, default_limits, make_plan
 from mlx_vlm_pipes.engine.requests import Handle, PromptLogits, PromptRow
 from mlx_vlm_pipes.engine.saved_prefixes import PrefixFiles, SavedPrefix
-from mlx_vlm_pipes.engine.scheduler import Scheduler
 from mlx_vlm_pipes.engine.state import EngineConfig, EngineStats
 from mlx_vlm_pipes.engine.text import StreamDecoder
 from mlx_vlm_pipes.engine.worker import OwnerThread
-from mlx_vlm_pipes.errors import EngineClosed, InputError
+from mlx_vlm_pipes.errors import InputError
 from mlx_vlm_pipes.interfaces import PipelineModelWithKVCache
 from mlx_vlm_pipes.progress import Watch
 
@@ -30,7 +32,8 @@ OutcomeT = TypeVar("OutcomeT", PromptLogits, PromptRow)
 class Engine:
     """A model on its owning thread, and the scheduler that feeds it.
 
-    config: the limits; None for those that the model's own settings ask for.
+    config: the limits; None for those that the model's own settings ask for. team: the ranks that
+    run the model, each with an engine like this; on all but the first one `follow` comes next.
     """
 
     def __init__(
@@ -38,16 +41,32 @@ class Engine:
         worker: OwnerThread,
         model: PipelineModelWithKVCache,
         config: EngineConfig | None,
+        team: Team | None = None,
     ) -> None:
         config = default_limits(model) if config is None else config
         worker.call(lambda: set_limits(model.device))
-        self.worker, self.model, self.config = worker, model, config
-        self.scheduler = Scheduler(model, config)
+        self.worker, self.model, self.team = worker, model, team
+        self.config, self.scheduler = new_scheduler(model, config, team)
         scheduler = self.scheduler
         self.prefix_files = PrefixFiles(worker, scheduler.state)
-        worker.idle_work = scheduler.step
-        worker.last_work = lambda: scheduler.fail_all(EngineClosed("the pipeline was closed"))
+        if team is None or team.ranks.is_first:
+            worker.idle_work = scheduler.step if team is None else lead(team, scheduler)
+        worker.last_work = last_work(scheduler, team)
+        if team is not None:
+            team.watchdog.tell(scheduler.lose)
+            team.watchdog.tell(worker.abandon)
         self._finalizer = weakref.finalize(self, worker.stop)
+
+    def follow(self) -> None:
+        """Do as rank 0 does, until it closes. Raises: RankLost."""
+        team, scheduler = self.team, self.scheduler
+        if team is not None:
+            self.worker.call(lambda: follow(team, scheduler))
+
+    def digests(self) -> list[str]:
+        """What names the state of each rank's scheduler (`Scheduler.digest`), in between two steps;
+        for tests. Raises: RankLost."""
+        return self.worker.call(lambda: digests(self.team, self.scheduler))
 
     @property
     def stats(self) -> EngineStats:
@@ -86,15 +105,21 @@ class Engine:
     ) -> SavedPrefix:
         """Write what is cached of a prompt to a file; one that is not cached is run for it.
 
-        watch: is told how far it has come. Raises: as `PrefixFiles.save`.
+        watch: is told how far it has come. Raises: as `PrefixFiles.save`, and InputError with
+        several ranks.
         """
+        require_alone(self.team, "saved prefixes")
         submit = self.scheduler.submit_row
         return self.prefix_files.save(
             path, context, lambda: self._run_prompt(submit, context, watch).whole()
         )
 
     def load_prefix(self, path: Path) -> SavedPrefix:
-        """Put a file of `save_prefix` into the caches. Raises: as `PrefixFiles.load`."""
+        """Put a file of `save_prefix` into the caches.
+
+        Raises: as `PrefixFiles.load`, and InputError with several ranks.
+        """
+        require_alone(self.team, "saved prefixes")
         return self.prefix_files.load(path)
 
     def _run_prompt(
@@ -162,7 +187,11 @@ class Engine:
         """Take other budgets: beside other models of so many bytes, in one of `parts` of the rest.
 
         What is cached beyond them is forgotten; what runs goes on, and new requests wait for it.
+        Raises: InputError with several ranks, where another model is beside them.
         """
+        if self.team is not None:
+            require_alone(self.team if parts > 1 or others_bytes else None, "several models")
+            return
 
         def limit() -> None:
             self.config = config = default_limits(self.model, others_bytes, parts)
@@ -178,12 +207,7 @@ class Engine:
     def forget(self) -> None:
         """Empty the prefix and image caches."""
 
-        def clear() -> None:
-            self.scheduler.state.prefixes.shrink(-1)
-            self.scheduler.state.images.shrink(-1)
-            mx.clear_cache()
-
-        self.worker.call(clear)
+        self.worker.call(self.scheduler.forget)
 
     def close(self) -> None:
         """Stop the owning thread; running requests fail with EngineClosed."""

@@ -305,6 +305,13 @@ class PromptLogits:
         return np.concatenate(self._parts)
 
 
+class OthersLogits(PromptLogits):
+    """The same on a rank that nobody asks for them: computed with the others, and let go."""
+
+    def add(self, logits: mx.array) -> None:
+        mx.eval(logits)
+
+
 class PromptRow:
     """What is cached of a prompt: a staged row of its own."""
 
@@ -331,7 +338,8 @@ class Job:
     its prompt still needs. first_logits: logits [1, V] behind its prompt, until its first token
     is out. failure: what its sampler raised. prompt_logits, prompt_row: where the logits or the
     keys and values of its prompt go, if it is these that are asked for, and no answer. lookup: its
-    drafts, where it speculates.
+    drafts, where it speculates. number: by which several ranks know it. is_silent: nobody is told
+    of its tokens; rank 0 does that, or it has been answered and ends with the next step.
     """
 
     context: TextContext
@@ -352,6 +360,8 @@ class Job:
     prompt_logits: PromptLogits | None = None
     prompt_row: PromptRow | None = None
     lookup: Lookup | None = None
+    number: int = 0
+    is_silent: bool = False
 
     @property
     def row(self) -> CacheRow:
@@ -373,6 +383,13 @@ class Job:
     def wants_answer(self) -> bool:
         """Whether tokens are made behind its prompt."""
         return self.prompt_logits is None and self.prompt_row is None
+
+    @property
+    def wants(self) -> str:
+        """What is made of its prompt: "answer", "logits" or "row"."""
+        if self.wants_answer:
+            return "answer"
+        return "row" if self.prompt_logits is None else "logits"
 
     @property
     def wants_all_logits(self) -> bool:

@@ -21,6 +21,7 @@ from mlx_vlm_pipes.errors import OutOfBudget
 from mlx_vlm_pipes.interfaces import PipelineModelWithKVCache
 from mlx_vlm_pipes.kv_cache import CacheRow, KVCache, capacity_bucket, most_held
 from mlx_vlm_pipes.options import Option
+from mlx_vlm_pipes.ranks import ALONE, Ranks
 
 MIN_SLICE = 16  # tokens; a slice of fewer takes hardly less time: the weights are read anyway
 
@@ -121,13 +122,16 @@ class EngineStats:
 class EngineState:
     """The model, the caches and the counters; every part of the scheduler holds this one."""
 
-    def __init__(self, model: PipelineModelWithKVCache, config: EngineConfig) -> None:
-        self.model, self.config = model, config
+    def __init__(
+        self, model: PipelineModelWithKVCache, config: EngineConfig, ranks: Ranks = ALONE
+    ) -> None:
+        self.model, self.config, self.ranks = model, config, ranks
         self.cache = KVCache(model.kv_params)
         self.prefixes = PrefixCache(config.prefix_bytes if config.enable_prefix_caching else 0)
         self.images = ImageCache(config.image_bytes)
         self.stats = EngineStats()
         self.memory_bytes = machine_memory(model.device)
+        self.picture_bytes: int | None = None  # see `picture_room`; None: from this memory
         self.clock: Callable[[], float] = time.perf_counter  # seconds
         self._buckets: set[tuple[tuple[int, int], ...]] = set()
 
@@ -237,11 +241,14 @@ class EngineState:
     def remember(self, job: Job) -> None:
         """Keep what is cached for a job, if anything is, as a prefix for later ones.
 
-        What goes wrong with it (memory) is a warning: no answer needs it.
+        What goes wrong with it (memory) is a warning: no answer needs it. Raises: that, where
+        several ranks must keep the same.
         """
         try:
             self._remember(job)
         except Exception as error:
+            if self.ranks.are_many:
+                raise
             warnings.warn(f"a prefix is not cached: {error}", RuntimeWarning, stacklevel=2)
 
     def _remember(self, job: Job) -> None:
