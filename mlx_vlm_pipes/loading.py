@@ -125,6 +125,7 @@ class LoadOptions:
     compile: bool = True
     lora: LoRAConfig | None = None
     vision_config_overrides: dict[str, Any] = field(default_factory=dict)
+    ranks: Ranks = ALONE
 
 
 @dataclass(frozen=True)
@@ -255,13 +256,13 @@ def load_model(
     watch: Watch | None = None,
 ) -> PipelineModelWithKVCache:
     """The pipeline model of a folder, on the calling thread; watch: is told of its weights."""
-    device = options.device
+    devices = [options.device] * options.ranks.size
     weights = load_weights(find_weight_files(folder))
     model_config = model_config_for(folder, config, weights, options)
     return room.model_class()(
         PipelineConfig(model=model_config, lora=options.lora),
-        InferenceSession([device], compile=options.compile, watch=watch),
-        [device],
+        InferenceSession(devices[:1], compile=options.compile, watch=watch, ranks=options.ranks),
+        devices,
         model_config.kv_cache,
         weights,
         return_logits=ReturnLogits.VARIABLE,
@@ -286,7 +287,7 @@ def model_config_for(
         model_path=str(folder),
         weight_path=find_weight_files(folder),
         quantization_encoding=wanted,
-        device_specs=[DeviceSpec(device.id, device.label)],
+        device_specs=[DeviceSpec(device.id, device.label)] * options.ranks.size,
         max_length=options.max_length,
         kv_cache=options.kv_cache,
         vision_config_overrides=options.vision_config_overrides,
