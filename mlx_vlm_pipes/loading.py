@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -158,11 +159,8 @@ class Asked:
         overrides = self.options.vision_config_overrides
         return found.room.processor_class()(found.folder, found.config.to_dict(), overrides)
 
-    def load_model(
-        self, worker: OwnerThread, found: Found, ranks: Ranks = ALONE
-    ) -> PipelineModelWithKVCache:
+    def load_model(self, worker: OwnerThread, found: Found) -> PipelineModelWithKVCache:
         """Its model, on the thread that is to own it. Raises: as `load`."""
-        del ranks
         with bar(is_on=self.has_bars) as watch:
             room, folder, config, options = found.room, found.folder, found.config, self.options
             return worker.call(lambda: load_model(room, folder, config, options, watch))
@@ -180,14 +178,11 @@ def open_together(asked: Asked, distributed: str | mx.distributed.Group) -> Pipe
         team = worker.call(lambda: meet(ranks)) if ranks.are_many else None
         if team is not None:
             team.watchdog.tell(worker.abandon)
-        if not ranks.is_first:
-            asked = replace(asked, has_bars=False)
+        options = replace(asked.options, ranks=ranks)
+        asked = replace(asked, options=options, has_bars=asked.has_bars and ranks.is_first)
         found = _found_together(asked, team)
         processor = asked.new_processor(found) if ranks.is_first else None
-
-        def load_own() -> PipelineModelWithKVCache:
-            return asked.load_model(worker, found, ranks)
-
+        load_own = partial(asked.load_model, worker, found)
         model = load_own() if team is None else team.together(load_own)
         engine = Engine(worker, model, asked.engine, team)
         if processor is not None:
@@ -206,24 +201,28 @@ def _found_together(asked: Asked, team: Team | None) -> Found:
     """The checkpoint, once all ranks have found the same. Raises: RanksDiffer, and as `load`."""
     if team is None:
         return asked.find()
-    found = team.together(asked.find)
-    options, config = asked.options, found.config.to_dict()
-    team.require_same(
-        {
-            "mlx_vlm_pipes": __version__,
-            "mlx": version("mlx"),
-            "config.json": values_digest(config),
-            "the weight files (a digest)": files_digest(find_weight_files(found.folder)),
-            "dtype": options.dtype,
-            "device": options.device.label,
-            "max_length": options.max_length,
-            "kv_bits": options.kv_cache.bits,
-            "compile": options.compile,
-            "vision_config_overrides": values_digest(options.vision_config_overrides),
-            "engine": None if asked.engine is None else repr(asked.engine),
-        }
-    )
+    found, facts = team.together(lambda: _found_with_facts(asked))
+    team.require_same(facts)
     return found
+
+
+def _found_with_facts(asked: Asked) -> tuple[Found, dict[str, Any]]:
+    """The checkpoint, and all that must be the same on all ranks, by name. Raises: as `load`."""
+    found, options = asked.find(), asked.options
+    facts = {
+        "mlx_vlm_pipes": __version__,
+        "mlx": version("mlx"),
+        "the digest of config.json": values_digest(found.config.to_dict()),
+        "the digest of the weight files": files_digest(find_weight_files(found.folder)),
+        "dtype": options.dtype,
+        "device": options.device.label,
+        "max_length": options.max_length,
+        "kv_bits": options.kv_cache.bits,
+        "compile": options.compile,
+        "the digest of vision_config_overrides": values_digest(options.vision_config_overrides),
+        "engine": None if asked.engine is None else repr(asked.engine),
+    }
+    return found, facts
 
 
 def warn_of_ranks() -> None:
