@@ -52,6 +52,7 @@ def load_pipeline(args: argparse.Namespace) -> Pipeline:
         adapter=args.adapter,
         max_length=args.max_length,
         kv_bits=args.kv_bits,
+        distributed="auto",
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from mlx_vlm_pipes import __version__
+from mlx_vlm_pipes.command import RANK_LOST, USER_MISTAKE
 from mlx_vlm_pipes.config import KVCacheConfig, ModelConfig, PipelineConfig
-from mlx_vlm_pipes.distributed.launch import join_group, launched_rank, launched_size
+from mlx_vlm_pipes.distributed.launch import join_group
 from mlx_vlm_pipes.distributed.team import Team, meet
 from mlx_vlm_pipes.dtypes import Device, DeviceRef, DeviceSpec, DType, default_device
 from mlx_vlm_pipes.encoding import COMPUTE_TYPES, dominant_type
@@ -23,11 +25,21 @@ from mlx_vlm_pipes.engine.engine import Engine
 from mlx_vlm_pipes.engine.identity import files_digest, values_digest
 from mlx_vlm_pipes.engine.state import EngineConfig
 from mlx_vlm_pipes.engine.worker import OwnerThread
-from mlx_vlm_pipes.errors import CheckpointNotFound, ConfigError, PipesWarning, clip, shown
+from mlx_vlm_pipes.errors import (
+    CheckpointNotFound,
+    ConfigError,
+    PipesError,
+    PipesWarning,
+    RankLost,
+    RanksDiffer,
+    clip,
+    shown,
+)
 from mlx_vlm_pipes.gguf.header import is_gguf, only_gguf
 from mlx_vlm_pipes.hf_config import HuggingFaceConfig, read_config
 from mlx_vlm_pipes.hub.download import download, is_hub_name
 from mlx_vlm_pipes.interfaces import InferenceSession, PipelineModelWithKVCache, ReturnLogits
+from mlx_vlm_pipes.launcher import launched_rank, launched_size
 from mlx_vlm_pipes.options import Option, unfit
 from mlx_vlm_pipes.paths import is_there, user_path
 from mlx_vlm_pipes.pipeline import Pipeline
@@ -40,6 +52,7 @@ from mlx_vlm_pipes.weights import Weights, find_weight_files, load_weights
 if TYPE_CHECKING:
     from mlx_vlm_pipes.processing.base import TextProcessor
 
+LAST_WORD_S = 1.0
 BUNDLED = Path(__file__).parent / "assets" / "tiny-idefics3"
 
 
@@ -188,13 +201,26 @@ def open_together(asked: Asked, distributed: str | mx.distributed.Group) -> Pipe
         if processor is not None:
             return Pipeline(model, processor, engine, has_bars=asked.has_bars)
         engine.follow()
-    except BaseException:
+    except BaseException as error:
         if team is not None:
             team.close()
         worker.stop()
-        raise
+        if team is None or team.ranks.is_first or not isinstance(error, PipesError):
+            raise
+        raise _last_word(error) from None
     engine.close()
     raise SystemExit(0)
+
+
+def _last_word(error: PipesError) -> SystemExit:
+    """The end of a rank that nobody talks to: rank 0 says what all of them have met.
+
+    It waits for that, since a launcher ends all ranks once one has failed.
+    """
+    time.sleep(LAST_WORD_S)
+    if isinstance(error, RankLost):
+        return SystemExit(RANK_LOST)
+    return SystemExit(f"error: {error}" if isinstance(error, RanksDiffer) else USER_MISTAKE)
 
 
 def _found_together(asked: Asked, team: Team | None) -> Found:

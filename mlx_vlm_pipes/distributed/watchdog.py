@@ -15,12 +15,12 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 
+from mlx_vlm_pipes.command import RANK_LOST
 from mlx_vlm_pipes.distributed.channel import Channel
 from mlx_vlm_pipes.errors import RankLost
 
 BEAT_S, SILENCE_S = 1.0, 6.0
 GRACE_S = 2.0  # from the failure of all requests to the end of the process
-STATUS = 70  # of a process that has lost another one
 _BYE, _LOST = b"bye", b"lost "
 
 Ender = Callable[[], None]
@@ -29,7 +29,7 @@ Ender = Callable[[], None]
 def end_process() -> None:
     """What waits in MLX cannot be ended otherwise."""
     time.sleep(GRACE_S)
-    os._exit(STATUS)
+    os._exit(RANK_LOST)
 
 
 class Watchdog:

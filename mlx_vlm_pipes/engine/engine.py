@@ -22,7 +22,7 @@ from mlx_vlm_pipes.engine.saved_prefixes import PrefixFiles, SavedPrefix
 from mlx_vlm_pipes.engine.state import EngineConfig, EngineStats
 from mlx_vlm_pipes.engine.text import StreamDecoder
 from mlx_vlm_pipes.engine.worker import OwnerThread
-from mlx_vlm_pipes.errors import InputError
+from mlx_vlm_pipes.errors import InputError, RankLost
 from mlx_vlm_pipes.interfaces import PipelineModelWithKVCache
 from mlx_vlm_pipes.progress import Watch
 
@@ -159,6 +159,11 @@ class Engine:
     def has_died(self) -> bool:
         """Whether the owning thread has ended by itself: every request fails then."""
         return self.worker.has_died
+
+    @property
+    def lost(self) -> RankLost | None:
+        """Which of the other ranks has gone, if one has."""
+        return None if self.team is None else self.team.watchdog.lost
 
     @property
     def running(self) -> int:
