@@ -11,6 +11,7 @@ import threading
 import time
 
 from mlx_vlm_pipes import EngineConfig, RankLost, load
+from mlx_vlm_pipes.command import put
 from mlx_vlm_pipes.engine.requests import Handle
 
 LONG = "a b c d e f g h " * 300
@@ -41,7 +42,7 @@ def main(folder: str, moment: str) -> None:
         readers = [threading.Thread(target=failed, args=[handle, done]) for handle in handles]
         for reader in readers:
             reader.start()
-        print(moment, flush=True)
+        put(f"{moment}\n")
         while pipe.engine.lost is None:
             time.sleep(0.01)
         for reader in readers:
@@ -50,7 +51,7 @@ def main(folder: str, moment: str) -> None:
             pipe.generate("a", raw=True)
         except RankLost as error:
             done.append(str(error))
-        print("lost:", *done, sep="\n", flush=True)
+        put("\n".join(["lost:", *done, ""]))
         time.sleep(60)  # the process ends all the same
 
 
