@@ -36,6 +36,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     model.add_argument("--device", choices=["cpu", "gpu"], help="default: the GPU if there is one")
     model.add_argument("--adapter", "--adapter-path", help="folder of a LoRA adapter")
+    model.add_argument(
+        "--draft-model",
+        "--draft",
+        metavar="MODEL",
+        help="a smaller model with the same tokenizer, which drafts the answer's tokens",
+    )
     model.add_argument("--kv-bits", type=int, choices=[4, 8], help="quantise the KV cache")
     model.add_argument("--max-length", type=int, help="limit on prompt plus answer, in tokens")
 
@@ -50,6 +56,7 @@ def load_pipeline(args: argparse.Namespace) -> Pipeline:
         device=args.device,
         revision=args.revision,
         adapter=args.adapter,
+        draft=args.draft_model,
         max_length=args.max_length,
         kv_bits=args.kv_bits,
         distributed="auto",
@@ -86,7 +93,7 @@ def add_options(group: argparse._ArgumentGroup, options: Mapping[str, Option]) -
 
 def refuse_foreign_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of other programs end the command with what there is instead (ELSEWHERE)."""
-    for name in sorted(ELSEWHERE.keys() - {"adapter_path", "enable_thinking"}):
+    for name in sorted(ELSEWHERE.keys() - {"adapter_path", "draft_model", "enable_thinking"}):
         parser.add_argument(_flag(name), nargs="*", action=_Elsewhere, help=argparse.SUPPRESS)
 
 

@@ -137,7 +137,8 @@ class KVCacheParams:
             return
         if self.n_kv_heads % self.tensor_parallel_degree:
             raise ConfigError(
-                f"{self.n_kv_heads} KV heads do not divide among {self.n_devices} devices"
+                f"{self.n_kv_heads} KV heads do not divide among {self.n_devices} devices; use"
+                f" {math.gcd(self.n_kv_heads, self.n_devices)}"
             )
         self.n_kv_heads_per_device = self.n_kv_heads // self.tensor_parallel_degree
 

@@ -224,6 +224,10 @@ class Constraint(Protocol):
         """Go on behind a token. Raises: InputError where it does not fit."""
         ...
 
+    def forced(self) -> list[int]:
+        """The next tokens, as far as each of them is the only one that may come."""
+        ...
+
 
 @dataclass(kw_only=True)
 class TextContext:
@@ -231,8 +235,9 @@ class TextContext:
 
     images: none here; `TextAndVisionContext` has them. logits_processors: the request's own
     functions (tokens int32 [n], logits float32 [1, V]) -> logits, all mx.array, before all else.
-    constraint: the form that the answer must have. speculative: "lookup" where tokens are drafted
-    from prompt and answer, and several run in one step.
+    constraint: the form that the answer must have. speculative: where tokens are drafted, and
+    several run in one step: "lookup", from prompt and answer; "draft", by a smaller model.
+    num_draft_tokens: at most so many of them together.
     Raises: ContextTooLong when `min_tokens + prompt_length > max_length`.
     """
 
@@ -249,6 +254,7 @@ class TextContext:
     logits_processors: Sequence[LogitsProcessor] = ()
     constraint: Constraint | None = None
     speculative: str | None = None
+    num_draft_tokens: int | None = None
     status: GenerationStatus = GenerationStatus.ACTIVE
     images: Sequence[ImageMetadata] = field(default=(), init=False)
 

@@ -56,7 +56,11 @@ class ProcessorError(CheckpointError):
 
 
 class InputError(PipesError, ValueError):
-    """A request cannot be answered as it stands."""
+    """A request cannot be answered as it stands. param: the option that is to blame, if one is."""
+
+    def __init__(self, message: str = "", *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
 
 
 class UnknownAdapter(InputError, RuntimeError):

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from mlx_vlm_pipes.engine.plan import Plan
     from mlx_vlm_pipes.engine.requests import Chunk, Timings, Usage
+    from mlx_vlm_pipes.media.places import PlaceReader
     from mlx_vlm_pipes.pipeline import Pipeline
 
 MAX_STDIN_BYTES = 256 * 2**20
@@ -103,13 +104,15 @@ def _run(args: argparse.Namespace) -> int:
 
             cache = PromptCache(pipe, args.prompt_cache, quiet=args.quiet)
         answer, chunks = Answer(args), pipe.stream(prompt, images, args.video, **options)
+        if chunks.places is not None:
+            answer.places = chunks.places.reader()
         status = answer.print(pipe, chunks if cache is None else cache.watch(chunks))
         if cache is not None:
             cache.keep(prompt, images, args.video, options)
         if args.show:
             from mlx_vlm_pipes.display.view import shown_answer
 
-            shown_answer(answer.text, chunks.media).save(args.show)
+            shown_answer(answer.written, chunks.media).save(args.show)
         return status
 
 
@@ -159,11 +162,16 @@ def _standard_input(flag: str) -> bytes:
 
 
 class Answer:
-    """An answer on its way to standard output, with its figures on standard error."""
+    """An answer on its way to standard output, with its figures on standard error.
+
+    text: as it is printed; written: as the model wrote it. places: takes marked numbers from one to
+    the other.
+    """
 
     def __init__(self, args: argparse.Namespace) -> None:
         self._is_json, self._is_quiet = args.json, args.quiet
-        self.text = ""
+        self.places: PlaceReader | None = None
+        self.text = self.written = ""
         self._tokens: list[int] = []
         self._began = time.perf_counter()
 
@@ -191,7 +199,11 @@ class Answer:
 
     def _add(self, chunk: Chunk) -> None:
         # Idefics3 answers begin with a space, as in transformers: the tokens keep it
-        text = chunk.text if self.text else chunk.text.lstrip()
+        text = chunk.text if self.written else chunk.text.lstrip()
+        self.written += text
+        if self.places is not None:
+            is_last = chunk.finish_reason is not None
+            text = self.places.add(text) + (self.places.finish() if is_last else "")
         self.text += text
         if chunk.token is not None:
             self._tokens.append(chunk.token)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from mlx_vlm_pipes.speech import THINK, THOUGHT
 JSON_OPTIONS = {"whitespace_pattern": r"(\n {0,16}| )?"}
 MAX_SOURCE = 64 * 1024  # characters
 SOURCES = ("schema", "regex", "grammar")
+MOST_KEPT = 16  # compiled forms: n answers have one, and so have the requests of many a client
 
 
 class Grammars:
@@ -36,6 +38,7 @@ class Grammars:
         self._tokenizer, self._size, self._ends = tokenizer, vocab_size, list(ends)
         self._lock = threading.Lock()
         self._tokens: Any = None
+        self._compiled: OrderedDict[tuple[str, str], Grammar] = OrderedDict()  # used last: at last
 
     def constraint(self, given: Mapping[str, Any], prompt: str) -> Constraint | Thought | None:
         """What the options of a request ask of its answer; None where they ask nothing.
@@ -52,7 +55,8 @@ class Grammars:
         if end is None or (begin is None and not is_open):
             if budget is None:
                 return started
-            raise InputError(f"thinking_budget: this tokenizer has no {THOUGHT}; leave it out")
+            message = f"thinking_budget: this tokenizer has no {THOUGHT}; leave it out"
+            raise InputError(message, param="thinking_budget")
         if form is None and budget is None:
             return None
         return Thought(
@@ -69,15 +73,34 @@ class Grammars:
         if not named:
             return None
         if len(named) > 1:
-            raise InputError(f"{' and '.join(named)}: an answer has one form; give one of them")
+            message = f"{' and '.join(named)}: an answer has one form; give one of them"
+            raise InputError(message, param=named[0])
         return self.compile(named[0], given[named[0]])
 
     def compile(self, name: str, source: Any) -> Grammar:
-        """name: of SOURCES. source: a schema as an object, or a text. Raises: as `make`."""
-        matcher = _library().LLMatcher
+        """A form, which is kept for later requests.
+
+        name: of SOURCES. source: a schema as an object, or a text. Raises: as `make`.
+        """
         written = json.dumps(source) if name == "schema" else source
         if len(written) > MAX_SOURCE:
-            raise InputError(f"{name} has {len(written)} characters, expected at most {MAX_SOURCE}")
+            message = f"{name} has {len(written)} characters, expected at most {MAX_SOURCE}"
+            raise InputError(message, param=name)
+        key = name, written
+        with self._lock:
+            if key in self._compiled:
+                self._compiled.move_to_end(key)
+                return self._compiled[key]
+        made = self._made(name, written)
+        with self._lock:
+            self._compiled[key] = made
+            if len(self._compiled) > MOST_KEPT:
+                self._compiled.popitem(last=False)
+        return made
+
+    def _made(self, name: str, written: str) -> Grammar:
+        """Raises: as `make`."""
+        matcher = _library().LLMatcher
         try:
             if name == "schema":
                 text = matcher.grammar_from_json_schema(written, overrides=JSON_OPTIONS)
@@ -85,13 +108,13 @@ class Grammars:
                 make = matcher.grammar_from_regex if name == "regex" else matcher.grammar_from_lark
                 text = make(written)
         except ValueError as error:
-            raise InputError(f"{name}: {clip(error, 300)}") from None
+            raise InputError(f"{name}: {clip(error, 300)}", param=name) from None
         start = matcher(self._known_tokens(), text, log_level=0)
         if not start.is_error():
             start.compute_bitmask()  # here, not where others' answers would wait for it
         if start.is_error():
-            raise InputError(f"{name}: {_reason(start)}")
-        return Grammar(start, self._size)
+            raise InputError(f"{name}: {_reason(start)}", param=name)
+        return Grammar(start, self._size, name)
 
     def _known_tokens(self) -> Any:
         with self._lock:
@@ -106,14 +129,15 @@ class Grammars:
 
 @dataclass(frozen=True)
 class Grammar:
-    """A form, compiled."""
+    """A form, compiled. name: of SOURCES."""
 
     matcher: Any  # llguidance.LLMatcher, before the first token
     vocab_size: int
+    name: str
 
     def start(self) -> Constraint:
         """For one answer."""
-        return Constraint(self.matcher.deep_copy(), self.vocab_size)
+        return Constraint(self.matcher.deep_copy(), self.vocab_size, self.name)
 
 
 class Thought:
@@ -159,12 +183,17 @@ class Thought:
             self._form.accept(token)
         self._begin = None  # an answer thinks once, at its beginning
 
+    def forced(self) -> list[int]:
+        """As `Constraint.forced`; none while it thinks, or may begin to."""
+        is_form = self._left is None and self._begin is None
+        return self._form.forced() if is_form and self._form is not None else []
+
 
 class Constraint:
     """One answer on its way through a form."""
 
-    def __init__(self, matcher: Any, vocab_size: int) -> None:
-        self._matcher, self._words = matcher, -(-vocab_size // 32)
+    def __init__(self, matcher: Any, vocab_size: int, name: str) -> None:
+        self._matcher, self._words, self._name = matcher, -(-vocab_size // 32), name
 
     def allowed(self) -> np.ndarray:
         """uint32 [ceil(V / 32)]: a bit for each token that may come next, the lowest first.
@@ -180,9 +209,16 @@ class Constraint:
         self._matcher.consume_token(token)
         self._check()
 
+    def forced(self) -> list[int]:
+        """The next tokens, as far as each of them is the only one that may come."""
+        found = self._matcher.compute_ff_tokens()
+        self._check()
+        return found
+
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise InputError(f"the answer's form cannot be kept: {_reason(self._matcher)}")
+            message = f"the answer's form cannot be kept: {_reason(self._matcher)}"
+            raise InputError(message, param=self._name)
 
 
 def _bits(tokens: Sequence[int], vocab_size: int) -> np.ndarray:

@@ -24,7 +24,7 @@ from mlx_vlm_pipes.contexts import (
     TokenBuffer,
 )
 from mlx_vlm_pipes.dtypes import Device, DeviceRef, DType
-from mlx_vlm_pipes.errors import UnknownAdapter, shown
+from mlx_vlm_pipes.errors import ConfigError, UnknownAdapter, shown
 from mlx_vlm_pipes.log_probabilities import LogProbabilities, LogProbabilitiesMixin
 from mlx_vlm_pipes.model_device import StepsOnDevice, require_device
 from mlx_vlm_pipes.session import InferenceSession, Model
@@ -119,6 +119,12 @@ class PipelineModel(StepsOnDevice, ABC, Generic[ContextT]):
         """
         pipeline_config.require_supported()
         self.ranks = session.ranks
+        degree = pipeline_config.model.data_parallel_degree
+        if self.ranks.are_many and degree > 1:
+            raise ConfigError(
+                f"data_parallel_degree {degree} with {self.ranks.size} ranks, which run one replica"
+                " together; use 1"
+            )
         self.device = require_device(devices, session, pipeline_config.model.devices)
         pipeline_config.model.resolve(weights)
         self.pipeline_config = pipeline_config
@@ -312,13 +318,15 @@ class PipelineModelWithKVCache(PipelineModel[ContextT]):
         if not name and self.merged_adapter:
             raise UnknownAdapter(
                 f"no answers of the base model: adapter {shown(self.merged_adapter)} changes the"
-                " vision tower too, for all requests; load the model once more without it"
+                " vision tower too, for all requests; load the model once more without it",
+                param="adapter",
             )
         if not name:
             return 0
         if name not in self.adapters:
             loaded = ", ".join(self.adapters) or "none"
-            raise UnknownAdapter(f"no adapter {shown(name)}; loaded: {loaded}")
+            message = f"no adapter {shown(name)}; loaded: {loaded}"
+            raise UnknownAdapter(message, param="adapter")
         return self.adapters.index(name) + 1
 
     @classmethod

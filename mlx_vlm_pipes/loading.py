@@ -7,25 +7,29 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_vlm_pipes import __version__
 from mlx_vlm_pipes.command import RANK_LOST, USER_MISTAKE
 from mlx_vlm_pipes.config import KVCacheConfig, ModelConfig, PipelineConfig
+from mlx_vlm_pipes.contexts import TextContext
 from mlx_vlm_pipes.distributed.launch import join_group
 from mlx_vlm_pipes.distributed.team import Team, meet
 from mlx_vlm_pipes.dtypes import Device, DeviceRef, DeviceSpec, DType, default_device
 from mlx_vlm_pipes.encoding import COMPUTE_TYPES, dominant_type
+from mlx_vlm_pipes.engine.draft_model import Drafter
 from mlx_vlm_pipes.engine.engine import Engine
 from mlx_vlm_pipes.engine.identity import files_digest, values_digest
 from mlx_vlm_pipes.engine.state import EngineConfig
 from mlx_vlm_pipes.engine.worker import OwnerThread
 from mlx_vlm_pipes.errors import (
+    CheckpointError,
     CheckpointNotFound,
     ConfigError,
     PipesError,
@@ -43,6 +47,9 @@ from mlx_vlm_pipes.launcher import launched_rank, launched_size
 from mlx_vlm_pipes.options import Option, unfit
 from mlx_vlm_pipes.paths import is_there, user_path
 from mlx_vlm_pipes.pipeline import Pipeline
+from mlx_vlm_pipes.processing.base import TextProcessor
+from mlx_vlm_pipes.processing.tokenizer import require_same_tokens
+from mlx_vlm_pipes.processing.types import ProcessedPrompt
 from mlx_vlm_pipes.progress import Watch, bar, is_wanted
 from mlx_vlm_pipes.quantization import LoRAConfig
 from mlx_vlm_pipes.ranks import ALONE, Ranks
@@ -63,6 +70,7 @@ def load(  # noqa: PLR0913  # the options a user may say, all but one by keyword
     device: str | None = None,
     revision: str | None = None,
     adapter: str | Path | Sequence[str | Path] | None = None,
+    draft: str | Path | None = None,
     max_length: int | None = None,
     kv_bits: int | None = None,
     engine: EngineConfig | None = None,
@@ -76,7 +84,8 @@ def load(  # noqa: PLR0913  # the options a user may say, all but one by keyword
     Args: dtype "auto" is the checkpoint's own on a GPU and float32 on a CPU; device "cpu" or
     "gpu"; adapter a LoRA folder, or several (`name=folder`), of which each request names one
     (one that changes the vision tower too is loaded alone and merged there: no request can leave
-    it out); max_length in tokens; kv_bits 8 or 4 quantises the KV cache; vision_config_overrides
+    it out); draft a smaller checkpoint with the same tokenizer, which drafts tokens for this one;
+    max_length in tokens; kv_bits 8 or 4 quantises the KV cache; vision_config_overrides
     wins over config.json (InternVL: max_dynamic_patch, min_dynamic_patch, tiles of a picture);
     progress whether slow work (a download, weights, pictures, long prompts, batches) shows a bar
     while it lasts, None for on a terminal and in a notebook; distributed "auto" runs the model
@@ -87,24 +96,75 @@ def load(  # noqa: PLR0913  # the options a user may say, all but one by keyword
     or have not the same; SystemExit, with 0, on all but the first at the end.
     """
     _require_kinds(path, adapter, engine, vision_config_overrides)
+    _require_path("draft", draft)
     max_length, kv_bits = _MAX_LENGTH.read(max_length), _KV_BITS.read(kv_bits)
     compile, has_bars = _COMPILE.read(compile), is_wanted(_PROGRESS.read(progress))
     overrides, cache = dict(vision_config_overrides or {}), KVCacheConfig(bits=kv_bits)
     chosen, lora = select_device(device), lora_config(adapter)
     options = LoadOptions(dtype, chosen, max_length, cache, compile, lora, overrides)
-    asked = Asked(path, _REVISION.read(revision), options, engine, has_bars)
+    asked = Asked(path, draft, _REVISION.read(revision), options, engine, has_bars)
     if distributed is not None:
         return open_together(asked, distributed)
     warn_of_ranks()
-    found = asked.find()
-    processor = asked.new_processor(found)
-    worker = OwnerThread(chosen)
+    return open_alone(asked)
+
+
+def open_alone(asked: Asked) -> Pipeline:
+    """The pipeline of one process. Raises: as `load`."""
+    own, other = asked.find(), asked.find_draft()
+    if other is not None:
+        require_same_tokens(own.processor.tokenizer, other.processor.tokenizer)
+    processor, options = own.processor, asked.options
+    worker = OwnerThread(options.device)
     try:
-        model = asked.load_model(worker, found)
-        return Pipeline(model, processor, Engine(worker, model, engine), has_bars=has_bars)
+        with bar(is_on=asked.has_bars) as watch:
+            model, drafter = worker.call(lambda: _load_both(own, other, options, watch))
+        made = Engine(worker, model, asked.engine, drafter)
+        return Pipeline(model, processor, made, has_bars=asked.has_bars)
     except BaseException:
         worker.stop()
         raise
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A checkpoint whose small files have been read."""
+
+    folder: Path
+    config: HuggingFaceConfig
+    room: Room
+    overrides: dict[str, Any]
+
+    @classmethod
+    def of(cls, folder: Path, overrides: dict[str, Any]) -> _Opened:
+        """Raises: CheckpointError."""
+        config = read_config(folder)
+        return cls(folder, config, find_room(config), overrides)
+
+    @cached_property
+    def processor(self) -> TextProcessor:
+        """What makes tokens and pixels of its requests. Raises: CheckpointError."""
+        return self.room.processor_class()(self.folder, self.config.to_dict(), self.overrides)
+
+    def load(self, options: LoadOptions, watch: Watch | None) -> PipelineModelWithKVCache:
+        return load_model(self.room, self.folder, self.config, options, watch)
+
+
+def _load_both(
+    own: _Opened, other: _Opened | None, options: LoadOptions, watch: Watch | None
+) -> tuple[PipelineModelWithKVCache, Drafter | None]:
+    """The model, and the one that drafts for it. Both compute alike."""
+    model = own.load(options, watch)
+    if other is None:
+        return model, None
+    plain = replace(options, max_length=None, lora=None, vision_config_overrides={})
+    smaller, processor = other.load(plain, watch), other.processor
+
+    def new_context(tokens: np.ndarray) -> TextContext:
+        processed = ProcessedPrompt("", tokens.tolist(), [], [])
+        return processor.new_context(processed, max_length=smaller.max_seq_len)
+
+    return model, Drafter(smaller, new_context, other.folder.name)
 
 
 _MAX_LENGTH = Option("", name="max_length", kind=int, low=1, takes_none=True)
@@ -117,8 +177,7 @@ _REVISION = Option("", name="revision", kind=str, takes_none=True)
 def _require_kinds(path: object, adapter: object, engine: object, overrides: object) -> None:
     """Raises: InputError for the first argument of `load` that is not of its type."""
     name = (str, os.PathLike)
-    if not (path is None or isinstance(path, name)):
-        raise unfit("path", path, "a folder, a hub id or None")
+    _require_path("path", path)
     adapters = adapter if isinstance(adapter, (list, tuple)) else [adapter]
     if not (adapter is None or all(isinstance(one, name) for one in adapters)):
         raise unfit("adapter", adapter, "a folder or a list of folders")
@@ -126,6 +185,11 @@ def _require_kinds(path: object, adapter: object, engine: object, overrides: obj
         raise unfit("engine", engine, "an EngineConfig")
     if not (overrides is None or isinstance(overrides, Mapping)):
         raise unfit("vision_config_overrides", overrides, "names with values")
+
+
+def _require_path(name: str, value: object) -> None:
+    if not (value is None or isinstance(value, (str, os.PathLike))):
+        raise unfit(name, value, "a folder, a hub id or None")
 
 
 @dataclass(frozen=True)
@@ -143,40 +207,26 @@ class LoadOptions:
 
 
 @dataclass(frozen=True)
-class Found:
-    """A checkpoint before its weights: where it is, what it says, which room serves it."""
-
-    folder: Path
-    config: HuggingFaceConfig
-    room: Room
-
-
-@dataclass(frozen=True)
 class Asked:
     """What `load` was asked for, checked."""
 
     path: str | Path | None
+    draft: str | Path | None
     revision: str | None
     options: LoadOptions
     engine: EngineConfig | None
     has_bars: bool
 
-    def find(self) -> Found:
+    def find(self) -> _Opened:
         """The checkpoint; downloaded where it is not here. Raises: as `load`."""
         folder = resolve_folder(self.path, self.revision, progress=self.has_bars)
-        config = read_config(folder)
-        return Found(folder, config, find_room(config))
+        return _Opened.of(folder, self.options.vision_config_overrides)
 
-    def new_processor(self, found: Found) -> TextProcessor:
-        """What makes tokens and pixels of its requests. Raises: as `load`."""
-        overrides = self.options.vision_config_overrides
-        return found.room.processor_class()(found.folder, found.config.to_dict(), overrides)
-
-    def load_model(self, worker: OwnerThread, found: Found) -> PipelineModelWithKVCache:
-        """Its model, on the thread that is to own it. Raises: as `load`."""
-        with bar(is_on=self.has_bars) as watch:
-            room, folder, config, options = found.room, found.folder, found.config, self.options
-            return worker.call(lambda: load_model(room, folder, config, options, watch))
+    def find_draft(self) -> _Opened | None:
+        """The draft model's, if there is one. Raises: as `load`."""
+        if self.draft is None:
+            return None
+        return _Opened.of(resolve_folder(self.draft, progress=self.has_bars), {})
 
 
 def open_together(asked: Asked, distributed: str | mx.distributed.Group) -> Pipeline:
@@ -185,21 +235,20 @@ def open_together(asked: Asked, distributed: str | mx.distributed.Group) -> Pipe
     Raises: as `load`.
     """
     worker = OwnerThread(asked.options.device)
-    team, engine = None, None
+    team = None
     try:
         ranks = worker.call(lambda: join_group(distributed))
-        team = worker.call(lambda: meet(ranks)) if ranks.are_many else None
-        if team is not None:
-            team.watchdog.tell(worker.abandon)
+        if not ranks.are_many:
+            worker.stop()
+            return open_alone(asked)
+        team = worker.call(lambda: meet(ranks))
+        team.watchdog.tell(worker.abandon)
         options = replace(asked.options, ranks=ranks)
         asked = replace(asked, options=options, has_bars=asked.has_bars and ranks.is_first)
-        found = _found_together(asked, team)
-        processor = asked.new_processor(found) if ranks.is_first else None
-        load_own = partial(asked.load_model, worker, found)
-        model = load_own() if team is None else team.together(load_own)
-        engine = Engine(worker, model, asked.engine, team)
-        if processor is not None:
-            return Pipeline(model, processor, engine, has_bars=asked.has_bars)
+        own, model = _loaded_together(asked, worker, team)
+        engine = Engine(worker, model, asked.engine, team=team)
+        if ranks.is_first:
+            return Pipeline(model, own.processor, engine, has_bars=asked.has_bars)
         engine.follow()
     except BaseException as error:
         if team is not None:
@@ -210,6 +259,27 @@ def open_together(asked: Asked, distributed: str | mx.distributed.Group) -> Pipe
         raise _last_word(error) from None
     engine.close()
     raise SystemExit(0)
+
+
+def _loaded_together(
+    asked: Asked, worker: OwnerThread, team: Team
+) -> tuple[_Opened, PipelineModelWithKVCache]:
+    """The checkpoint and this rank's part of the model, once all ranks have found the same.
+
+    Raises: RanksDiffer, and as `load`.
+    """
+    if asked.draft is not None:
+        raise ConfigError("draft: not with several ranks; load without a draft model")
+    own, facts = team.together(lambda: _found_with_facts(asked))
+    team.require_same(facts)
+
+    def load_part() -> PipelineModelWithKVCache:
+        if team.ranks.is_first:
+            own.processor  # noqa: B018  # what is wrong with it is said before the weights are read
+        with bar(is_on=asked.has_bars) as watch:
+            return worker.call(lambda: own.load(asked.options, watch))
+
+    return own, team.together(load_part)
 
 
 def _last_word(error: PipesError) -> SystemExit:
@@ -223,16 +293,7 @@ def _last_word(error: PipesError) -> SystemExit:
     return SystemExit(f"error: {error}" if isinstance(error, RanksDiffer) else USER_MISTAKE)
 
 
-def _found_together(asked: Asked, team: Team | None) -> Found:
-    """The checkpoint, once all ranks have found the same. Raises: RanksDiffer, and as `load`."""
-    if team is None:
-        return asked.find()
-    found, facts = team.together(lambda: _found_with_facts(asked))
-    team.require_same(facts)
-    return found
-
-
-def _found_with_facts(asked: Asked) -> tuple[Found, dict[str, Any]]:
+def _found_with_facts(asked: Asked) -> tuple[_Opened, dict[str, Any]]:
     """The checkpoint, and all that must be the same on all ranks, by name. Raises: as `load`."""
     found, options = asked.find(), asked.options
     facts = {
@@ -280,7 +341,36 @@ def load_model(
     options: LoadOptions,
     watch: Watch | None = None,
 ) -> PipelineModelWithKVCache:
-    """The pipeline model of a folder, on the calling thread; watch: is told of its weights."""
+    """The pipeline model of a folder, on the calling thread; watch: is told of its weights.
+
+    On several ranks all load it or none. Raises: CheckpointError on a rank whose own part is fine,
+    where another's is not.
+    """
+    ranks, failure, model = options.ranks, None, None
+    try:
+        model = _load_own(room, folder, config, options, watch)
+    except Exception as error:
+        if not ranks.are_many:
+            raise
+        failure = error
+    failed = ranks.total(int(failure is not None))
+    if failure is not None:
+        raise failure
+    if failed or model is None:
+        raise CheckpointError(
+            f"{failed} of {ranks.size} ranks could not load the model; their messages say why"
+        )
+    return model
+
+
+def _load_own(
+    room: Room,
+    folder: Path,
+    config: HuggingFaceConfig,
+    options: LoadOptions,
+    watch: Watch | None,
+) -> PipelineModelWithKVCache:
+    """The model of this process, or its part of it."""
     devices = [options.device] * options.ranks.size
     weights = load_weights(find_weight_files(folder))
     model_config = model_config_for(folder, config, weights, options)

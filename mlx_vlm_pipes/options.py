@@ -94,7 +94,7 @@ class Option:
 
 def unfit(name: str, value: object, expected: str) -> InputError:
     """The error for a wrong value, in one line."""
-    return InputError(f"{name} is {shown(value)}, expected {expected}")
+    return InputError(f"{name} is {shown(value)}, expected {expected}", param=name)
 
 
 class PromptOptions(TypedDict, total=False):
@@ -198,7 +198,13 @@ class GenerateOptions(PromptOptions, SamplingOptions, total=False):
     ]
     speculative: Annotated[
         str | None,
-        Option("draft tokens from what prompt and answer repeat", choices=("lookup",)),
+        Option(
+            "where drafts come from: lookup, what prompt and answer repeat; draft, the draft model",
+            choices=("lookup", "draft", "none"),
+        ),
+    ]
+    num_draft_tokens: Annotated[
+        int | None, Option("at most so many drafted tokens in a step, 1 to 7", low=1, high=7)
     ]
     # The command's --adapter is the folder of the one that it loads.
     adapter: Annotated[str | None, Option('a loaded adapter\'s name, or "base"', has_flag=False)]
@@ -215,6 +221,7 @@ ALIASES = {
 # What others have and we have in another place, or not at all.
 ELSEWHERE = {
     "adapter_path": "give load(adapter=...)",
+    "draft_model": "give load(draft=...)",
     "do_sample": "a temperature above 0 samples",
     "enable_thinking": "give chat_template_kwargs={'enable_thinking': ...}",
     "eos_tokens": "here they are stop_token_ids",
@@ -237,7 +244,7 @@ def read_options(given: Mapping[str, object], table: Mapping[str, Option]) -> di
     unknown = sorted(given.keys() - table.keys())
     if unknown:
         hint = ELSEWHERE.get(unknown[0], f"options: {', '.join(sorted(table))}")
-        raise InputError(f"unknown option {shown(unknown[0])}; {hint}")
+        raise InputError(f"unknown option {shown(unknown[0])}; {hint}", param=unknown[0])
     read = {name: table[name].read(value) for name, value in given.items()}
     return {name: value for name, value in read.items() if value is not None}
 
@@ -250,7 +257,8 @@ def own_names(given: Mapping[str, object]) -> dict[str, object]:
         target = ALIASES.get(name, name)
         if target in own:
             alias = said[target] if name == target else name
-            raise InputError(f"{alias} and {target} are the same option; give one of them")
+            message = f"{alias} and {target} are the same option; give one of them"
+            raise InputError(message, param=alias)
         own[target], said[target] = value, name
     return own
 

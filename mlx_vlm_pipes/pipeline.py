@@ -21,6 +21,7 @@ from mlx_vlm_pipes.given_media import listed, named_media
 from mlx_vlm_pipes.grammar import Grammars
 from mlx_vlm_pipes.hf_config import lookup
 from mlx_vlm_pipes.interfaces import PipelineModelWithKVCache
+from mlx_vlm_pipes.media.places import marked_places
 from mlx_vlm_pipes.options import (
     OPTIONS,
     PROMPT_OPTIONS,
@@ -99,7 +100,8 @@ class Pipeline:
         return (
             f"Pipeline({lookup(model.huggingface_config, 'model_type')}: "
             f"{model.weight_bytes / 1e6:.3g} MB of weights, {model.dtype.name}, {model.device}, "
-            f"{self.max_seq_len} tokens, adapters: {', '.join(model.adapters) or 'none'})"
+            f"{self.max_seq_len} tokens, adapters: {', '.join(model.adapters) or 'none'}"
+            f"{'' if self.engine.drafter is None else f', drafts: {self.engine.drafter.name}'})"
         )
 
     def _repr_html_(self) -> str:
@@ -113,6 +115,7 @@ class Pipeline:
             "context": f"{self.max_seq_len} tokens",
             "KV cache": f"up to {said_bytes(config.kv_bytes)} for all requests",
             "adapters": ", ".join(model.adapters) or "none",
+            "drafts": "none" if self.engine.drafter is None else self.engine.drafter.name,
             "checkpoint": str(self.processor.folder),
         }
         if isinstance(self.processor, VisionProcessor):
@@ -414,9 +417,10 @@ class Pipeline:
     ) -> Handle:
         """Hand a processed prompt to the engine."""
         context = self._context(processed, given)
+        places = marked_places(given.get("schema", {}), processed.media)
         decoder = self.tokenizer.stream_decoder(kept=kept)
         handle = self.engine.submit(context, decoder, watch)
-        handle.media = tuple(processed.media)
+        handle.media, handle.places = tuple(processed.media), places
         return handle
 
     def _context(self, processed: ProcessedPrompt, given: Mapping[str, Any]) -> TextContext:
@@ -425,7 +429,8 @@ class Pipeline:
         options = complete_options(given, OPTIONS)
         constraint = self.grammars.constraint(options, processed.text)
         if constraint is not None and options["ignore_eos"]:
-            raise InputError("ignore_eos: an answer of a form ends with the form; leave it out")
+            message = "ignore_eos: an answer of a form ends with the form; leave it out"
+            raise InputError(message, param="ignore_eos")
         context = self.processor.new_context(
             processed,
             max_length=self.max_seq_len,
@@ -436,8 +441,17 @@ class Pipeline:
             model_name=self._adapter(options["adapter"]),
             logits_processors=options["logits_processors"] or (),
         )
-        context.constraint, context.speculative = constraint, options["speculative"]
+        context.constraint, context.num_draft_tokens = constraint, options["num_draft_tokens"]
+        context.speculative = self._speculative(options["speculative"])
         return context
+
+    def _speculative(self, asked: str | None) -> str | None:
+        """Where a request's drafts come from: the draft model, where there is one."""
+        has_model = self.engine.drafter is not None
+        if asked == "draft" and not has_model:
+            message = "speculative is 'draft', but no draft model is loaded; give load(draft=...)"
+            raise InputError(f"{message}, or --draft-model to a command", param="speculative")
+        return "draft" if asked is None and has_model else asked
 
     def _adapter(self, name: str | None) -> str:
         """The adapter of a request: the one named; the only one loaded; "base" means none."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,10 +10,12 @@ from typing import Any
 from mlx_vlm_pipes.display.boxes import Box, given_boxes, written_boxes
 from mlx_vlm_pipes.display.view import View, shown_answer
 from mlx_vlm_pipes.engine.requests import Chunk, Handle, Timings, Usage, figures_line
-from mlx_vlm_pipes.errors import InputError
+from mlx_vlm_pipes.errors import InputError, clip
 from mlx_vlm_pipes.interfaces import LogProbabilities
+from mlx_vlm_pipes.media.places import Places
 from mlx_vlm_pipes.media.records import MediaRecord
 from mlx_vlm_pipes.progress import Waiting, bar, noted
+from mlx_vlm_pipes.speech import THOUGHT
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,7 @@ class GenerationResult:
     """A finished answer. finish_reason: "stop" or "length"; tokens include the end token.
 
     media: what the model saw, one record for each picture and clip, in the order of the prompt.
+    places: what the answer's schema says of places in them.
     """
 
     text: str
@@ -30,6 +34,7 @@ class GenerationResult:
     logprobs: list[LogProbabilities] | None = None
     prompt_logprobs: LogProbabilities | None = None
     media: tuple[MediaRecord, ...] = field(default=(), repr=False)
+    places: Places | None = field(default=None, repr=False, compare=False)
 
     def __str__(self) -> str:
         return self.text
@@ -38,6 +43,22 @@ class GenerationResult:
         seen = f", {len(self.media)} media" if self.media else ""
         told = f"{len(self.tokens)} tokens, {self.finish_reason}{seen}"
         return f"GenerationResult({self.text!r}, {told})"
+
+    @property
+    def parsed(self) -> Any:
+        """The JSON of the answer, behind its reasoning, as Python's values.
+
+        Places that the schema marks with `"x-coordinates": "source"` are in pixels of the picture;
+        `text` has them as the model wrote them. Raises: InputError where it is no JSON.
+        """
+        for text in (self.text, self.text.partition(THOUGHT)[2]):
+            try:
+                value = json.loads(text)
+            except (ValueError, RecursionError):
+                continue
+            return value if self.places is None else json.loads(self.places.in_source(text))
+        cut = "; max_tokens cut it" if self.finish_reason == "length" else ""
+        raise InputError(f"the answer is no JSON{cut}: {clip(self.text)}; give a schema")
 
     @property
     def boxes(self) -> list[Box]:
@@ -85,6 +106,7 @@ def collect(handle: Handle) -> GenerationResult:
         logprobs=scores or None,
         prompt_logprobs=last.prompt_logprobs,
         media=handle.media,
+        places=handle.places,
     )
 
 

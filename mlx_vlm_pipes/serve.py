@@ -7,7 +7,7 @@ import asyncio
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from mlx_vlm_pipes.arguments import BUNDLED_NAME
 from mlx_vlm_pipes.command import new_parser, run_command, say
 from mlx_vlm_pipes.errors import ConfigError, PipesError
 from mlx_vlm_pipes.launcher import is_follower, launched_size
+from mlx_vlm_pipes.prompt_cache import prefix_files, read_prefixes
 
 if TYPE_CHECKING:
     from mlx_vlm_pipes.pipeline import Pipeline
@@ -37,20 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         usage="%(prog)s [options]",
     )
-    model = parser.add_argument_group("model")
-    model.add_argument(
-        "--model",
-        action="append",
-        default=[],
-        metavar="[NAME=]MODEL",
-        help="folder, GGUF file or hub id, and the name that requests give; may be repeated; "
-        "default: the small bundled model",
-    )
-    model.add_argument("--dtype", default="auto", help="as for generate")
-    model.add_argument("--device", choices=["cpu", "gpu"], help="default: the GPU if there is one")
-    model.add_argument("--adapter", action="append", help="LoRA folder; may be repeated")
-    model.add_argument("--kv-bits", type=int, choices=[4, 8], help="quantise the KV cache")
-    model.add_argument("--max-length", type=int, help="limit on prompt plus answer, in tokens")
+    _add_model_options(parser)
     net = parser.add_argument_group("network")
     net.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (default %(default)s)"
@@ -61,8 +49,16 @@ def build_parser() -> argparse.ArgumentParser:
         "--supervise", action="store_true", help="start the server again where its process dies"
     )
     net.add_argument("--child-fds", help=argparse.SUPPRESS)  # its socket, and its parent's end
+    _add_limits(parser)
+    return parser
+
+
+def _add_limits(parser: argparse.ArgumentParser) -> None:
     limits = parser.add_argument_group("limits")
     limits.add_argument("--max-waiting", type=int, default=64, help="requests that may wait")
+    limits.add_argument(
+        "--max-media", type=int, default=64, help="pictures, clips and PDF pages of a request"
+    )
     limits.add_argument("--max-body-mb", type=float, default=64, help="of a request")
     limits.add_argument(
         "--max-tokens", type=int, default=1024, help="of answers whose request names no limit"
@@ -77,7 +73,33 @@ def build_parser() -> argparse.ArgumentParser:
         "--allow-url-host", action="append", default=[], metavar="HOST",
         help="host that pictures may be fetched from; may be repeated",
     )  # fmt: skip
-    return parser
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    """What `_openers` reads."""
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--model",
+        action="append",
+        default=[],
+        metavar="[NAME=]MODEL",
+        help="folder, GGUF file or hub id, and the name that requests give; may be repeated; "
+        "default: the small bundled model",
+    )
+    model.add_argument("--dtype", default="auto", help="as for generate")
+    model.add_argument("--device", choices=["cpu", "gpu"], help="default: the GPU if there is one")
+    model.add_argument("--adapter", action="append", help="LoRA folder; may be repeated")
+    model.add_argument(
+        "--draft-model", action="append", default=[], metavar="[NAME=]MODEL",
+        help="a smaller model that drafts for the one of this name, or for the first",
+    )  # fmt: skip
+    model.add_argument("--kv-bits", type=int, choices=[4, 8], help="quantise the KV cache")
+    model.add_argument("--max-length", type=int, help="limit on prompt plus answer, in tokens")
+    model.add_argument(
+        "--prompt-cache", action="append", default=[], metavar="[NAME=]FILE",
+        help="prefix that generate, chat or save_prefix wrote, or a folder of them, read when the "
+        "model is loaded; may be repeated",
+    )  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -108,10 +130,11 @@ def _run(argv: list[str], args: argparse.Namespace) -> int:
     if not is_local and not settings.api_keys:
         say(f"warning: all who reach {args.host} may ask; --api-key-file lets in only some")
     given = _given_models(args)
+    drafts = _given_drafts(args, given)
     if is_follower():
-        next(iter(_openers(args, given).values()))()  # until rank 0 closes; it does not return
-    sizes = {name: partial(_weight_bytes, path) for name, path in given.items()}
-    server = Server(Models(_openers(args, given), sizes), settings, is_local=is_local)
+        next(iter(_openers(args, given, drafts).values()))()  # it does not return
+    sizes = {name: partial(_weight_bytes, path, drafts.get(name)) for name, path in given.items()}
+    server = Server(Models(_openers(args, given, drafts), sizes), settings, is_local=is_local)
     listening, parent = _sockets(args)
     return asyncio.run(_serve(server, listening, parent))
 
@@ -132,8 +155,8 @@ def _settings(args: argparse.Namespace) -> ServerSettings:
     from mlx_vlm_pipes.server.settings import ServerSettings, read_keys
 
     for name, kind, low in (
-        ("max_waiting", int, 0), ("max_tokens", int, 1), ("max_body_mb", float, 1e-3),
-        ("timeout", float, 0.1), ("idle_unload", float, 0.1),
+        ("max_waiting", int, 0), ("max_media", int, 0), ("max_tokens", int, 1),
+        ("max_body_mb", float, 1e-3), ("timeout", float, 0.1), ("idle_unload", float, 0.1),
     ):  # fmt: skip
         flag = "--" + name.replace("_", "-")
         Option("", name=flag, kind=kind, low=low, takes_none=True).read(getattr(args, name))
@@ -143,6 +166,7 @@ def _settings(args: argparse.Namespace) -> ServerSettings:
         api_keys=() if args.api_key_file is None else read_keys(args.api_key_file),
         max_waiting=args.max_waiting,
         max_body_bytes=int(args.max_body_mb * 2**20),
+        max_media=args.max_media,
         max_tokens=args.max_tokens,
         media_root=args.media_root,
         url_hosts=frozenset(host.lower() for host in args.allow_url_host),
@@ -163,25 +187,62 @@ def _given_models(args: argparse.Namespace) -> dict[str, str | None]:
     return given or {BUNDLED_NAME: None}
 
 
-def _openers(
-    args: argparse.Namespace, given: dict[str, str | None]
-) -> dict[str, Callable[[], Pipeline]]:
-    from mlx_vlm_pipes.loading import load
+def _given_drafts(args: argparse.Namespace, given: dict[str, str | None]) -> dict[str, str]:
+    """Which model drafts for which, by the latter's name. Raises: ConfigError."""
+    drafts: dict[str, str] = {}
+    for text in args.draft_model:
+        name, path = _for_model(text, given)
+        if name in drafts:
+            raise ConfigError(f"--draft-model {text}: {name!r} has a draft model already")
+        drafts[name] = path
+    return drafts
 
+
+def _for_model(text: str, given: dict[str, str | None]) -> tuple[str, str]:
+    """What `[NAME=]VALUE` is for, the first model without a name, and the value."""
+    head, _, value = text.partition("=")
+    return (head, value) if head in given else (next(iter(given)), text)
+
+
+def _openers(
+    args: argparse.Namespace, given: dict[str, str | None], drafts: dict[str, str]
+) -> dict[str, Callable[[], Pipeline]]:
+    """By name: what opens each. Raises: ConfigError for a --prompt-cache that is not there."""
+    cached: dict[str, list[Path]] = {name: [] for name in given}
+    for text in args.prompt_cache:
+        name, path = _for_model(text, given)
+        cached[name] += prefix_files(path)
     options = {
         "dtype": args.dtype, "device": args.device, "adapter": args.adapter,
         "kv_bits": args.kv_bits, "max_length": args.max_length, "progress": False,
         "distributed": "auto",
     }  # fmt: skip
-    return {name: partial(load, path, **options) for name, path in given.items()}
+    return {
+        name: partial(_open, path, {**options, "draft": drafts.get(name)}, cached[name])
+        for name, path in given.items()
+    }
 
 
-def _weight_bytes(path: str | None) -> int:
-    """Of a model's files, which are downloaded for it. Raises: as `load`."""
+def _open(path: str | None, options: Mapping[str, Any], prefixes: Sequence[Path]) -> Pipeline:
+    """Raises: as `load` and `read_prefixes`."""
+    from mlx_vlm_pipes.loading import load
+
+    pipe = load(path, **options)
+    try:
+        read_prefixes(pipe, prefixes)
+    except PipesError:
+        pipe.close()
+        raise
+    return pipe
+
+
+def _weight_bytes(path: str | None, draft: str | None) -> int:
+    """Of a model's files and its draft model's, which are downloaded for it. Raises: as `load`."""
     from mlx_vlm_pipes.loading import resolve_folder
     from mlx_vlm_pipes.weights import find_weight_files
 
-    return sum(file.stat().st_size for file in find_weight_files(resolve_folder(path)))
+    folders = [resolve_folder(path), *([] if draft is None else [resolve_folder(draft)])]
+    return sum(file.stat().st_size for f in folders for file in find_weight_files(f))
 
 
 def _sockets(args: argparse.Namespace) -> tuple[socket.socket, socket.socket | None]:

@@ -15,6 +15,7 @@ from mlx.utils import tree_flatten
 from mlx_vlm_pipes.checkpoint.blueprint import Blueprint, Checkpoint
 from mlx_vlm_pipes.checkpoint.canonical import canonical_state, tower_adapter
 from mlx_vlm_pipes.checkpoint.modules import load_decoder, load_tower
+from mlx_vlm_pipes.checkpoint.sharding import expected_bytes
 from mlx_vlm_pipes.config import KVCacheConfig, KVCacheParams, PipelineConfig, weights_format
 from mlx_vlm_pipes.contexts import ImageMetadata, TextAndVisionContext, TextContext
 from mlx_vlm_pipes.dtypes import DeviceRef, DType
@@ -121,14 +122,14 @@ class CheckpointModel(LogProbabilitiesMixin, PipelineModelWithKVCache[ContextT])
             self.return_hidden_states, self.eagle_layers, decoder_config.num_layers
         )
         text, rest = checkpoint.text, checkpoint.tower(self.tower_prefix)
-        session.expected_bytes += sum(weight.nbytes for weight in state.values())
+        session.expected_bytes += expected_bytes(decoder_config, text, rest, self.ranks)
         state.clear()  # the parts alone hold the tensors now, and let go what has been read
         parts = []
-        if tower is not None:
-            tower = tower if session.ranks.is_first else None
-            parts.append(
-                Model(_no_tower, {}) if tower is None else load_tower(session, tower, rest)
-            )
+        if tower is not None and self.ranks.is_first:
+            parts.append(load_tower(session, tower, rest))
+        elif tower is not None:
+            parts.append(Model(_no_tower, {}))
+            tower = None
         decoder, loaded = load_decoder(session, decoder_config, text)
         self.model_config = config
         self.own_kv_heads = decoder.config.num_kv_heads if self.ranks.are_many else None
@@ -276,7 +277,7 @@ class VisionLanguageModel(
         encode = (lambda: mx.concatenate(self._encode(images))) if self.ranks.is_first else None
         rows = shared_rows(self.ranks, encode)
         ends = np.cumsum([self.count_rows(image) for image in images])
-        return mx.split(rows, ends[:-1].tolist())
+        return list(mx.split(rows, ends[:-1].tolist()))
 
     def _encode(self, images: Sequence[ImageMetadata]) -> list[Buffer]:
         groups: dict[Hashable, list[int]] = {}

@@ -110,7 +110,7 @@ class MRopeModel(AlwaysSignalBuffersMixin, VisionLanguageModel[MRopeT]):
 
     def next_fields(self, prev: MRopeT, count: int) -> dict[str, Any]:
         last = prev.position_ids
-        if prev.phase is Phase.PREFILL:
+        if prev.phase is not Phase.DECODE:
             ends = prev.input_row_offsets[0][1:] - 1
             # a row that ends in a picture goes on behind its largest position
             last = mx.max(mx.take(last, ends, axis=1), axis=0, keepdims=True)

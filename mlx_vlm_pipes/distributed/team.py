@@ -53,6 +53,18 @@ class Team:
         with self._naming_the_lost():
             return self._news[0].receive()
 
+    def decide(self, make: Callable[[], T]) -> T:
+        """What rank 0 makes of what only it knows, on every rank: all call it, in the same order.
+
+        Raises: RankLost.
+        """
+        if not self.ranks.is_first:
+            with self._naming_the_lost():
+                return _read(self._news[0])
+        made = make()
+        self.announce(pack(made))
+        return made
+
     def gather(self, value: Any) -> list[Any]:
         """Everybody's values by rank, on every rank: all call it, in the same order.
 

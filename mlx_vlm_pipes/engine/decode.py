@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from mlx_vlm_pipes.engine.draft_model import DraftModel
 from mlx_vlm_pipes.engine.handover import overlaps
 from mlx_vlm_pipes.engine.memory import trim_pool
 from mlx_vlm_pipes.engine.requests import Job
@@ -29,16 +30,21 @@ class Flight:
     logits: mx.array
     sampled: Sampled | None
     is_resized: bool  # the cache's arrays are new: the old ones are free once the step is done
+    begun: float | None  # by the engine's clock; None where other work comes between
 
 
 class Decode:
     """The running jobs, in the order of their slots."""
 
-    def __init__(self, state: EngineState, results: Results) -> None:
-        self._state, self._results, self._verify = state, results, Verify(state, results)
+    def __init__(
+        self, state: EngineState, results: Results, draft_model: DraftModel | None
+    ) -> None:
+        self._state, self._results = state, results
+        self._verify = Verify(state, results, draft_model)
         self.jobs: list[Job] = []
         self._flight: Flight | None = None
         self._cache_bytes = 0  # of the batch in the last step
+        self._was_read = 0.0  # when, by the engine's clock
 
     @property
     def is_busy(self) -> bool:
@@ -78,7 +84,10 @@ class Decode:
 
     def settle(self) -> None:
         """Wait for the step in flight, so that what comes next is not measured with it."""
-        if self._flight is not None and self._flight.sampled is not None:
+        if self._flight is None:
+            return
+        self._flight.begun = None
+        if self._flight.sampled is not None:
             mx.eval(self._flight.sampled.tokens)
 
     def drop(self) -> None:
@@ -91,7 +100,7 @@ class Decode:
             return None
         if any(self._ends_by_length(job) or self._crosses(job) for job in flight.jobs):
             return None
-        if self._verify.width(flight.jobs) > 1:
+        if self._verify.width(flight.jobs, coming=1) > 1:
             return None  # drafts go on from tokens that are to be read first
         assert flight.sampled is not None
         inputs = self._state.model.prepare_next_token_inputs(flight.sampled.tokens, flight.inputs)
@@ -125,6 +134,7 @@ class Decode:
         return self._launch(inputs, kv, jobs)
 
     def _launch(self, inputs: ModelInputs, kv: KVCacheInputs, jobs: list[Job]) -> Flight:
+        begun, traces = self._state.clock(), self._state.stats.traces
         outputs = self._state.model.execute(inputs)
         increment_cache_lengths(kv, [1] * len(jobs))
         self._state.note_bucket()
@@ -137,7 +147,8 @@ class Decode:
         mx.async_eval([logits] if sampled is None else sampled.arrays())
         before, self._cache_bytes = self._cache_bytes, self._state.cache.nbytes
         is_resized = before != self._cache_bytes
-        return Flight(jobs, inputs, kv, logits, sampled, is_resized)
+        is_usual = traces == self._state.stats.traces
+        return Flight(jobs, inputs, kv, logits, sampled, is_resized, begun if is_usual else None)
 
     def _sample(self, flight: Flight) -> None:
         """Choose a step's tokens, once those of the step before are known."""
@@ -147,13 +158,22 @@ class Decode:
     def _read(self, flight: Flight) -> None:
         """Wait for a step's tokens and hand them out; jobs that end leave."""
         assert flight.sampled is not None
-        for job, (token, score) in zip(flight.jobs, flight.sampled.read(), strict=True):
+        read = flight.sampled.read()
+        self._note(flight)
+        for job, (token, score) in zip(flight.jobs, read, strict=True):
             if job not in self.jobs:
                 continue
             if not self._results.deliver(job, token, score):
                 self.jobs.remove(job)
-            elif job.lookup is not None:
-                job.lookup.watch(job.context.tokens.all)
+            elif job.drafts is not None:
+                job.drafts.watch(job.context.tokens.all)
+
+    def _note(self, flight: Flight) -> None:
+        """Tell how long the step has taken: since the one before it was read, if it waited."""
+        now, before = self._state.clock(), self._was_read
+        self._was_read = now
+        if flight.begun is not None:
+            self._verify.worth.note_plain(len(flight.jobs), now - max(flight.begun, before))
 
 
 def _slot(job: Job) -> float:

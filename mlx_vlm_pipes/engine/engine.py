@@ -13,6 +13,7 @@ import numpy as np
 
 from mlx_vlm_pipes.contexts import TextContext
 from mlx_vlm_pipes.distributed.team import Team
+from mlx_vlm_pipes.engine.draft_model import Drafter
 from mlx_vlm_pipes.engine.following import digests, follow, last_work, lead, new_scheduler
 from mlx_vlm_pipes.engine.lockstep import require_alone
 from mlx_vlm_pipes.engine.memory import set_limits
@@ -32,8 +33,9 @@ OutcomeT = TypeVar("OutcomeT", PromptLogits, PromptRow)
 class Engine:
     """A model on its owning thread, and the scheduler that feeds it.
 
-    config: the limits; None for those that the model's own settings ask for. team: the ranks that
-    run the model, each with an engine like this; on all but the first one `follow` comes next.
+    config: the limits; None for those that the model's own settings ask for. drafter: a smaller
+    model that drafts for it. team: the ranks that run the model, each with an engine like this; on
+    all but the first one `follow` comes next.
     """
 
     def __init__(
@@ -41,12 +43,14 @@ class Engine:
         worker: OwnerThread,
         model: PipelineModelWithKVCache,
         config: EngineConfig | None,
+        drafter: Drafter | None = None,
         team: Team | None = None,
     ) -> None:
-        config = default_limits(model) if config is None else config
+        self.drafter = drafter
+        config = default_limits(model, self._drafter_bytes) if config is None else config
         worker.call(lambda: set_limits(model.device))
         self.worker, self.model, self.team = worker, model, team
-        self.config, self.scheduler = new_scheduler(model, config, team)
+        self.config, self.scheduler = new_scheduler(model, config, drafter, team)
         scheduler = self.scheduler
         self.prefix_files = PrefixFiles(worker, scheduler.state)
         if team is None or team.ranks.is_first:
@@ -180,6 +184,15 @@ class Engine:
         """The memory that the device has, or recommends to use."""
         return self.scheduler.state.memory_bytes
 
+    @property
+    def weight_bytes(self) -> int:
+        """What weights take in memory: the model's, and those of the one that drafts for it."""
+        return self.model.weight_bytes + self._drafter_bytes
+
+    @property
+    def _drafter_bytes(self) -> int:
+        return 0 if self.drafter is None else self.drafter.model.weight_bytes
+
     def peak_memory_bytes(self) -> int:
         """The most memory that MLX held at once in this process."""
         return self.worker.call(mx.get_peak_memory)
@@ -199,13 +212,9 @@ class Engine:
             return
 
         def limit() -> None:
-            self.config = config = default_limits(self.model, others_bytes, parts)
-            state = self.scheduler.state
-            state.config = config
-            kept = config.prefix_bytes if config.enable_prefix_caching else 0
-            state.prefixes.budget_bytes, state.images.budget_bytes = kept, config.image_bytes
-            state.prefixes.shrink(kept)
-            state.images.shrink(config.image_bytes)
+            others = others_bytes + self._drafter_bytes
+            self.config = default_limits(self.model, others, parts)
+            self.scheduler.limit(self.config)
 
         self.worker.call(limit)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from mlx_vlm_pipes.distributed.codec import pack
 from mlx_vlm_pipes.distributed.team import Team
+from mlx_vlm_pipes.engine.draft_model import Drafter
 from mlx_vlm_pipes.engine.lockstep import (
     DIGEST,
     END,
@@ -23,13 +24,16 @@ from mlx_vlm_pipes.interfaces import PipelineModelWithKVCache
 
 
 def new_scheduler(
-    model: PipelineModelWithKVCache, config: EngineConfig, team: Team | None
+    model: PipelineModelWithKVCache,
+    config: EngineConfig,
+    drafter: Drafter | None,
+    team: Team | None,
 ) -> tuple[EngineConfig, Scheduler]:
     """A scheduler and its limits: with other ranks those of the smallest. Raises: RankLost."""
     if team is None:
-        return config, Scheduler(model, config)
+        return config, Scheduler(model, config, drafter)
     limits, memory, pictures = shared_limits(team, model, config)
-    scheduler = Scheduler(model, limits, team)
+    scheduler = Scheduler(model, limits, team=team)
     scheduler.state.memory_bytes, scheduler.state.picture_bytes = memory, pictures
     return limits, scheduler
 

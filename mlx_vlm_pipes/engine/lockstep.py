@@ -66,6 +66,9 @@ class Form:
     def accept(self, token: int) -> None:
         del token
 
+    def forced(self) -> list[int]:
+        return []
+
 
 class Leader:
     """Rank 0's side."""

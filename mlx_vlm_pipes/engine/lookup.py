@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from mlx_vlm_pipes.engine.drafts import LEAST_KEPT, Drafts
+
 LONGEST = 3  # last tokens that are looked for, then fewer
-DRAFT = 7  # tokens of a draft: with the one before it, a step over eight
-LEAST_KEPT = 0.2  # share of drafted tokens that must be kept: below, a step over eight loses
-RECENT = 0.5  # the last draft's weight in that share
 
 
 def propose(tokens: np.ndarray, count: int) -> list[int]:
@@ -34,55 +33,32 @@ def propose(tokens: np.ndarray, count: int) -> list[int]:
     return []
 
 
-class Lookup:
-    """One row's drafts, and whether they are worth their time.
+class Lookup(Drafts):
+    """One row's drafts, looked up, and whether they are worth their time."""
 
-    drafted, kept: tokens that were run as drafts, and those of them that the answer has.
-    """
-
-    def __init__(self) -> None:
-        self.drafted = self.kept = 0
-        self._share = 0.0  # of the last drafts that was right
+    def __init__(self, most: int | None = None) -> None:
+        super().__init__(most)
         self._guess: list[int] = []  # what is compared with the tokens that come
         self._right = 0  # how many have come as guessed
 
-    @property
-    def is_on(self) -> bool:
-        """Whether drafts are run."""
-        return self._share >= LEAST_KEPT
-
     def draft(self, tokens: np.ndarray, most: int) -> list[int]:
         """Up to `most` tokens to run behind those of prompt and answer, int64 [n]."""
-        drafted = propose(tokens, min(most, DRAFT)) if most > 0 else []
+        drafted = propose(tokens, min(most, self.most)) if most > 0 else []
         if not drafted:
-            self.note(0.0)
+            self.note(0, 1)
         return drafted
 
-    def expected(self, count: int) -> float:
-        """How many of so many drafted tokens will be kept, by those before."""
-        return self._share * count
-
-    def note(self, share: float) -> None:
-        """This share of a draft was right."""
-        self._share = self._with(share)
+    def note(self, kept: int, count: int) -> None:
+        super().note(kept, count)
         self._guess = []
 
     def watch(self, tokens: np.ndarray) -> None:
-        """A token has come that was not drafted, the last of int64 [n]."""
         if self._guess:
             if self._guess[self._right] == tokens[-1]:
                 self._right += 1
-                is_enough = not self.is_on and self._with(self._guessed) >= LEAST_KEPT
+                guessed = self._right / len(self._guess)
+                is_enough = not self.is_on and self._with(guessed) >= LEAST_KEPT
                 if self._right < len(self._guess) and not is_enough:
                     return
-            self.note(self._guessed)
-        self._guess, self._right = propose(tokens, DRAFT), 0
-
-    @property
-    def _guessed(self) -> float:
-        """The share of the guess that has come."""
-        return self._right / len(self._guess)
-
-    def _with(self, share: float) -> float:
-        """The share kept, once this one of a draft is counted."""
-        return self._share + RECENT * (share - self._share)
+            self.note(self._right, len(self._guess))
+        self._guess, self._right = propose(tokens, self.most), 0

@@ -85,7 +85,7 @@ def make_plan(
     """The plan of one processed request on an otherwise idle engine."""
     tokens, limit = context.tokens, context.sampling_params.max_new_tokens
     new = min(limit or context.max_length, context.max_length - len(tokens))
-    kv = cache_bytes(state.model.kv_params, len(tokens) + new)
+    kv = capacity_bucket(len(tokens) + new) * state.token_bytes(context)
     vision = _vision_bytes(state, context.images)
     scored = context.log_probabilities_echo
     prefill = _prompt_bytes(state.model, len(tokens), state.config, scored=scored)
@@ -161,8 +161,8 @@ def require_room(
     def needed(tokens: int) -> int:
         text = _prompt_bytes(model, min(prompt, tokens), state.config, scored=scored)
         widest = max(pictures, text)
-        kv = cache_bytes(model.kv_params, tokens)
-        return peak_bytes(model.weight_bytes, kv, widest, state.config)
+        kv = capacity_bucket(tokens) * state.token_bytes(context)
+        return peak_bytes(state.weight_bytes, kv, widest, state.config)
 
     total = min(asked, context.max_length)
     need = needed(total)
@@ -172,7 +172,7 @@ def require_room(
     said = f"the request needs {need / 1e6:.4g} MB with the weights, the device has"
     if fitting:
         remedy = f"at most {fitting} tokens fit, prompt and answer together"
-    elif pictures and peak_bytes(model.weight_bytes, 0, pictures, state.config) > memory:
+    elif pictures and peak_bytes(state.weight_bytes, 0, pictures, state.config) > memory:
         remedy = f"one of its pictures alone takes {pictures / 1e6:.4g} MB; give smaller ones"
     else:
         remedy = "no token fits; use a smaller or a quantised model"
@@ -215,7 +215,7 @@ def picture_room(state: EngineState) -> int:
         return state.picture_bytes
     config = state.config
     caches = config.kv_bytes + config.prefix_bytes + config.image_bytes
-    return max(0, state.memory_bytes - state.model.weight_bytes - caches)
+    return max(0, state.memory_bytes - state.weight_bytes - caches)
 
 
 def _vision_bytes(state: EngineState, images: Sequence[ImageMetadata]) -> int:

@@ -17,6 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_vlm_pipes.contexts import TextContext
+from mlx_vlm_pipes.engine.drafts import Drafts
 from mlx_vlm_pipes.engine.lookup import Lookup
 from mlx_vlm_pipes.engine.row_sampler import RowSampler
 from mlx_vlm_pipes.engine.text import StreamDecoder, TextStream
@@ -24,6 +25,7 @@ from mlx_vlm_pipes.engine.worker import require_same_process
 from mlx_vlm_pipes.errors import EngineClosed
 from mlx_vlm_pipes.kv_cache import CacheRow
 from mlx_vlm_pipes.log_probabilities import LogProbabilities
+from mlx_vlm_pipes.media.places import Places
 from mlx_vlm_pipes.media.records import MediaRecord
 from mlx_vlm_pipes.options import unfit
 from mlx_vlm_pipes.progress import WAIT_S, Watch, Work
@@ -131,12 +133,14 @@ class Handle:
     exception in the request is raised where it is iterated. owner: what must live on until the
     answer is complete. watch: is told of the work on the prompt, by whoever waits for the first
     chunk, and closed before that is handed out. media: what the model saw of each picture and clip.
+    places: what the answer's schema says of places in them.
     """
 
     def __init__(self) -> None:
         self.owner: object = None
         self.watch: Watch | None = None
         self.media: tuple[MediaRecord, ...] = ()
+        self.places: Places | None = None
         self._noted: Work | None = None
         self._queue: queue.SimpleQueue[Chunk | Work | BaseException | None] = queue.SimpleQueue()
         self._closed = threading.Event()
@@ -271,6 +275,10 @@ class ChunkIterator(Iterator[Chunk]):
     def media(self) -> tuple[MediaRecord, ...]:
         return self._handle.media
 
+    @property
+    def places(self) -> Places | None:
+        return self._handle.places
+
     def __next__(self) -> Chunk:
         chunk = self._handle.next_chunk()
         if chunk is None:
@@ -337,9 +345,11 @@ class Job:
     held: its cache row, from its admission to its end. features: vision rows, by image key, that
     its prompt still needs. first_logits: logits [1, V] behind its prompt, until its first token
     is out. failure: what its sampler raised. prompt_logits, prompt_row: where the logits or the
-    keys and values of its prompt go, if it is these that are asked for, and no answer. lookup: its
-    drafts, where it speculates. number: by which several ranks know it. is_silent: nobody is told
-    of its tokens; rank 0 does that, or it has been answered and ends with the next step.
+    keys and values of its prompt go, if it is these that are asked for, and no answer. drafts:
+    where its drafts come from, if it speculates. drafted, kept: tokens that were run as drafts, and
+    those of them that the answer has. forced: tokens that its form lets follow alone. number: by
+    which several ranks know it. is_silent: nobody is told of its tokens; rank 0 does that, or it
+    has been answered and ends with the next step.
     """
 
     context: TextContext
@@ -359,7 +369,10 @@ class Job:
     echoed: list[LogProbabilities] = field(default_factory=list)
     prompt_logits: PromptLogits | None = None
     prompt_row: PromptRow | None = None
-    lookup: Lookup | None = None
+    drafts: Drafts | None = None
+    drafted: int = 0
+    kept: int = 0
+    forced: list[int] = field(default_factory=list)
     number: int = 0
     is_silent: bool = False
 
@@ -420,8 +433,8 @@ class Job:
             cached_tokens=self.cached_tokens,
             images_encoded=self.images_encoded,
             completion_tokens=context.tokens.generated_length,
-            drafted_tokens=0 if self.lookup is None else self.lookup.drafted,
-            accepted_tokens=0 if self.lookup is None else self.lookup.kept,
+            drafted_tokens=self.drafted,
+            accepted_tokens=self.kept,
         )
 
 
@@ -445,5 +458,6 @@ def new_job(
     sampler = RowSampler(params, prompt, vocab_size, ends, processors)
     stops = (*params.stop, *context.eos_tracker.eos_stop_strings)
     job = Job(context, Handle(), sampler, TextStream(decoder, stops), keys, capacity)
-    job.lookup = Lookup() if context.speculative == "lookup" else None
+    if context.speculative == "lookup":
+        job.drafts = Lookup(context.num_draft_tokens)
     return job

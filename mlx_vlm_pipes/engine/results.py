@@ -110,6 +110,8 @@ class Results:
         context, status = job.context, job.context.status
         if context.constraint is not None:
             context.constraint.accept(token)
+            if context.speculative != "none":
+                job.forced = context.constraint.forced()
         # An end token is no text; it is still reported as a token.
         text = "" if status is GenerationStatus.END_OF_SEQUENCE else job.stream.add(token)
         if job.stream.stopped:
@@ -133,7 +135,7 @@ class Results:
         if job.context.is_done:  # all ranks see that, and keep its prefix
             self._end(job, *last, is_kept=True)
             return False
-        job.is_silent = True
+        job.is_silent, job.forced = True, []
         self.leaving.append((job, is_kept))
         for item in last:
             job.handle.put(item)
@@ -170,6 +172,8 @@ class Results:
         """
         self.live.discard(job)
         try:
+            if job.drafts is not None:
+                job.drafts.end(is_kept=is_kept)
             if is_kept:
                 self._state.remember(job)
             job.features.clear()
@@ -191,7 +195,8 @@ def _allowed(job: Job) -> np.ndarray:
         if not (bits.astype(bool) & ~banned).any():
             raise InputError(
                 "the answer's form goes on with tokens that min_tokens or logit_bias forbid; "
-                "leave these out"
+                "leave these out",
+                param="logit_bias" if job.context.sampling_params.logit_bias else "min_tokens",
             )
     return words
 

@@ -6,6 +6,7 @@ together (see group_sampler); what a row has here is where it starts.
 
 from __future__ import annotations
 
+import copy
 import secrets
 from collections.abc import Sequence
 from dataclasses import replace
@@ -123,6 +124,13 @@ class RowSampler:
         if self.processors:
             self.tokens = mx.concatenate([self.tokens, token.astype(mx.int32)])
 
+    def twin(self) -> RowSampler:
+        """One that chooses as this one will, but for processors, and leaves this one as it is."""
+        other = copy.copy(self)
+        other._initial = {name: self.state(name) for name in self._initial}
+        other.processors, other._home = (), None
+        return other
+
     def has(self, name: str) -> bool:
         """Whether the row has that state: "keys" uint32 [2]; float32 [V], how often each token was
         in the answer, "counts", or in it and the prompt, "seen"."""
@@ -166,6 +174,7 @@ def _dense_bias(bias: dict[int, float], vocab_size: int) -> np.ndarray | None:
     dense = np.zeros(vocab_size, np.float32)
     for token, value in bias.items():
         if not 0 <= token < vocab_size:
-            raise InputError(f"logit_bias for token {token}; the vocabulary has {vocab_size}")
+            message = f"logit_bias for token {token}; the vocabulary has {vocab_size}"
+            raise InputError(message, param="logit_bias")
         dense[token] = np.clip(value, NEGATIVE, -NEGATIVE)
     return dense

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -18,6 +19,7 @@ from mlx_vlm_pipes.contexts import TextContext, require_known_tokens
 from mlx_vlm_pipes.distributed.team import Team
 from mlx_vlm_pipes.engine.caches import common_prefix, prefix_keys
 from mlx_vlm_pipes.engine.decode import Decode
+from mlx_vlm_pipes.engine.draft_model import Drafter, DraftModel
 from mlx_vlm_pipes.engine.lockstep import (
     FORGET,
     Leader,
@@ -49,19 +51,31 @@ from mlx_vlm_pipes.ranks import ALONE
 class Scheduler:
     """Owns all jobs. Knows models only through `PipelineModelWithKVCache`.
 
-    team: the ranks that run the model, each with a scheduler in step with rank 0's (lockstep).
+    drafter: a smaller model that drafts for this one. team: the ranks that run the model, each
+    with a scheduler in step with rank 0's (lockstep).
     """
 
     def __init__(
-        self, model: PipelineModelWithKVCache, config: EngineConfig, team: Team | None = None
+        self,
+        model: PipelineModelWithKVCache,
+        config: EngineConfig,
+        drafter: Drafter | None = None,
+        team: Team | None = None,
     ) -> None:
         ranks = ALONE if team is None else team.ranks
         self.state, self.vocab_size = EngineState(model, config, ranks), model.vocab_size
         self._leader = None if team is None or not ranks.is_first else Leader(team)
+        if team is not None:
+            self.state.decide = team.decide
+        self.draft_model: DraftModel | None = None
+        if drafter is not None:
+            self.draft_model = DraftModel(drafter, config, model.vocab_size)
+            self.state.beside = drafter.model
+            self.limit(config)
         self.waiting: deque[Job] = deque()
         self._results = Results(self.state)
         self._prefill = Prefill(self.state, self._results)
-        self._decode = Decode(self.state, self._results)
+        self._decode = Decode(self.state, self._results, self.draft_model)
 
     @property
     def stats(self) -> EngineStats:
@@ -93,7 +107,10 @@ class Scheduler:
         new_tokens = context.sampling_params.max_new_tokens
         capacity = self.state.capacity_needed(context, new_tokens)
         require_room(self.state, context, new_tokens, scored=context.log_probabilities_echo)
-        return self._queue(new_job(context, decoder, self.vocab_size, keys, capacity))
+        job = new_job(context, decoder, self.vocab_size, keys, capacity)
+        if self.draft_model is not None and context.speculative == "draft":
+            job.drafts = self.draft_model.rows(context.num_draft_tokens)
+        return self._queue(job)
 
     def submit_logits(self, context: TextContext) -> tuple[Handle, PromptLogits]:
         """Queue a request for the logits of a prompt: once its handle has ended, they are there.
@@ -170,6 +187,8 @@ class Scheduler:
 
     def _require_alone(self, error: Exception) -> None:
         """Raises: RankLost where other ranks go on without this error."""
+        if isinstance(error, RankLost):
+            raise error
         if self.state.ranks.are_many:
             said = f"{type(error).__name__}: {one_line(error)}"
             raise RankLost(f"rank {self.state.ranks.rank} cannot go on: {said}") from error
@@ -192,14 +211,6 @@ class Scheduler:
         job.prompt_row = PromptRow() if wants == "row" else None
         self._queue(job)
 
-    def forget(self) -> None:
-        """Empty the prefix and image caches."""
-        if self._leader is not None:
-            self._leader.order(FORGET)
-        self.state.prefixes.shrink(-1)
-        self.state.images.shrink(-1)
-        mx.clear_cache()
-
     def lose(self, error: BaseException) -> None:
         """Tell all requesters; from any thread, whatever the owning one waits for."""
         for job in list(self._results.live):
@@ -219,6 +230,30 @@ class Scheduler:
         kept = self.state.prefixes.contents(token), self.state.images.contents()
         return digest([sizes, tokens, self.state.cache.shapes, limits, *kept])
 
+    def limit(self, config: EngineConfig) -> None:
+        """Take other limits; what is cached beyond them is forgotten.
+
+        Prefixes of both models are kept for as many tokens.
+        """
+        if self.draft_model is None:
+            self.state.limit(config)
+            return
+        beside = self.draft_model.state
+        sizes = [state.model.kv_params.bytes_per_token for state in (self.state, beside)]
+        own = config.prefix_bytes * sizes[0] // sum(sizes)
+        self.state.limit(replace(config, prefix_bytes=own))
+        beside.limit(replace(config, prefix_bytes=config.prefix_bytes - own))
+
+    def forget(self) -> None:
+        """Empty the prefix and image caches."""
+        if self._leader is not None:
+            self._leader.order(FORGET)
+        self.state.prefixes.shrink(-1)
+        self.state.images.shrink(-1)
+        if self.draft_model is not None:
+            self.draft_model.state.prefixes.shrink(-1)
+        mx.clear_cache()
+
     def fail_all(self, error: BaseException) -> None:
         """End every request with this exception; the batch's cache is made anew."""
         self.waiting.clear()
@@ -229,6 +264,8 @@ class Scheduler:
         """End every request that neither waits nor is in prefill, with the cache of the batch."""
         self._decode.drop()
         self.state.cache = KVCache(self.state.model.kv_params)
+        if self.draft_model is not None:
+            self.draft_model.drop()
         for job in self._results.live.difference(self.waiting, self.prefilling):
             self._results.abandon(job, error)
 

@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import mlx.core as mx
 
@@ -23,6 +24,7 @@ from mlx_vlm_pipes.kv_cache import CacheRow, KVCache, capacity_bucket, most_held
 from mlx_vlm_pipes.options import Option
 from mlx_vlm_pipes.ranks import ALONE, Ranks
 
+T = TypeVar("T")
 MIN_SLICE = 16  # tokens; a slice of fewer takes hardly less time: the weights are read anyway
 
 
@@ -40,7 +42,7 @@ class EngineConfig:
     Raises: InputError for a limit that would let nothing run, or of a wrong type.
     """
 
-    max_batch_size: int = 16
+    max_batch_size: int = 32
     prefill_chunk: int = 2048
     running_chunk: int = 512
     running_wait_ms: float = 250.0
@@ -119,8 +121,23 @@ class EngineStats:
     buckets: int = 0
 
 
+def _decide_alone(make: Callable[[], T]) -> T:
+    return make()
+
+
+class Decide(Protocol):
+    """Makes, on all ranks alike, what only the first one knows how to."""
+
+    def __call__(self, make: Callable[[], T], /) -> T: ...
+
+
 class EngineState:
-    """The model, the caches and the counters; every part of the scheduler holds this one."""
+    """The model, the caches and the counters; every part of the scheduler holds this one.
+
+    beside: a smaller model that drafts for this one, whose weights and cache need memory too.
+    """
+
+    beside: PipelineModelWithKVCache | None = None
 
     def __init__(
         self, model: PipelineModelWithKVCache, config: EngineConfig, ranks: Ranks = ALONE
@@ -131,6 +148,7 @@ class EngineState:
         self.images = ImageCache(config.image_bytes)
         self.stats = EngineStats()
         self.memory_bytes = machine_memory(model.device)
+        self.decide: Decide = _decide_alone
         self.picture_bytes: int | None = None  # see `picture_room`; None: from this memory
         self.clock: Callable[[], float] = time.perf_counter  # seconds
         self._buckets: set[tuple[tuple[int, int], ...]] = set()
@@ -139,6 +157,14 @@ class EngineState:
     def model_digest(self) -> str:
         """Names the model's weights and configuration; computed once."""
         return model_digest(self.model)
+
+    def limit(self, config: EngineConfig) -> None:
+        """Take other limits; what is cached beyond them is forgotten."""
+        self.config = config
+        kept = config.prefix_bytes if config.enable_prefix_caching else 0
+        self.prefixes.budget_bytes, self.images.budget_bytes = kept, config.image_bytes
+        self.prefixes.shrink(kept)
+        self.images.shrink(config.image_bytes)
 
     # ---- what a request needs
 
@@ -166,10 +192,10 @@ class EngineState:
         Raises: OutOfBudget if a row of that size can never fit.
         """
         asked = context.max_length if new_tokens is None else len(context.tokens) + new_tokens
-        longest = min(asked, context.max_length)
-        need = capacity_bucket(longest) * self.model.kv_params.bytes_per_token
+        longest, each = min(asked, context.max_length), self.token_bytes(context)
+        need = capacity_bucket(longest) * each
         if need > self.config.kv_bytes:
-            held = self.config.kv_bytes // self.model.kv_params.bytes_per_token
+            held = self.config.kv_bytes // each
             fitting = bisect.bisect_right(range(1, longest), held, key=capacity_bucket)
             raise OutOfBudget(
                 f"the request needs {need / 1e6:.3g} MB of KV cache for {longest} tokens, the "
@@ -180,7 +206,22 @@ class EngineState:
 
     def bytes_needed(self, jobs: Sequence[Job]) -> int:
         """The most KV bytes that these jobs may hold when they run to their ends together."""
-        return most_held([job.capacity for job in jobs]) * self.model.kv_params.bytes_per_token
+        need = most_held([job.capacity for job in jobs]) * self.model.kv_params.bytes_per_token
+        if self.beside is None:
+            return need
+        drafting = [job.capacity for job in jobs if job.context.speculative == "draft"]
+        return need + most_held(drafting) * self.beside.kv_params.bytes_per_token
+
+    def token_bytes(self, context: TextContext) -> int:
+        """Keys and values of one token of a request, the draft model's included."""
+        drafts = self.beside is not None and context.speculative == "draft"
+        more = self.beside.kv_params.bytes_per_token if self.beside and drafts else 0
+        return self.model.kv_params.bytes_per_token + more
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of the model, and of the one that drafts for it."""
+        return self.model.weight_bytes + (self.beside.weight_bytes if self.beside else 0)
 
     def planned_length(self, context: TextContext) -> int:
         """Tokens whose keys are made as those of one prompt.

@@ -21,7 +21,7 @@ from mlx_vlm_pipes.nn.attention import merge_heads, prefill_attention
 from mlx_vlm_pipes.nn.capture import Capture
 from mlx_vlm_pipes.nn.decode_step import DecodeStep, HeadCounts
 from mlx_vlm_pipes.nn.decoder_config import DecoderConfig
-from mlx_vlm_pipes.nn.linear import fuse_linears, linear_part, unbiased
+from mlx_vlm_pipes.nn.linear import AnyLinear, fuse_linears, linear_part, unbiased
 from mlx_vlm_pipes.nn.lora import LoRATable, TokenSlots
 from mlx_vlm_pipes.nn.rope import Rope, Rotation
 from mlx_vlm_pipes.ranks import ALONE, Ranks
@@ -178,7 +178,7 @@ class Projections(nn.Module):
             return base if delta is None else base + factor * delta
         return residual + factor * table(x, self[name](x), slots, self[name].get("bias"))
 
-    def _summed(self, linear: nn.Module, x: mx.array, residual: mx.array | None) -> mx.array:
+    def _summed(self, linear: AnyLinear, x: mx.array, residual: mx.array | None) -> mx.array:
         """`into` where each rank has columns of the linear; what is added, is added once."""
         y, bias = self.ranks.sum(unbiased(linear, x)), linear.get("bias")
         y = y if bias is None else y + bias

@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import mlx.core as mx
 
@@ -166,7 +167,8 @@ def shared_rows(ranks: Ranks, encode: Callable[[], mx.array] | None) -> mx.array
             told = [1, *rows.shape, _ROW_TYPES.index(rows.dtype)]
         except Exception as error:
             failure = error
-    worked, count, width, kind = ranks.from_first(mx.array(told, dtype=mx.int32)).tolist()
+    said = ranks.from_first(mx.array(told, dtype=mx.int32)).tolist()
+    worked, count, width, kind = cast("list[int]", said)
     if failure is not None:
         raise failure
     if not worked:

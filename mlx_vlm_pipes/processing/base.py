@@ -36,6 +36,7 @@ from mlx_vlm_pipes.processing.messages import (
     as_lists,
     as_texts,
     conversation,
+    require_shown,
     user_texts,
 )
 from mlx_vlm_pipes.processing.pages import spread
@@ -211,7 +212,8 @@ class TextProcessor:
         refused = [name for name in MODEL_OPTIONS if name not in self.accepted_options]
         given = [name for name in refused if getattr(request, name) is not None]
         if given:
-            raise InputError(f"{' and '.join(given)}: not for {self.architecture}; leave it out")
+            message = f"{' and '.join(given)}: not for {self.architecture}; leave it out"
+            raise InputError(message, param=given[0])
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids with the tokenizer's special tokens, but no second BOS."""
@@ -310,6 +312,7 @@ class VisionProcessor(TextProcessor, ABC):
         else:
             chat = conversation(request, self.tokens.markers)
             text = self.render(self.forms(chat.messages), request.template_variables)
+            require_shown(chat.messages, text, self.tokens.markers)
             images, videos = chat.images, chat.videos
         require_few(images)
         self.check(request, len(videos))

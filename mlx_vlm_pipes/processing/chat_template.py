@@ -125,14 +125,16 @@ class ChatTemplate:
             known = f"it reads {', '.join(self.settings)}; " if self.settings else ""
             raise InputError(
                 f"tools: this model's chat template takes none; {known}describe them in the system "
-                "message, or take a model that was trained to call tools"
+                "message, or take a model that was trained to call tools",
+                param="tools",
             )
         for name in variables.keys() - {"tools"}:
             if name not in self.names:
                 known = f"it reads {', '.join(self.settings)}" if self.settings else "leave it out"
                 raise InputError(
                     "chat_template_kwargs: this model's chat template does not read "
-                    f"{clip(name)}; {known}"
+                    f"{clip(name)}; {known}",
+                    param="chat_template_kwargs",
                 )
 
     def check(self) -> None:

@@ -81,7 +81,7 @@ def _decode(url: str) -> bytes:
     if not comma:
         raise MediaError("data URL without a comma; expected data:image/png;base64,...")
     if len(body) > MAX_BYTES * 4 // 3 + 4:
-        raise MediaError(f"data URL is larger than the limit of {MAX_BYTES} bytes")
+        raise MediaError(f"data URL of {len(body) * 3 // 4} bytes; the limit is {MAX_BYTES}")
     if not head.lower().endswith(";base64"):
         return urllib.parse.unquote_to_bytes(body)
     try:

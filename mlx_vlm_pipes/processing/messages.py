@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_vlm_pipes.errors import InputError, shown
+from mlx_vlm_pipes.errors import InputError, clip, shown
 from mlx_vlm_pipes.processing.fetch import Access
 from mlx_vlm_pipes.processing.pages import spread
 from mlx_vlm_pipes.processing.types import PromptRequest
@@ -121,6 +121,25 @@ def as_texts(messages: Sequence[Message], markers: Mapping[str, str]) -> list[Me
     return out
 
 
+def require_shown(
+    messages: Sequence[Message], text: str, markers: Mapping[str, Sequence[str]]
+) -> None:
+    """Raises: InputError where the template leaves out pictures of tools' results and the like."""
+    for kind in KINDS:
+        roles = [
+            message["role"]
+            for message in messages
+            for part in _pieces(message)
+            if not isinstance(part, str) and part["type"] == kind
+        ]
+        others = sorted({*roles} - {"user"})
+        if others and sum(text.count(marker) for marker in markers.get(kind, ())) < len(roles):
+            raise InputError(
+                f"this model's chat template shows no {kind}s in messages of the role "
+                f"{clip(others[0])}; put them into a message of the user"
+            )
+
+
 def user_texts(messages: Sequence[Message]) -> list[str]:
     """Every text of the user and system turns, stripped; what a template must not lose."""
     found = []
@@ -180,29 +199,43 @@ def _with_reasoning(message: Mapping[str, Any]) -> Message:
 def _part(part: Any, access: Access) -> MediaPart | dict[str, Any]:
     if isinstance(part, str):
         return {"type": "text", "text": part}
+    kind = part_kind(part)
+    if kind == "text":
+        if not isinstance(part.get("text"), str):
+            raise InputError("a text part carries no text")
+        return {"type": "text", "text": part["text"]}
+    source = part_source(part, kind)
+    if source is None:
+        return MediaPart(kind, None)
+    return MediaPart(kind, spread(source, access) if kind == "image" else [source])
+
+
+def part_kind(part: Any) -> str:
+    """ "text", "image" or "video". Raises: InputError for anything else."""
+    if isinstance(part, str):
+        return "text"
     if not isinstance(part, Mapping):
         raise InputError(f"a content part is {type(part).__name__}; expected an object or a text")
     named = part.get("type") or next((key for key in PART_TYPES if key in part), None)
     kind = PART_TYPES.get(named) if isinstance(named, str) else None
     if kind is None:
         raise InputError(f"content part of type {shown(named)}; expected text, image or video")
-    if kind == "text":
-        if not isinstance(part.get("text"), str):
-            raise InputError("a text part carries no text")
-        return {"type": "text", "text": part["text"]}
-    source = _source(part, kind)
-    if source is None:
-        return MediaPart(kind, None)
-    return MediaPart(kind, spread(source, access) if kind == "image" else [source])
+    return kind
 
 
-def _source(part: Mapping[str, Any], kind: str) -> Any:
+def part_source(part: Mapping[str, Any], kind: str) -> Any:
+    """Where a picture or clip is to be had, None where its part does not say.
+
+    Raises: InputError where it says nothing that can be reached.
+    """
     for key in SOURCE_KEYS[kind]:
         value = part.get(key)
         if value is None:
             continue
         if isinstance(value, Mapping):
             return _inner_source(value, key)
+        if key == "file_data":
+            return _file_data(value)
         return f"data:;base64,{value}" if key == "base64" else value
     return None
 
@@ -217,7 +250,13 @@ def _inner_source(value: Mapping[str, Any], key: str) -> Any:
     source = next((value[k] for k in ("url", "file_data") if value.get(k) is not None), None)
     if source is None:
         raise InputError(f"a part's {key} has {shown(list(value))}; expected a url, or base64 data")
-    return source
+    return _file_data(source) if value.get("url") is None else source
+
+
+def _file_data(source: Any) -> Any:
+    """OpenAI's file_data, a data: URL or, as its reference says, base64 alone."""
+    is_bare = isinstance(source, str) and source[:5].lower() != "data:"
+    return f"data:;base64,{source}" if is_bare else source
 
 
 def _filled(parts: Sequence[MediaPart], given: Sequence[list[Any]], kind: str) -> list[Any]:

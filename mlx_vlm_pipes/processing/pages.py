@@ -17,14 +17,19 @@ CHOICE = re.compile(r"#page=(\d{1,7})(?:-(\d{1,7}))?$")  # as PDF viewers take i
 DATA_URL = re.compile(r"data:application/pdf|data:[^,]{0,80};base64,JVBERi0", re.IGNORECASE)
 
 
-def spread(source: Any, access: Access) -> list[Any]:
+Choice = tuple[int, int]  # the first and the last page
+
+
+def spread(source: Any, access: Access, choice: Choice | None = None) -> list[Any]:
     """A picture as it is; a PDF as its pages, in order.
 
     A PDF is known by its name, its data URL or its first bytes. `#page=3` or `#page=2-5` behind a
-    name chooses.
+    name chooses, as choice does.
     Raises: MediaError for a page that is not there, too many of them, and as `read_bytes`.
     """
-    base, choice = _chosen(source, access)
+    base = source
+    if choice is None:
+        base, choice = _chosen(source, access)
     if choice is None and not _is_document(source):
         return [source]
     data = read_bytes(base, access)
@@ -35,15 +40,21 @@ def spread(source: Any, access: Access) -> list[Any]:
     raise MediaError(f"{describe(source)}: only a PDF has pages to choose from")
 
 
-def _chosen(source: Any, access: Access) -> tuple[Any, tuple[int, int] | None]:
-    """What a source names, and the first and last page that it chooses of that."""
+def split_choice(name: str) -> tuple[str, Choice | None]:
+    """A name, and the pages that are chosen behind it."""
+    found = CHOICE.search(name)
+    if found is None:
+        return name, None
+    return name[: found.start()], (int(found[1]), int(found[2] or found[1]))
+
+
+def _chosen(source: Any, access: Access) -> tuple[Any, Choice | None]:
+    """What a source names, and the pages that it chooses of that."""
     text = os.fspath(source) if isinstance(source, (str, os.PathLike)) else None
-    found = CHOICE.search(text) if isinstance(text, str) else None
-    if found is None or (access.local_files and os.path.exists(found.string)):
+    base, choice = split_choice(text) if isinstance(text, str) else (source, None)
+    if choice is None or (access.local_files and os.path.exists(str(text))):
         return source, None
-    base = found.string[: found.start()]
-    pages = int(found[1]), int(found[2] or found[1])
-    return base if isinstance(source, str) else Path(base), pages
+    return base if isinstance(source, str) else Path(base), choice
 
 
 def _is_document(source: Any) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_vlm_pipes.errors import InputError, ProcessorError, one_line, shown
+from mlx_vlm_pipes.errors import ConfigError, InputError, ProcessorError, one_line, shown
 from mlx_vlm_pipes.gguf.header import is_gguf
 from mlx_vlm_pipes.processing.chat_template import ChatTemplate, find_template
 from mlx_vlm_pipes.processing.growth import checked_growth
@@ -149,6 +149,24 @@ class Tokenizer:
         template.require(given)
         variables = {"tools": None, "documents": None, **names, **given}
         return template.render(messages, variables, add_generation_prompt=add_generation_prompt)
+
+
+def require_same_tokens(tokenizer: Tokenizer, other: Tokenizer) -> None:
+    """Check the tokens of a draft model against those of the model that it drafts for.
+
+    Raises: ConfigError naming the draft model and the first token that is another one there.
+    """
+    own, others = (t.backend.get_vocab(with_added_tokens=True) for t in (tokenizer, other))
+    if own == others:
+        return
+    different = sorted(t for t in own.keys() | others.keys() if own.get(t) != others.get(t))
+    first = min(different, key=lambda t: min(own.get(t, len(own)), others.get(t, len(others))))
+    said = [f"number {ids[first]}" if first in ids else "none" for ids in (others, own)]
+    raise ConfigError(
+        f"draft model {other.folder.name}: {len(different)} tokens are not those of "
+        f"{tokenizer.folder.name}, first {shown(first)}: {said[0]} there, {said[1]} here; a draft "
+        "model needs the same tokenizer"
+    )
 
 
 class StreamDecoder:

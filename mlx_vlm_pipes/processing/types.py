@@ -57,7 +57,8 @@ class PromptRequest:
             option.read(vars(self)[name])
         for name in self.chat_template_kwargs or ():
             if name in OWN_NAMES:
-                raise InputError(f"chat_template_kwargs: no {name} there; {OWN_NAMES[name]}")
+                message = f"chat_template_kwargs: no {name} there; {OWN_NAMES[name]}"
+                raise InputError(message, param="chat_template_kwargs")
 
     @property
     def template_variables(self) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -24,13 +24,14 @@ T = TypeVar("T")
 @dataclass(frozen=True)
 class Question:
     """What a request asks for: n answers to each prompt. `prompts` makes them, off the event loop:
-    it reads files and hosts."""
+    it reads files and hosts. params: what the request calls its options, and the prompt itself."""
 
     prompts: Callable[[], Sequence[Prompt]]
     options: dict[str, Any]
     reading: dict[str, Any]
     n: int = 1
     keep_tokens: tuple[str, ...] = ()
+    params: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -56,6 +57,11 @@ class Answers:
 
         Raises: what the first that fails fails with. Ending it early cancels all.
         """
+        if len(self.handles) == 1:  # no task and no queue between the engine and the client
+            async with aclosing(aiter(self.handles[0])) as chunks:  # pyright: ignore[reportArgumentType]
+                async for chunk in chunks:
+                    yield 0, chunk
+            return
         arrived: asyncio.Queue[tuple[int, Chunk | None, Exception | None]] = asyncio.Queue()
         readers = [
             asyncio.create_task(_read(i, handle, arrived)) for i, handle in enumerate(self.handles)

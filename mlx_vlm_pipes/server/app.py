@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import ExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,23 +16,22 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from mlx_vlm_pipes.errors import clip
 from mlx_vlm_pipes.media.records import MediaRecord
 from mlx_vlm_pipes.pipeline import Pipeline
 from mlx_vlm_pipes.processing.tokenizer import Tokenizer
 from mlx_vlm_pipes.processing.types import ProcessedPrompt
 from mlx_vlm_pipes.server.answers import Answers, Question, ask, prepared, unless_gone
 from mlx_vlm_pipes.server.body import read_object
-from mlx_vlm_pipes.server.chat import PROMPT, ChatAnswer, read_chat
-from mlx_vlm_pipes.server.completions import PROMPT as TEXT_PROMPT
+from mlx_vlm_pipes.server.chat import ChatAnswer, read_chat
 from mlx_vlm_pipes.server.completions import TextAnswer, read_completion
 from mlx_vlm_pipes.server.errors import ApiError, api_error
 from mlx_vlm_pipes.server.events import EventStream
-from mlx_vlm_pipes.server.gate import Gate
+from mlx_vlm_pipes.server.gate import BEARER, PASSWORD, Gate
 from mlx_vlm_pipes.server.messages import MessageAnswer, error_body, read_messages, read_prompt
 from mlx_vlm_pipes.server.metrics import Metrics
 from mlx_vlm_pipes.server.models import Model, Models
 from mlx_vlm_pipes.server.page import page
-from mlx_vlm_pipes.server.responses import PROMPT as RESPONSE_PROMPT
 from mlx_vlm_pipes.server.responses import ResponseAnswer, Store, read_response
 from mlx_vlm_pipes.server.settings import ServerSettings
 from mlx_vlm_pipes.server.told import Told
@@ -62,7 +61,6 @@ class Asked:
     question: Question
     answer: Answer
     stream: bool
-    param: str  # what the dialect calls the prompt
 
 
 Read = Callable[[dict[str, Any], Model, Pipeline], Asked]
@@ -78,7 +76,7 @@ class Server:
         self.store = Store()
         self.app = Starlette(
             routes=[
-                Route("/", self._open(_page)),
+                Route("/", self._guarded(_page, PASSWORD)),
                 Route("/health", self._open(_health)),
                 Route("/health/live", self._open(_live)),
                 Route("/metrics", self._guarded(_metrics)),
@@ -92,9 +90,10 @@ class Server:
                 Route("/v1/responses/{name}", self._guarded(_kept), methods=["GET", "DELETE"]),
                 Route("/v1/plan", self._guarded(_plan), methods=["POST"]),
             ],
-            exception_handlers={HTTPException: _http_error},
+            exception_handlers={HTTPException: self._no_route},
             lifespan=self._lifespan,
         )
+        self.app.router.redirect_slashes = False  # it would lead to whatever host a client names
 
     @asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
@@ -117,12 +116,15 @@ class Server:
 
         return answer
 
-    def _guarded(self, handler: Handler) -> Callable[[Request], Awaitable[Response]]:
-        """The handler behind the key, with every failure as OpenAI's error object."""
+    def _guarded(
+        self, handler: Handler, challenge: str = BEARER
+    ) -> Callable[[Request], Awaitable[Response]]:
+        """The handler behind the key, with every failure as OpenAI's error object. challenge: how
+        a caller without one is asked for it."""
 
         async def answer(request: Request) -> Response:
             try:
-                self.gate.check_caller(request.headers)
+                self.gate.check_caller(request.headers, challenge)
                 response = await handler(self, request)
             except Exception as error:
                 response = error_response(error, request.url.path)
@@ -130,6 +132,19 @@ class Server:
             return response
 
         return answer
+
+    async def _no_route(self, request: Request, error: Exception) -> Response:
+        """For a path or method that there is not; told to those only who may ask."""
+        assert isinstance(error, HTTPException)
+        path, method = request.url.path, request.method
+        messages = {404: f"no such path: {path[:100]}", 405: f"{clip(method)} is not for it"}
+        try:
+            self.gate.check_caller(request.headers, BEARER)
+        except ApiError as refused:
+            return error_response(refused, path)
+        told = messages.get(error.status_code, str(error.detail))
+        refusal = ApiError(error.status_code, told, code="not_found", headers=error.headers or {})
+        return error_response(refusal, path)
 
     async def opened(self, name: object, place: ExitStack) -> tuple[Model, Pipeline]:
         """A model by its name, loaded if it is not, and held for as long as the place is."""
@@ -163,14 +178,14 @@ class Server:
         try:
             return await ask(asked.pipe, asked.question, self.settings)
         except Exception as error:
-            raise api_error(error, asked.param) from error
+            raise api_error(error, asked.question.params) from error
 
     async def _whole(self, asked: Asked) -> dict[str, Any]:
         answers = await self._ask(asked)
         try:
             told = await asked.answer.whole(answers)
         except Exception as error:
-            raise api_error(error, asked.param) from error
+            raise api_error(error, asked.question.params) from error
         finally:
             answers.close()
         self._count(asked)
@@ -183,7 +198,7 @@ class Server:
                 async for part in events:
                     yield part
         except Exception as error:
-            yield asked.answer.failed(_refusal(error, asked.param))
+            yield asked.answer.failed(_refusal(error, asked.question.params))
 
     def _count(self, asked: Asked) -> None:
         self.metrics.count_answers(asked.answer.told, asked.question.n)
@@ -193,7 +208,7 @@ async def _chat(server: Server, request: Request) -> Response:
     def read(body: dict[str, Any], model: Model, pipe: Pipeline) -> Asked:
         question, form = read_chat(body, pipe.tokenizer, server.settings)
         answer = ChatAnswer(model.name, form, pipe.tokenizer)
-        return Asked(pipe, question, answer, form.stream, PROMPT)
+        return Asked(pipe, question, answer, form.stream)
 
     return await server.respond(request, read)
 
@@ -202,7 +217,7 @@ async def _completion(server: Server, request: Request) -> Response:
     def read(body: dict[str, Any], model: Model, pipe: Pipeline) -> Asked:
         question, form, echoed = read_completion(body)
         answer = TextAnswer(model.name, form, pipe.tokenizer, echoed, question.n)
-        return Asked(pipe, question, answer, form.stream, TEXT_PROMPT)
+        return Asked(pipe, question, answer, form.stream)
 
     return await server.respond(request, read)
 
@@ -211,7 +226,7 @@ async def _messages(server: Server, request: Request) -> Response:
     def read(body: dict[str, Any], model: Model, pipe: Pipeline) -> Asked:
         question, form = read_messages(body, pipe.tokenizer, server.settings)
         answer = MessageAnswer(model.name, form, tuple(body.get("stop_sequences") or ()))
-        return Asked(pipe, question, answer, form.stream, PROMPT)
+        return Asked(pipe, question, answer, form.stream)
 
     return await server.respond(request, read)
 
@@ -221,7 +236,7 @@ async def _respond(server: Server, request: Request) -> Response:
         asked = read_response(body, server.store, pipe.tokenizer, server.settings)
         question, form, messages = asked
         answer = ResponseAnswer(model.name, form, body, messages, server.store)
-        return Asked(pipe, question, answer, form.stream, RESPONSE_PROMPT)
+        return Asked(pipe, question, answer, form.stream)
 
     return await server.respond(request, read)
 
@@ -299,7 +314,7 @@ async def _told_before(
         try:
             return JSONResponse(await anyio.to_thread.run_sync(told))
         except Exception as error:
-            raise api_error(error, PROMPT) from error
+            raise api_error(error, question.params) from error
 
 
 async def _list_models(server: Server, request: Request) -> Response:
@@ -338,26 +353,18 @@ async def _health(server: Server, request: Request) -> Response:
 
 
 def error_response(error: Exception, path: str) -> Response:
-    refusal = _refusal(error, None)
+    refusal = _refusal(error)
     body = error_body(refusal) if path.startswith("/v1/messages") else refusal.body()
     return JSONResponse(body, refusal.status, dict(refusal.headers))
 
 
-def _refusal(error: Exception, prompt_param: str | None) -> ApiError:
+def _refusal(error: Exception, params: Mapping[str, str] | None = None) -> ApiError:
     """What a client is told; a fault of ours goes to the log, not to the client."""
     try:
-        return api_error(error, prompt_param or "")
+        return api_error(error, params)
     except Exception:
         _LOG.exception("a request failed")
         return ApiError(500, "the server failed; its log says how", code="internal_error")
-
-
-async def _http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    told = {404: f"no such path: {request.url.path[:100]}", 405: f"{request.method} is not for it"}
-    message = told.get(error.status_code, str(error.detail))
-    refusal = ApiError(error.status_code, message, code="not_found")
-    return JSONResponse(refusal.body(), refusal.status, dict(error.headers or {}))
 
 
 async def drain(server: Server) -> None:

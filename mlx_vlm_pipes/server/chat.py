@@ -8,22 +8,38 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mlx_vlm_pipes.grammar import SOURCES
 from mlx_vlm_pipes.processing.tokenizer import Tokenizer
 from mlx_vlm_pipes.server.answers import Answers, Question
 from mlx_vlm_pipes.server.errors import ApiError, bad_request
 from mlx_vlm_pipes.server.events import event
-from mlx_vlm_pipes.server.fields import MAX_N, count, option_values, refuse_unknown, switch
+from mlx_vlm_pipes.server.fields import (
+    MAX_N,
+    Given,
+    count,
+    option_values,
+    refuse_unknown,
+    switch,
+)
 from mlx_vlm_pipes.server.forms import FORM_PARAMS, read_form
 from mlx_vlm_pipes.server.media import allowed_messages
 from mlx_vlm_pipes.server.settings import ServerSettings
-from mlx_vlm_pipes.server.told import Told, chat_logprobs, timings_of, usage_of
+from mlx_vlm_pipes.server.thinking import add_effort
+from mlx_vlm_pipes.server.told import (
+    Score,
+    Told,
+    chat_logprobs,
+    scores_of,
+    timings_of,
+    usage_of,
+)
 from mlx_vlm_pipes.server.tools import Manner, forced_calls, manner, read_tools
 from mlx_vlm_pipes.speech import Kind, Piece
 
 PROMPT = "messages"
 KNOWN = frozenset({
     "messages", "model", "stream", "stream_options", "n", "logprobs", "top_logprobs",
-    "tools", "tool_choice", "chat_template_kwargs", *FORM_PARAMS,
+    "tools", "tool_choice", "chat_template_kwargs", "reasoning_effort", *FORM_PARAMS,
 })  # fmt: skip
 READING = (
     "chat_template_kwargs",
@@ -41,15 +57,18 @@ class Form:
     scores at all; manner: how its text is taken apart."""
 
     stream: bool
-    with_usage: bool
-    n: int
-    top: int | None
     manner: Manner
+    with_usage: bool = False
+    n: int = 1
+    top: int | None = None
 
     def begun(self, answers: Answers) -> list[Told]:
         """The answers to the first prompt, of which nothing has come yet."""
-        prompt = answers.prompts[0].text
-        return [Told(self.manner.speech(prompt)) for _ in range(self.n)]
+        prompt, places = answers.prompts[0].text, answers.handles[0].places
+        return [
+            Told(self.manner.speech(prompt), places=None if places is None else places.reader())
+            for _ in range(self.n)
+        ]
 
 
 def read_chat(
@@ -57,36 +76,55 @@ def read_chat(
 ) -> tuple[Question, Form]:
     """Raises: ApiError 400 naming the parameter that is wrong."""
     refuse_unknown(body, KNOWN)
-    messages = body.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise bad_request("messages is no list of messages", PROMPT)
     tools = read_tools(body)
     form = Form(
         switch(body, "stream"),
+        manner(tokenizer, tools),
         wants_usage(body),
         count(body, "n", low=1, high=MAX_N) or 1,
         _top(body),
-        manner(tokenizer, tools),
     )
-    options = option_values(body) | read_form(body)
+    given = option_values(body)
+    read_form(body, given)
+    add_effort(given, body.get("reasoning_effort"), "reasoning_effort", tokenizer)
     forced = forced_calls(body, tools, tokenizer)
-    if forced is not None:
-        if "response_format" in body:
+    chat = Chat(body.get("messages"), PROMPT, tools, forced)
+    return chat_question(chat, given, form, settings), form
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A chat in OpenAI's form. param: what the request calls its messages; forced: the grammar of
+    an answer that must call one of the tools."""
+
+    messages: Any
+    param: str
+    tools: list[dict[str, Any]]
+    forced: str | None
+
+
+def chat_question(chat: Chat, given: Given, form: Form, settings: ServerSettings) -> Question:
+    """Raises: ApiError 400 for messages that are no list, and for two forms of the answer."""
+    messages, options = chat.messages, dict(given.values)
+    if not isinstance(messages, list) or not messages:
+        raise bad_request(f"{chat.param} is no list of messages", chat.param)
+    if chat.forced is not None:
+        if any(name in options for name in SOURCES):
             raise bad_request("tool_choice: an answer is a call or a form, not both", "tool_choice")
-        options["grammar"] = forced
+        options["grammar"] = chat.forced
     reading = {name: options.pop(name) for name in READING if name in options}
-    if tools:
-        reading["tools"] = tools
+    if chat.tools:
+        reading["tools"] = chat.tools
     if form.top is not None:
         options["logprobs"] = max(form.top, 1)
-    question = Question(
-        lambda: [allowed_messages(messages, settings, PROMPT)],
+    return Question(
+        lambda: [allowed_messages(messages, settings, chat.param)],
         options,
         reading,
         form.n,
         form.manner.calls.tokens if form.manner.calls is not None else (),
+        {"prompt": chat.param, "grammar": "tool_choice", **given.params},
     )
-    return question, form
 
 
 def wants_usage(body: Mapping[str, Any]) -> bool:
@@ -147,7 +185,7 @@ class ChatAnswer:
         async for index, chunk in answers.pieces():
             told = self.told[index]
             deltas = [self._delta(told, piece) for piece in told.add(chunk)]
-            scores = self._scores([] if chunk.logprobs is None else [chunk.logprobs])
+            scores = self._scores(scores_of(chunk))
             if scores is not None and not deltas:
                 deltas = [{"content": ""}]  # a token without text of its own has a score too
             for i, delta in enumerate(deltas):
@@ -207,7 +245,7 @@ class ChatAnswer:
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self._id, "object": kind, "created": self._created, "model": self.model}
 
-    def _scores(self, scores: list[Any]) -> dict[str, Any] | None:
+    def _scores(self, scores: list[Score]) -> dict[str, Any] | None:
         if self.form.top is None or not scores:
             return None
         return chat_logprobs(scores, self.form.top, self.tokenizer)

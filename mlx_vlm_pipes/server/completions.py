@@ -8,14 +8,20 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_vlm_pipes.log_probabilities import LogProbabilities
 from mlx_vlm_pipes.processing.tokenizer import Tokenizer
 from mlx_vlm_pipes.server.answers import Answers, Question
 from mlx_vlm_pipes.server.chat import Form, wants_usage
 from mlx_vlm_pipes.server.errors import ApiError, bad_request
 from mlx_vlm_pipes.server.events import event
 from mlx_vlm_pipes.server.fields import MAX_N, count, option_values, refuse_unknown, switch
-from mlx_vlm_pipes.server.told import Told, text_logprobs, timings_of, usage_of
+from mlx_vlm_pipes.server.told import (
+    Score,
+    Told,
+    scores_of,
+    text_logprobs,
+    timings_of,
+    usage_of,
+)
 from mlx_vlm_pipes.server.tools import Manner
 
 PROMPT = "prompt"
@@ -40,12 +46,14 @@ def read_completion(body: Mapping[str, Any]) -> tuple[Question, Form, list[str]]
     if n * len(prompts) > MAX_N:
         raise bad_request(f"n: {n * len(prompts)} answers, expected at most {MAX_N} in all", "n")
     top = count(body, "logprobs", low=0, high=MAX_TOP)
-    options = option_values(body)
+    given = option_values(body)
     if top is not None:
-        options["logprobs"] = max(top, 1)
-    form = Form(switch(body, "stream"), wants_usage(body), n * len(prompts), top, Manner())
+        given.values["logprobs"] = max(top, 1)
+    form = Form(switch(body, "stream"), Manner(), wants_usage(body), n * len(prompts), top)
     echoed = [text if switch(body, "echo") else "" for text in prompts for _ in range(n)]
-    return Question(lambda: prompts, options, {"raw": True}, n), form, echoed
+    params = {"prompt": PROMPT, **given.params}
+    question = Question(lambda: prompts, given.values, {"raw": True}, n, params=params)
+    return question, form, echoed
 
 
 @dataclass
@@ -79,7 +87,7 @@ class TextAnswer:
                 yield self._event([self._choice(index, text, [], None)])
         async for index, chunk in answers.pieces():
             text = "".join(piece.text for piece in self.told[index].add(chunk))
-            scores = [] if chunk.logprobs is None else [chunk.logprobs]
+            scores = scores_of(chunk)
             if text or scores or chunk.finish_reason:
                 yield self._event([self._choice(index, text, scores, chunk.finish_reason)])
         if self.form.with_usage:
@@ -95,7 +103,7 @@ class TextAnswer:
         return event({**self._head(), "choices": choices, **usage})
 
     def _choice(
-        self, index: int, text: str, scores: list[LogProbabilities], reason: str | None
+        self, index: int, text: str, scores: list[Score], reason: str | None
     ) -> dict[str, Any]:
         logprobs = None
         if self.form.top is not None and scores:
@@ -104,7 +112,7 @@ class TextAnswer:
             logprobs = text_logprobs(scores, self.form.top, self.tokenizer, offset)
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
-    def _text(self, score: LogProbabilities) -> str:
+    def _text(self, score: Score) -> str:
         return text_logprobs([score], 0, self.tokenizer, 0)["tokens"][0]
 
     def _figures(self) -> dict[str, Any]:

@@ -50,8 +50,6 @@ _TYPES = {
     429: "rate_limit_error",
     503: "service_unavailable",
 }
-# what the errors of an answer's form begin with
-FORMS = ("schema", "regex", "grammar", "the answer's form")
 _CODES: dict[type[InputError], str] = {
     ContextTooLong: "context_length_exceeded",
     MediaError: "invalid_media",
@@ -64,19 +62,17 @@ def bad_request(message: str, param: str | None = None, code: str | None = None)
     return ApiError(400, message, param, code)
 
 
-def api_error(error: Exception, prompt_param: str) -> ApiError:
+def api_error(error: Exception, params: Mapping[str, str] | None = None) -> ApiError:
     """The refusal that one of the package's own exceptions means; others are raised again.
 
-    prompt_param: what the dialect calls the prompt, which most of them are about.
+    params: what the request calls our options, and its prompt under the name "prompt".
     """
     if isinstance(error, ApiError):
         return error
     message = " ".join(str(error).split())
-    if isinstance(error, UnknownAdapter):
-        return bad_request(message, "adapter", _CODES[UnknownAdapter])
     if isinstance(error, InputError):
-        param = "response_format" if message.startswith(FORMS) else prompt_param
-        return bad_request(message, param, _CODES.get(type(error)))
+        name = error.param or "prompt"
+        return bad_request(message, (params or {}).get(name, name), _CODES.get(type(error)))
     if isinstance(error, EngineClosed):
         return ApiError(503, message, code="model_unloaded", headers={"Retry-After": "5"})
     if isinstance(error, CheckpointError):

@@ -3,39 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mlx_vlm_pipes.errors import InputError, shown
 from mlx_vlm_pipes.options import OPTIONS, Option
 from mlx_vlm_pipes.server.errors import bad_request
 
-# What the clients call our options. Under its own name every option is taken too.
-NAMES = {
-    "max_tokens": "max_tokens",
-    "max_completion_tokens": "max_tokens",
-    "temperature": "temperature",
-    "top_p": "top_p",
-    "top_k": "top_k",
-    "min_p": "min_p",
-    "repetition_penalty": "repetition_penalty",
-    "presence_penalty": "presence_penalty",
-    "frequency_penalty": "frequency_penalty",
-    "logit_bias": "logit_bias",
-    "seed": "seed",
-    "stop": "stop",
-    "stop_token_ids": "stop_token_ids",
-    "min_tokens": "min_tokens",
-    "ignore_eos": "ignore_eos",
-    "adapter": "adapter",
-    "fps": "fps",
-    "num_frames": "num_frames",
-    "min_pixels": "min_pixels",
-    "max_pixels": "max_pixels",
-    "chat_template_kwargs": "chat_template_kwargs",
-    "thinking_budget": "thinking_budget",
-    "speculative": "speculative",
-}
+# Options that every dialect takes, under their own names; each dialect adds its names for some.
+OWN = (
+    "max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty",
+    "presence_penalty", "frequency_penalty", "logit_bias", "seed", "stop", "stop_token_ids",
+    "min_tokens", "ignore_eos", "adapter", "fps", "num_frames", "min_pixels", "max_pixels",
+    "chat_template_kwargs", "thinking_budget", "speculative",
+    "num_draft_tokens",
+)  # fmt: skip
+NAMES = {**{name: name for name in OWN}, "max_completion_tokens": "max_tokens"}
 # They change nothing of the answer, or nothing that this server does otherwise.
 IGNORED = frozenset({
     "user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key",
@@ -44,19 +27,36 @@ IGNORED = frozenset({
 MAX_N = 128
 
 
-def option_values(body: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that a body names, by our names; null is as if it were not there.
+@dataclass
+class Given:
+    """Options of a request. values: by our names; params: what the request calls each of them."""
 
-    Raises: ApiError 400 naming the parameter, for a wrong value and for two names of one option.
+    values: dict[str, Any] = field(default_factory=dict)
+    params: dict[str, str] = field(default_factory=dict)
+
+    def add(self, param: str, **values: Any) -> None:
+        """What one more parameter means; what was said under an option's own name stands."""
+        for name, value in values.items():
+            if name not in self.values:
+                self.values[name], self.params[name] = value, param
+            elif isinstance(value, dict):
+                self.values[name] = {**value, **self.values[name]}
+
+
+def option_values(body: Mapping[str, Any], names: Mapping[str, str] = NAMES) -> Given:
+    """The options that a body names; null is as if it were not there.
+
+    names: of a dialect, parameter -> option. Raises: ApiError 400 naming the parameter, for a wrong
+    value and for two names of one option.
     """
-    found: dict[str, Any] = {}
-    for param, name in NAMES.items():
+    found = Given()
+    for param, name in names.items():
         value = body.get(param)
         if value is None:
             continue
-        if name in found:
+        if name in found.values:
             raise bad_request(f"{param} and {name} are the same; give one of them", param)
-        found[name] = read(replace(OPTIONS[name], name=param), _plain(param, value))
+        found.add(param, **{name: read(replace(OPTIONS[name], name=param), _plain(param, value))})
     return found
 
 
@@ -80,10 +80,15 @@ def count(body: Mapping[str, Any], param: str, *, low: int, high: int) -> int | 
     return read(Option("", name=param, kind=int, low=low, high=high), value)
 
 
-def refuse_unknown(body: Mapping[str, Any], known: Collection[str]) -> None:
-    """Raises: ApiError 400 for a parameter that would change the answer, had it an effect."""
+def refuse_unknown(
+    body: Mapping[str, Any], known: Collection[str], names: Collection[str] = NAMES
+) -> None:
+    """Raises: ApiError 400 for a parameter that would change the answer, had it an effect.
+
+    known: what a dialect reads beside options; names: those of options.
+    """
     for param, value in body.items():
-        if param in known or param in NAMES or param in IGNORED or value is None:
+        if param in known or param in names or param in IGNORED or value is None:
             continue
         raise bad_request(f"{shown(param)} is not supported by this server; leave it out", param)
 

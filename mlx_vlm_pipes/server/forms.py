@@ -7,6 +7,7 @@ from typing import Any
 
 from mlx_vlm_pipes.errors import shown
 from mlx_vlm_pipes.server.errors import bad_request
+from mlx_vlm_pipes.server.fields import Given
 
 # vLLM's names for the same, and ours
 GUIDED = {"guided_json": "schema", "guided_regex": "regex", "guided_grammar": "grammar"}
@@ -14,8 +15,8 @@ FORM_PARAMS = ("response_format", *GUIDED)
 ANY_OBJECT = {"type": "object"}
 
 
-def read_form(body: Mapping[str, Any]) -> dict[str, Any]:
-    """schema, regex or grammar, or none of them.
+def read_form(body: Mapping[str, Any], given: Given) -> None:
+    """Add schema, regex or grammar, or none of them.
 
     Raises: ApiError 400 for a form that is no object or text, and for two of them.
     """
@@ -24,13 +25,13 @@ def read_form(body: Mapping[str, Any]) -> dict[str, Any]:
         raise bad_request(f"{' and '.join(found)}: an answer has one form", next(iter(found)))
     for param, value in found.items():
         if param == "response_format":
-            return _response_format(value)
-        if param == "guided_json":
-            return {"schema": _object(value, param)}
-        if not isinstance(value, str):
+            given.add(param, **_response_format(value))
+        elif param == "guided_json":
+            given.add(param, schema=_object(value, param))
+        elif isinstance(value, str):
+            given.add(param, **{GUIDED[param]: value})
+        else:
             raise bad_request(f"{param} is no text", param)
-        return {GUIDED[param]: value}
-    return {}
 
 
 def schema_of(form: Any, param: str) -> dict[str, Any]:

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlx_vlm_pipes.errors import clip
-from mlx_vlm_pipes.processing.fetch import fetch
-from mlx_vlm_pipes.processing.messages import PART_TYPES, SOURCE_KEYS
+from mlx_vlm_pipes.errors import clip, shown
+from mlx_vlm_pipes.processing.fetch import Access, fetch
+from mlx_vlm_pipes.processing.messages import part_kind, part_source
+from mlx_vlm_pipes.processing.pages import split_choice, spread
 from mlx_vlm_pipes.server.errors import ApiError, bad_request
 from mlx_vlm_pipes.server.settings import ServerSettings
 
@@ -17,10 +18,12 @@ from mlx_vlm_pipes.server.settings import ServerSettings
 def allowed_messages(
     messages: Sequence[Any], settings: ServerSettings, param: str
 ) -> list[dict[str, Any]]:
-    """The messages, with each source of a picture or clip as what may be read: a data: URL, an
-    http(s) URL of an allowed host, or a file below the media root.
+    """The messages, with each source of a picture or clip as what may be read: a data: URL, what
+    lies behind an http(s) URL of an allowed host, or a file below the media root; a PDF as its
+    pages.
 
-    Raises: ApiError 400 for any other source, and for more of them than a request may have.
+    Raises: ApiError 400 for any other source, and for more of them than a request may have;
+    InputError for what is no part of a message.
     """
     out, total = [], 0
     for message in messages:
@@ -28,46 +31,43 @@ def allowed_messages(
         if not isinstance(content, (list, Mapping)):
             out.append(message)
             continue
-        parts = [content] if isinstance(content, Mapping) else content
-        total += sum(_kind(part) is not None for part in parts)
-        if total > settings.max_media:
-            raise bad_request(
-                f"more than {settings.max_media} pictures and clips, the limit of a request", param
-            )
-        allowed = [_allowed_part(part, settings, param) for part in parts]
+        allowed: list[Any] = []
+        for part in [content] if isinstance(content, Mapping) else content:
+            kind = part_kind(part)
+            found = [part] if kind == "text" else _allowed_parts(part, kind, settings, param)
+            total += len(found) if kind != "text" else 0
+            if total > settings.max_media:
+                raise bad_request(
+                    f"{total} or more pictures, clips and pages of documents; this server takes "
+                    f"{settings.max_media} in a request (--max-media)",
+                    param,
+                )
+            allowed += found
         out.append({**message, "content": allowed})
     return out
 
 
-def _kind(part: Any) -> str | None:
-    """ "image" or "video", of a part that is either."""
-    named = part.get("type") if isinstance(part, Mapping) else None
-    kind = PART_TYPES.get(named) if isinstance(named, str) else None
-    return kind if kind in SOURCE_KEYS else None
+def _allowed_parts(
+    part: Mapping[str, Any], kind: str, settings: ServerSettings, param: str
+) -> list[dict[str, Any]]:
+    """A picture or clip, or the pages of a document, each with a source that may be read."""
+    source = part_source(part, kind)
+    if source is None:
+        raise bad_request(f"a part of type {shown(part.get('type'))} carries no {kind}", param)
+    if not isinstance(source, str):
+        raise bad_request(f"{kind}: expected a URL, found {shown(source)}", param)
+    base, choice = split_choice(source) if kind == "image" else (source, None)
+    found = allowed_source(base, settings, param)
+    access = Access(local_files=False)
+    pages = spread(found, access, choice) if kind == "image" else [found]
+    return [{"type": kind, kind: page} for page in pages]
 
 
-def _allowed_part(part: Any, settings: ServerSettings, param: str) -> Any:
-    kind = _kind(part)
-    if kind is None:
-        return part
-    for key in SOURCE_KEYS[kind]:
-        value = part.get(key)
-        if value is None or key == "base64":
-            continue
-        source = value.get("url") if isinstance(value, Mapping) else value
-        return {"type": kind, kind: allowed_source(source, settings, param)}
-    if "base64" not in part:
-        raise bad_request(f"a part of type {part['type']!r} carries no {kind}", param)
-    return part
-
-
-def allowed_source(source: Any, settings: ServerSettings, param: str) -> str | bytes | Path:
+def allowed_source(source: str, settings: ServerSettings, param: str) -> str | bytes | Path:
     """A data: URL itself, what lies behind another URL, or the path of a file.
 
     Raises: ApiError 400 where it may not be read; MediaError where it cannot be fetched.
     """
-    if not isinstance(source, str):
-        raise bad_request("a picture or clip is named by no text; expected a URL", param)
     scheme = source.partition(":")[0].lower()
     if scheme == "data":
         return source

@@ -5,26 +5,28 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from mlx_vlm_pipes.errors import shown
 from mlx_vlm_pipes.processing.tokenizer import Tokenizer
 from mlx_vlm_pipes.server.answers import Answers, Question
-from mlx_vlm_pipes.server.chat import Form, read_chat
+from mlx_vlm_pipes.server.chat import Chat, Form, chat_question
 from mlx_vlm_pipes.server.errors import ApiError, bad_request
 from mlx_vlm_pipes.server.events import event
-from mlx_vlm_pipes.server.fields import refuse_unknown
+from mlx_vlm_pipes.server.fields import OWN, option_values, refuse_unknown, switch
 from mlx_vlm_pipes.server.settings import ServerSettings
+from mlx_vlm_pipes.server.thinking import add_thinking
 from mlx_vlm_pipes.server.told import Told
+from mlx_vlm_pipes.server.tools import forced_calls, manner, read_tools
 from mlx_vlm_pipes.speech import Kind, Piece
 
 KNOWN = frozenset({
-    "messages", "model", "stream", "max_tokens", "system", "stop_sequences", "temperature", "top_p",
-    "top_k", "tools", "tool_choice", "thinking",
+    "messages", "model", "stream", "system", "tools", "tool_choice", "thinking",
 })  # fmt: skip
-SAME = ("temperature", "top_p", "top_k", "max_tokens", "stream")
-NAMES = {"stop": "stop_sequences", "chat_template_kwargs": "thinking"}  # OpenAI's name: theirs
+# What Anthropic's clients call our options.
+NAMES = {**{name: name for name in OWN}, "stop_sequences": "stop"}
+PROMPT = "messages"
 CHOICES = {"auto": "auto", "none": "none", "any": "required"}
 
 
@@ -32,7 +34,7 @@ def read_messages(
     body: Mapping[str, Any], tokenizer: Tokenizer, settings: ServerSettings
 ) -> tuple[Question, Form]:
     """Raises: ApiError 400 naming Anthropic's parameter that is wrong."""
-    refuse_unknown(body, KNOWN)
+    refuse_unknown(body, KNOWN, NAMES)
     if body.get("max_tokens") is None:
         raise bad_request(
             "max_tokens is missing; expected how long the answer may be", "max_tokens"
@@ -44,29 +46,17 @@ def read_prompt(
     body: Mapping[str, Any], tokenizer: Tokenizer, settings: ServerSettings
 ) -> tuple[Question, Form]:
     """As read_messages, for a request that need not say how long its answer may be."""
-    try:
-        return read_chat(_chat_body(body, tokenizer), tokenizer, settings)
-    except ApiError as error:
-        name = NAMES.get(error.param or "", error.param)
-        raise replace(error, param=name, message=_renamed(error, name)) from None
-
-
-def _renamed(error: ApiError, name: str | None) -> str:
-    old = error.param or ""
-    return f"{name}{error.message[len(old) :]}" if error.message.startswith(old) else error.message
-
-
-def _chat_body(body: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
-    chat = {name: body[name] for name in SAME if name in body}
-    if body.get("stop_sequences") is not None:
-        chat["stop"] = body["stop_sequences"]
-    chat["messages"] = _messages(body)
+    given = option_values(body, NAMES)
+    add_thinking(given, body.get("thinking"), "thinking", tokenizer)
+    chat: dict[str, Any] = {}
     if body.get("tools"):
         chat["tools"] = [_tool(tool) for tool in _list(body["tools"], "tools")]
     if body.get("tool_choice") is not None:
-        chat["tool_choice"] = _choice(body["tool_choice"])
-    thinking = _thinking(body.get("thinking"), tokenizer)
-    return chat if thinking is None else {**chat, "chat_template_kwargs": thinking}
+        chat |= _choice(body["tool_choice"])
+    tools = read_tools(chat)
+    form = Form(switch(body, "stream"), manner(tokenizer, tools))
+    asked = Chat(_messages(body), PROMPT, tools, forced_calls(chat, tools, tokenizer))
+    return chat_question(asked, given, form, settings), form
 
 
 def _messages(body: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -127,16 +117,18 @@ def _part(block: Any) -> dict[str, Any]:
     kind = block.get("type") if isinstance(block, Mapping) else None
     if kind == "text":
         return {"type": "text", "text": block.get("text")}
-    source = block.get("source") if kind == "image" else None
+    source = block.get("source") if kind in ("image", "document") else None
     if isinstance(source, Mapping):
+        if source.get("type") == "text":
+            return {"type": "text", "text": source.get("data")}
         if source.get("type") == "base64":
             url = f"data:{source.get('media_type')};base64,{source.get('data')}"
             return {"type": "image_url", "image_url": {"url": url}}
         if source.get("type") == "url":
             return {"type": "image_url", "image_url": {"url": source.get("url")}}
     raise bad_request(
-        f"messages: a block of type {shown(kind)}; expected text, image (base64 or url), tool_use "
-        "or tool_result",
+        f"messages: a block of type {shown(kind)}; expected text, image or document (base64 or "
+        "url), tool_use or tool_result",
         "messages",
     )
 
@@ -152,30 +144,19 @@ def _tool(tool: Any) -> dict[str, Any]:
     return {"type": "function", "function": function}
 
 
-def _choice(choice: Any) -> Any:
+def _choice(choice: Any) -> dict[str, Any]:
+    """tool_choice and parallel_tool_calls, as a chat has them."""
     kind = choice.get("type") if isinstance(choice, Mapping) else None
-    if kind == "tool":
-        return {"type": "function", "function": {"name": choice.get("name")}}
-    if kind not in CHOICES:
+    if kind != "tool" and (not isinstance(kind, str) or kind not in CHOICES):
         raise bad_request(
             'tool_choice: expected a type "auto", "any", "tool" or "none"', "tool_choice"
         )
-    return CHOICES[kind]
-
-
-def _thinking(thinking: Any, tokenizer: Tokenizer) -> dict[str, Any] | None:
-    """What the chat template is told of it. A template that knows no switch has no thinking off."""
-    if thinking is None:
-        return None
-    kind = thinking.get("type") if isinstance(thinking, Mapping) else None
-    if kind not in ("enabled", "disabled"):
-        raise bad_request('thinking: expected a type "enabled" or "disabled"', "thinking")
-    template = tokenizer.chat_template
-    if template is None or "enable_thinking" not in template.names:
-        if kind == "disabled":
-            return None
-        raise bad_request("thinking: this model's chat template has no switch for it", "thinking")
-    return {"enable_thinking": kind == "enabled"}
+    named = {"type": "function", "function": {"name": choice.get("name")}}
+    is_single = choice.get("disable_parallel_tool_use") is True
+    return {
+        "tool_choice": named if kind == "tool" else CHOICES[kind],
+        "parallel_tool_calls": not is_single,
+    }
 
 
 def _list(value: Any, param: str) -> list[Any]:

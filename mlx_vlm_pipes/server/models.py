@@ -166,12 +166,12 @@ class Models:
             pipe.close()
 
     def _weights(self) -> int:
-        return sum(model.pipe.model.weight_bytes for model in self._loaded() if model.pipe)
+        return sum(model.pipe.engine.weight_bytes for model in self._loaded() if model.pipe)
 
     def _share(self) -> None:
         """Budgets of caches: equal parts of what all weights leave."""
         loaded, total = self._loaded(), self._weights()
         for model in loaded:
             if model.pipe is not None:
-                own = model.pipe.model.weight_bytes
-                model.pipe.engine.share(total - own, len(loaded))
+                engine = model.pipe.engine
+                engine.share(total - engine.weight_bytes, len(loaded))

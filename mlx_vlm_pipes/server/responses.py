@@ -6,27 +6,29 @@ import time
 import uuid
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from mlx_vlm_pipes.errors import shown
 from mlx_vlm_pipes.processing.tokenizer import Tokenizer
 from mlx_vlm_pipes.server.answers import Answers, Question
-from mlx_vlm_pipes.server.chat import Form, read_chat
+from mlx_vlm_pipes.server.chat import Chat, Form, chat_question
 from mlx_vlm_pipes.server.errors import ApiError, bad_request
 from mlx_vlm_pipes.server.events import event
-from mlx_vlm_pipes.server.fields import refuse_unknown, switch
+from mlx_vlm_pipes.server.fields import OWN, option_values, refuse_unknown, switch
 from mlx_vlm_pipes.server.forms import schema_of
 from mlx_vlm_pipes.server.settings import ServerSettings
+from mlx_vlm_pipes.server.thinking import add_effort
 from mlx_vlm_pipes.server.told import Told
+from mlx_vlm_pipes.server.tools import forced_calls, manner, read_tools
 from mlx_vlm_pipes.speech import Kind, Piece
 
 KNOWN = frozenset({
-    "input", "model", "stream", "instructions", "max_output_tokens", "temperature", "top_p",
-    "previous_response_id", "text", "tools", "tool_choice", "truncation", "background", "include",
-    "reasoning", "stream_options",
+    "input", "model", "stream", "instructions", "previous_response_id", "text", "tools",
+    "tool_choice", "truncation", "background", "include", "reasoning", "stream_options",
 })  # fmt: skip
-NAMES = {"max_tokens": "max_output_tokens", "messages": "input", "response_format": "text"}
+# What OpenAI's clients call our options here.
+NAMES = {**{name: name for name in OWN}, "max_output_tokens": "max_tokens"}
 PROMPT = "input"
 MAX_STORED, MAX_STORED_CHARACTERS = 1000, 64 * 2**20
 Messages = list[dict[str, Any]]
@@ -75,31 +77,28 @@ def read_response(
     Raises: ApiError 400 naming the parameter that is wrong, 404 for a previous response that is
     not kept.
     """
-    refuse_unknown(body, KNOWN)
+    refuse_unknown(body, KNOWN, NAMES)
     _refuse_modes(body)
     messages = []
     if body.get("previous_response_id") is not None:
         messages = list(store.messages(str(body["previous_response_id"]), "previous_response_id"))
     messages += _items(body.get("input"))
-    chat: dict[str, Any] = {name: body[name] for name in ("temperature", "top_p") if name in body}
-    if body.get("max_output_tokens") is not None:
-        chat["max_tokens"] = body["max_output_tokens"]
+    given = option_values(body, NAMES)
     instructions = body.get("instructions")
     if instructions is not None and not isinstance(instructions, str):
         raise bad_request("instructions is no text", "instructions")
     system = [{"role": "system", "content": instructions}] if instructions else []
-    chat["messages"] = [*system, *messages]
-    chat |= _tools(body)
     text = body.get("text")
     format = text.get("format") if isinstance(text, Mapping) else text
     if format is not None:
-        schema_of(format, "text")  # judged under the name that it has here
-        chat["response_format"] = format
-    try:
-        question, form = read_chat(chat, tokenizer, settings)
-    except ApiError as error:
-        raise replace(error, param=NAMES.get(error.param or "", error.param)) from None
-    return question, replace(form, stream=switch(body, "stream")), messages
+        given.add("text", **schema_of(format, "text"))
+    add_effort(given, _effort(body), "reasoning", tokenizer)
+    chat = _tools(body)
+    tools = read_tools(chat)
+    form = Form(switch(body, "stream"), manner(tokenizer, tools))
+    forced = forced_calls(chat, tools, tokenizer)
+    asked = Chat([*system, *messages], PROMPT, tools, forced)
+    return chat_question(asked, given, form, settings), form, messages
 
 
 def _refuse_modes(body: Mapping[str, Any]) -> None:
@@ -110,11 +109,20 @@ def _refuse_modes(body: Mapping[str, Any]) -> None:
         raise bad_request("background: answers are waited for here", "background")
     if body.get("include"):
         raise bad_request("include: there is nothing more to tell", "include")
+
+
+def _effort(body: Mapping[str, Any]) -> Any:
+    """reasoning.effort. Raises: ApiError 400 for a summary: the reasoning itself is told."""
     reasoning = body.get("reasoning")
-    if isinstance(reasoning, Mapping) and any(value is not None for value in reasoning.values()):
-        raise bad_request(
-            "reasoning: use chat_template_kwargs of /v1/chat/completions", "reasoning"
-        )
+    if reasoning is None:
+        return None
+    if not isinstance(reasoning, Mapping):
+        raise bad_request("reasoning is no object with an effort", "reasoning")
+    for name, value in reasoning.items():
+        if name != "effort" and value not in (None, "auto"):
+            message = f"reasoning: {shown(name)} is not done here; reasoning is told as it is"
+            raise bad_request(message, "reasoning")
+    return reasoning.get("effort")
 
 
 def _tools(body: Mapping[str, Any]) -> dict[str, Any]:
@@ -135,7 +143,7 @@ def _tools(body: Mapping[str, Any]) -> dict[str, Any]:
         choice = {"type": "function", "function": {"name": choice["name"]}}
     if choice is not None and (tools or choice != "auto"):
         chat["tool_choice"] = choice
-    return chat
+    return {**chat, "parallel_tool_calls": body.get("parallel_tool_calls")}
 
 
 def _items(given: Any) -> Messages:

@@ -14,10 +14,10 @@ class ServerSettings:
 
     api_keys: one of them must come with every request but those of `/health`; none: all may ask.
     max_waiting: requests that may wait beside those that run. max_body_bytes: of a request's body.
-    max_media: pictures and clips of one request. max_tokens: of answers whose request names no
-    limit. media_root: the folder whose files a request may name. url_hosts: the hosts from which
-    pictures are fetched. timeout_s: how long a body, a client that does not read, and the requests
-    that run at the end are waited for. idle_unload_s: when a model that nobody asks for is
+    max_media: pictures, clips and PDF pages of one request. max_tokens: of answers whose request
+    names no limit. media_root: the folder whose files a request may name. url_hosts: the hosts from
+    which pictures are fetched. timeout_s: how long a body, a client that does not read, and the
+    requests that run at the end are waited for. idle_unload_s: when a model that nobody asks for is
     unloaded; None: never.
     """
 

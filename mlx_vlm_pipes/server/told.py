@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mlx_vlm_pipes.engine.requests import Chunk, Timings, Usage
-from mlx_vlm_pipes.log_probabilities import LogProbabilities
+from mlx_vlm_pipes.media.places import PlaceReader
 from mlx_vlm_pipes.processing.tokenizer import Tokenizer
 from mlx_vlm_pipes.speech import Kind, Piece, Speech
 
@@ -27,17 +27,27 @@ class Call:
         return {"id": self.id, "type": "function", "function": function}
 
 
+@dataclass(frozen=True)
+class Score:
+    """Of a token: its log probability, and the best tokens with theirs, the best first."""
+
+    token: int
+    value: float
+    best: list[tuple[int, float]]
+
+
 @dataclass
 class Told:
     """One answer as far as it has come.
 
     speech: what takes its text apart. is_trimmed: leave out spaces before its first word, which
-    some models write in every chat, in streams and in whole answers alike. calls: ids, names and
-    JSON texts of the arguments.
+    some models write in every chat, in streams and in whole answers alike. places: takes marked
+    numbers of its text to pixels of the picture. calls: ids, names and JSON texts of the arguments.
     """
 
     speech: Speech = field(default_factory=Speech)
     is_trimmed: bool = True
+    places: PlaceReader | None = None
     reasoning: str = ""
     calls: list[Call] = field(default_factory=list)
     text: str = ""
@@ -45,7 +55,7 @@ class Told:
     stop: str | None = None
     usage: Usage | None = None
     timings: Timings | None = None
-    scores: list[LogProbabilities] = field(default_factory=list)
+    scores: list[Score] = field(default_factory=list)
 
     def add(self, chunk: Chunk) -> list[Piece]:
         """Take a chunk in. Returns: what it adds."""
@@ -53,12 +63,13 @@ class Told:
         pieces = self.speech.add(chunk.text)
         if chunk.finish_reason is not None:
             pieces += self.speech.finish()
+        if self.places is not None:
+            pieces = _placed(pieces, self.places, is_last=chunk.finish_reason is not None)
         if is_first:
             pieces = _trimmed(pieces)
         for piece in pieces:
             self._take(piece)
-        if chunk.logprobs is not None:
-            self.scores.append(chunk.logprobs)
+        self.scores += scores_of(chunk)
         if chunk.finish_reason is not None:
             self.reason, self.stop = chunk.finish_reason, chunk.stop
             self.usage, self.timings = chunk.usage, chunk.timings
@@ -78,6 +89,17 @@ class Told:
             self.calls.append(Call(f"call_{uuid.uuid4().hex[:24]}", piece.text))
         else:
             self.calls[piece.call].arguments += piece.text
+
+
+def _placed(pieces: list[Piece], places: PlaceReader, *, is_last: bool) -> list[Piece]:
+    """With marked numbers of the text as pixels."""
+    out = [
+        replace(piece, text=places.add(piece.text)) if piece.kind is Kind.TEXT else piece
+        for piece in pieces
+    ]
+    if is_last:
+        out.append(Piece(Kind.TEXT, places.finish()))
+    return [piece for piece in out if piece.text or piece.kind is Kind.CALL]
 
 
 def _trimmed(pieces: list[Piece]) -> list[Piece]:
@@ -100,6 +122,7 @@ def usage_of(answers: Iterable[Told], n: int) -> dict[str, Any]:
         sum(usage.prompt_tokens for usage in prompts),
         sum(usage.completion_tokens for usage in used),
     )
+    kept = sum(usage.accepted_tokens for usage in used)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
@@ -107,6 +130,10 @@ def usage_of(answers: Iterable[Told], n: int) -> dict[str, Any]:
         "prompt_tokens_details": {
             "cached_tokens": sum(usage.cached_tokens for usage in prompts),
             "image_tokens": sum(usage.image_tokens for usage in prompts),
+        },
+        "completion_tokens_details": {
+            "accepted_prediction_tokens": kept,
+            "rejected_prediction_tokens": sum(usage.drafted_tokens for usage in used) - kept,
         },
     }
 
@@ -121,41 +148,37 @@ def timings_of(answers: Iterable[Told]) -> dict[str, float]:
     }
 
 
-def chat_logprobs(scores: Iterable[LogProbabilities], top: int, of: Tokenizer) -> dict[str, Any]:
+def scores_of(chunk: Chunk) -> list[Score]:
+    """Of the chunk's token, where scores were asked for."""
+    if chunk.token is None or chunk.logprobs is None:
+        return []
+    values = chunk.logprobs
+    best = list(values.top_log_probabilities[0].items())
+    return [Score(chunk.token, values.token_log_probabilities[0], best)]
+
+
+def chat_logprobs(scores: Iterable[Score], top: int, of: Tokenizer) -> dict[str, Any]:
     """OpenAI's logprobs object of a chat's choice: each token with its `top` best rivals."""
     content = []
-    for chosen, own, best in _ranked(scores, top):
-        content.append(
-            {**_token(chosen, own, of), "top_logprobs": [_token(t, v, of) for t, v in best]}
-        )
+    for score in scores:
+        best = [_token(token, value, of) for token, value in score.best[:top]]
+        content.append({**_token(score.token, score.value, of), "top_logprobs": best})
     return {"content": content, "refusal": None}
 
 
-def text_logprobs(
-    scores: Iterable[LogProbabilities], top: int, of: Tokenizer, offset: int
-) -> dict[str, Any]:
+def text_logprobs(scores: Iterable[Score], top: int, of: Tokenizer, offset: int) -> dict[str, Any]:
     """OpenAI's older form, of /v1/completions. offset: where in the text the first token begins."""
     tokens, values, tops, offsets = [], [], [], []
-    for chosen, own, best in _ranked(scores, top):
-        text = _text(chosen, of)
+    for score in scores:
+        text = _text(score.token, of)
         tokens.append(text)
-        values.append(own)
-        tops.append({_text(t, of): v for t, v in best})
+        values.append(score.value)
+        tops.append({_text(t, of): v for t, v in score.best[:top]})
         offsets.append(offset)
         offset += len(text)
     return {
         "tokens": tokens, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets
     }  # fmt: skip
-
-
-def _ranked(
-    scores: Iterable[LogProbabilities], top: int
-) -> Iterator[tuple[int, float, list[tuple[int, float]]]]:
-    """Of each score: the chosen token, its value, and the `top` best tokens with theirs."""
-    for score in scores:
-        ranked, own = score.top_log_probabilities[0], score.token_log_probabilities[0]
-        chosen = next(token for token, value in ranked.items() if value == own)
-        yield chosen, own, list(ranked.items())[:top]
 
 
 def _token(token: int, value: float, of: Tokenizer) -> dict[str, Any]:

@@ -53,7 +53,8 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One header entry. offset: where its data begin in the file, in bytes."""
+    """One header entry. offset: where its data begin in the file, in bytes; 0 where only a whole
+    tensor can be read."""
 
     name: str
     dtype: DType

@@ -9,6 +9,7 @@ import pytest
 
 from mlx_vlm_pipes import GenerationResult
 from mlx_vlm_pipes.engine import lookup
+from mlx_vlm_pipes.engine.worth import Size, Worth
 
 
 def draft_from(
@@ -30,6 +31,17 @@ def draft_from(
     monkeypatch.setattr(lookup, "propose", propose)
     monkeypatch.setattr(lookup.Lookup, "is_on", property(lambda self: True))
     monkeypatch.setattr(lookup.Lookup, "expected", lambda self, count: count)
+    always_worth(monkeypatch)
+
+
+def always_worth(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drafts are run whatever they take."""
+
+    def gain(self: Worth, size: Size, expected: float) -> float:
+        del self, size
+        return expected
+
+    monkeypatch.setattr(Worth, "gain", gain)
 
 
 def checked(plain: GenerationResult, drafted: GenerationResult) -> None:

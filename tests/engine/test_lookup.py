@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 
 from mlx_vlm_pipes import GenerationResult, Pipeline, load
-from mlx_vlm_pipes.engine.lookup import DRAFT, Lookup, propose
+from mlx_vlm_pipes.engine.drafts import MOST
+from mlx_vlm_pipes.engine.lookup import Lookup, propose
 from mlx_vlm_pipes.errors import InputError
 from mlx_vlm_pipes.loading import BUNDLED
 from mlx_vlm_pipes.pipeline import collect
-from tests.engine.drafting import checked, draft_from, together
+from tests.engine.drafting import always_worth, checked, draft_from, together
 from tests.fixtures_helper import FIXTURES
 from tests.nn.test_lora import BASE, write_adapter
 
@@ -60,7 +61,7 @@ def test_a_row_drafts_only_while_enough_is_kept() -> None:
     assert lookup.is_on
     assert lookup.draft(np.array(tokens), 99) == [5, 6, 7, 8, 9, 1, 2]
     assert len(lookup.draft(np.array(tokens), 3)) == 3
-    lookup.note(0.0)
+    lookup.note(0, 7)
     assert not lookup.is_on
 
 
@@ -189,7 +190,8 @@ def test_an_answer_of_a_form_and_n_answers(monkeypatch: pytest.MonkeyPatch) -> N
         together(plain, pipe.generate_n(PROMPT, 3, **asked, **LOOKUP))
 
 
-def test_what_repeats_itself_takes_fewer_steps() -> None:
+def test_what_repeats_itself_takes_fewer_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    always_worth(monkeypatch)
     prompt = "red circle, blue square, red circle, blue square, red circle, blue"
     with load() as pipe:
         asked: dict[str, Any] = {"max_tokens": 120, "ignore_eos": True, "raw": True}
@@ -206,17 +208,20 @@ def test_drafts_that_fail_are_given_up(pipe: Pipeline, monkeypatch: pytest.Monke
     plain = pipe.generate(PROMPT, **LONG)
     monkeypatch.setattr("mlx_vlm_pipes.engine.lookup.propose", lambda tokens, count: [3] * count)
     monkeypatch.setattr(Lookup, "__init__", _confident)
+    always_worth(monkeypatch)
     drafted = pipe.generate(PROMPT, **LONG, **LOOKUP)
     assert drafted.tokens == plain.tokens
-    assert 0 < drafted.usage.drafted_tokens <= 3 * DRAFT
+    assert 0 < drafted.usage.drafted_tokens <= 3 * MOST
 
 
-def _confident(self: Lookup) -> None:
-    self.drafted = self.kept = self._right = 0
-    self._share, self._guess = 1.0, []
+def _confident(self: Lookup, most: int | None = None) -> None:
+    super(Lookup, self).__init__(most, share=1.0)
+    self._right, self._guess = 0, []
 
 
-@pytest.mark.parametrize("value", ["draft", "", 5, True])
+@pytest.mark.parametrize("value", ["drafts", "", 5, True])
 def test_another_value_is_one_line(pipe: Pipeline, value: Any) -> None:
-    with pytest.raises(InputError, match=r"^speculative is .*, expected 'lookup'$"):
+    with pytest.raises(
+        InputError, match=r"^speculative is .*, expected 'lookup' or 'draft' or 'none'$"
+    ):
         pipe.generate(PROMPT, speculative=value)

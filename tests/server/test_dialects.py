@@ -173,12 +173,18 @@ def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
             store.response(gone)
 
 
+FROG = {"type": "frog"}
 WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("messages", {"messages": []}, "max_tokens"),
     ("messages", message(stop_sequences=5), "stop_sequences"),
     ("messages", message(top_k=0), "top_k"),
     ("messages", message(thinking={"type": "enabled", "budget_tokens": 5}), "thinking"),
     ("messages", message(tools=[{"name": "f"}]), "tools"),
+    ("messages", message(tool_choice={"type": []}), "tool_choice"),
+    ("messages", message(modalities=["audio"]), "modalities"),
+    ("messages", message(max_completion_tokens=5), "max_completion_tokens"),
+    ("messages", message(max_tokens=5000), "messages"),
+    ("messages", message(adapter="mine"), "adapter"),
     ("messages", {"max_tokens": 5, "messages": [{"role": "system", "content": "x"}]}, "messages"),
     ("messages", {"max_tokens": 5, "messages": [{"role": "user", "content": [{}]}]}, "messages"),
     ("responses", {"input": 5}, "input"),
@@ -186,6 +192,11 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("responses", items(background=True), "background"),
     ("responses", items(text={"format": {"type": "json_schema"}}), "text"),
     ("responses", items(text={"format": "json"}), "text"),
+    ("responses", items(text={"format": {"type": "json_schema", "schema": FROG}}), "text"),
+    ("responses", items(max_output_tokens=5000), "input"),
+    ("responses", items(reasoning={"effort": "most"}), "reasoning"),
+    ("responses", items(reasoning={"summary": "detailed"}), "reasoning"),
+    ("responses", items(reasoning="high"), "reasoning"),
     ("responses", items(truncation="auto"), "truncation"),
     ("responses", {"input": [{"type": "computer_call"}]}, "input"),
     ("responses", items(tools=[{"type": "web_search"}]), "tools"),
@@ -199,3 +210,13 @@ def test_a_mistake_is_a_400_that_names_it(
     reply = call(port, f"/v1/{path}", body)
     assert (reply.status, reply.error["param"]) == (400, param), reply.body
     assert (reply.json.get("type") == "error") == (path == "messages")
+
+
+def test_a_dialects_own_name_stands_in_the_sentence(port: int) -> None:
+    for path, body, words in (
+        ("messages", message(stop_sequences=5), "stop_sequences is 5, expected"),
+        ("responses", items(max_output_tokens=0), "max_output_tokens is 0, expected"),
+        ("responses", items(input=[]), "input is no list"),
+    ):
+        assert call(port, f"/v1/{path}", body).error["message"].startswith(words)
+    assert call(port, "/v1/messages", message(seed=1, min_p=0.1)).status == 200

@@ -165,6 +165,12 @@ WRONG: list[tuple[Any, str | None, str]] = [
     (plain(guided_regex=5), "guided_regex", "no text"),
     (plain(guided_regex="a", guided_json={}), "guided_json", "one form"),
     (plain(adapter="mine"), "adapter", "mine"),
+    (plain(guided_regex="(", max_tokens=5), "guided_regex", "regex"),
+    (plain(guided_regex="a", ignore_eos=True), "ignore_eos", "leave it out"),
+    (plain(guided_regex="a", min_tokens=5), "min_tokens", "forbid"),
+    (plain(logit_bias={"10000000": 1}), "logit_bias", "vocabulary"),
+    (plain(thinking_budget=5), "thinking_budget", "leave it out"),
+    (plain(reasoning_effort="most"), "reasoning_effort", "none, minimal"),
     (plain(max_tokens=5000), "messages", "this model holds 2048"),
     ({"messages": "Who?"}, "messages", "no list"),
     ({"messages": [5]}, "messages", "message 0"),
@@ -192,16 +198,6 @@ def test_other_refusals_have_their_status(port: int) -> None:
     ]
     assert call(port, CHAT, plain(), host="evil.example").status == 403
     assert call(port, "/v1/models").json["data"][0]["id"] == NAME
-
-
-def test_only_callers_with_a_key_are_let_in(pipe: Pipeline) -> None:
-    with running(serve(pipe, api_keys=("one", "two"))) as port:
-        assert call(port, "/health").status == 200
-        for path in ("/v1/models", "/metrics", "/v1/models/x"):
-            assert call(port, path).status == 401
-        assert call(port, CHAT, plain(), authorization="Bearer wrong").status == 401
-        assert call(port, CHAT, plain(max_tokens=1), authorization="Bearer two").status == 200
-        assert call(port, CHAT, plain(max_tokens=1), x_api_key="one").status == 200
 
 
 def test_bodies_are_bounded_in_size_and_time(pipe: Pipeline) -> None:

@@ -162,7 +162,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"tools": [WEATHER], "tool_choice": "always"}, "tool_choice"),
     ({"tools": [WEATHER], "tool_choice": {"function": {"name": "x"}}}, "tool_choice"),
     ({"tool_choice": "required"}, "tool_choice"),
-    ({"chat_template_kwargs": {"colour": 1}}, "messages"),
+    ({"chat_template_kwargs": {"colour": 1}}, "chat_template_kwargs"),
 ]
 
 
