@@ -21,7 +21,7 @@ from mlx_vlm_pipes import EngineConfig, Pipeline, load
 from mlx_vlm_pipes.engine.requests import Handle
 from mlx_vlm_pipes.processing.base import VisionProcessor
 
-WORDS = ["a", "b", "c", "d", "red", "blue", "circle", "square", "what", "is", "in", "the", "picture"]
+WORDS = [*"abcdefgh", "red", "blue", "circle", "square", "what", "is", "in", "the", "picture"]
 
 
 class Many:
