@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_vlm_pipes import __version__
-from mlx_vlm_pipes.command import RANK_LOST, USER_MISTAKE
+from mlx_vlm_pipes.command import RANK_LOST, USER_MISTAKE, ignoring_interrupts
 from mlx_vlm_pipes.config import KVCacheConfig, ModelConfig, PipelineConfig
 from mlx_vlm_pipes.contexts import TextContext
 from mlx_vlm_pipes.distributed.launch import join_group
@@ -249,10 +249,11 @@ def open_together(asked: Asked, distributed: str | mx.distributed.Group) -> Pipe
         engine = Engine(worker, model, asked.engine, team=team)
         if ranks.is_first:
             return Pipeline(model, own.processor, engine, has_bars=asked.has_bars)
-        engine.follow()
+        with ignoring_interrupts():
+            engine.follow()
     except BaseException as error:
         if team is not None:
-            team.close()
+            team.leave(error)
         worker.stop()
         if team is None or team.ranks.is_first or not isinstance(error, PipesError):
             raise
