@@ -19,6 +19,7 @@ from mlx_vlm_pipes.pipeline import Pipeline, Prompt
 from mlx_vlm_pipes.processing.messages import part_kind
 from mlx_vlm_pipes.processing.types import ProcessedPrompt
 from mlx_vlm_pipes.server.events import disconnected
+from mlx_vlm_pipes.server.placed import marked_tools
 from mlx_vlm_pipes.server.settings import ServerSettings
 
 T = TypeVar("T")
@@ -130,6 +131,7 @@ def prepared(
             if not is_wanted():
                 return
             processed = pipe.encode(prompt, local_files=False, **question.reading)
+        marked_tools(question.reading.get("tools", ()), processed.media)  # refused before it runs
         room = pipe.max_seq_len - len(processed.input_ids)
         if room < 1:
             raise ContextTooLong(

@@ -61,7 +61,7 @@ BODIES: dict[str, dict[str, Any]] = {
         "text": {"format": {"type": "json_schema", "name": "x", "schema": SCHEMA}},
         "previous_response_id": None, "metadata": {"a": [1]},
         "reasoning": {"effort": "low", "summary": "auto"},
-        "tools": [{"type": "function", **TOOL}], "tool_choice": "none",
+        "tools": [{"type": "function", **TOOL, "parameters": SEEN}], "tool_choice": "none",
     },
     "/v1/messages": {
         "messages": [*TURNS, {"role": "user", "content": [
