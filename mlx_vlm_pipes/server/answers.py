@@ -15,6 +15,7 @@ from starlette.requests import Request
 
 from mlx_vlm_pipes.engine.requests import Chunk, Handle
 from mlx_vlm_pipes.errors import ContextTooLong
+from mlx_vlm_pipes.media.places import Places
 from mlx_vlm_pipes.pipeline import Pipeline, Prompt
 from mlx_vlm_pipes.processing.messages import part_kind
 from mlx_vlm_pipes.processing.types import ProcessedPrompt
@@ -44,11 +45,12 @@ class Question:
 class Answers:
     """The handles of a question, in order: all answers to the first prompt, then the next.
 
-    prompts: as they were read, one for each.
+    prompts: as they were read, one for each. calls: places in the arguments of calls, by function.
     """
 
     prompts: list[ProcessedPrompt] = field(default_factory=list)
     handles: list[Handle] = field(default_factory=list)
+    calls: Mapping[str, Places] = field(default_factory=dict)
     is_closed: bool = False
 
     def add(self, prompt: ProcessedPrompt, handles: list[Handle]) -> None:
@@ -112,6 +114,7 @@ def _submit(pipe: Pipeline, question: Question, settings: ServerSettings, answer
         if answers.is_closed:
             return
         kept = question.keep_tokens
+        answers.calls = marked_tools(question.reading.get("tools", ()), prompt.media)
         answers.add(prompt, pipe.submit_n(prompt, question.n, keep_tokens=kept, **options))
 
 
@@ -131,7 +134,6 @@ def prepared(
             if not is_wanted():
                 return
             processed = pipe.encode(prompt, local_files=False, **question.reading)
-        marked_tools(question.reading.get("tools", ()), processed.media)  # refused before it runs
         room = pipe.max_seq_len - len(processed.input_ids)
         if room < 1:
             raise ContextTooLong(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from mlx_vlm_pipes.server.fields import (
 )
 from mlx_vlm_pipes.server.forms import FORM_PARAMS, read_form
 from mlx_vlm_pipes.server.media import allowed_messages
-from mlx_vlm_pipes.server.placed import Placed, marked_tools
+from mlx_vlm_pipes.server.placed import Placed
 from mlx_vlm_pipes.server.settings import ServerSettings
 from mlx_vlm_pipes.server.thinking import add_effort
 from mlx_vlm_pipes.server.told import (
@@ -55,21 +55,19 @@ MAX_TOP = 20
 @dataclass(frozen=True)
 class Form:
     """How an answer is to be told. n: how many there are; top: rivals of each token, None for no
-    scores at all; manner: how its text is taken apart; tools: what it may call."""
+    scores at all; manner: how its text is taken apart."""
 
     stream: bool
     manner: Manner
     with_usage: bool = False
     n: int = 1
     top: int | None = None
-    tools: Sequence[Mapping[str, Any]] = ()
 
     def begun(self, answers: Answers) -> list[Told]:
         """The answers to the first prompt, of which nothing has come yet."""
         prompt, places = answers.prompts[0], answers.handles[0].places
-        calls = marked_tools(self.tools, prompt.media)
         return [
-            Told(self.manner.speech(prompt.text), places=Placed(places, calls))
+            Told(self.manner.speech(prompt.text), places=Placed(places, answers.calls))
             for _ in range(self.n)
         ]
 
@@ -86,7 +84,6 @@ def read_chat(
         wants_usage(body),
         count(body, "n", low=1, high=MAX_N) or 1,
         _top(body),
-        tools,
     )
     given = option_values(body)
     read_form(body, given)

@@ -57,7 +57,7 @@ def read_prompt(
     if body.get("tool_choice") is not None:
         chat |= _choice(body["tool_choice"])
     tools = read_tools(chat)
-    form = Form(switch(body, "stream"), manner(tokenizer, tools), tools=tools)
+    form = Form(switch(body, "stream"), manner(tokenizer, tools))
     asked = Chat(_messages(body), PROMPT, tools, forced_calls(chat, tools, tokenizer))
     return chat_question(asked, given, form, settings), form
 

@@ -95,7 +95,7 @@ def read_response(
     add_effort(given, _effort(body), "reasoning", tokenizer)
     chat = _tools(body)
     tools = read_tools(chat)
-    form = Form(switch(body, "stream"), manner(tokenizer, tools), tools=tools)
+    form = Form(switch(body, "stream"), manner(tokenizer, tools))
     forced = forced_calls(chat, tools, tokenizer)
     asked = Chat([*system, *messages], PROMPT, tools, forced)
     return chat_question(asked, given, form, settings), form, messages
