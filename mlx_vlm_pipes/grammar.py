@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,7 @@ JSON_OPTIONS = {"whitespace_pattern": r"(\n {0,16}| )?"}
 LINE = 'start: value "\\n"?\nvalue: %json {}'
 MAX_SOURCE = 64 * 1024  # characters
 SOURCES = ("schema", "regex", "grammar")
+MOST_KEPT = 16  # compiled forms: n answers have one, and so have the requests of many a client
 
 
 class Grammars:
@@ -39,6 +41,7 @@ class Grammars:
         self._tokenizer, self._size, self._ends = tokenizer, vocab_size, list(ends)
         self._lock = threading.Lock()
         self._tokens: Any = None
+        self._compiled: OrderedDict[tuple[str, str], Grammar] = OrderedDict()  # used last: at last
 
     def constraint(self, given: Mapping[str, Any], prompt: str) -> Constraint | Thought | None:
         """What the options of a request ask of its answer; None where they ask nothing.
@@ -78,11 +81,28 @@ class Grammars:
         return self.compile(named[0], given[named[0]])
 
     def compile(self, name: str, source: Any) -> Grammar:
-        """name: of SOURCES. source: a schema as an object, or a text. Raises: as `make`."""
+        """A form, which is kept for later requests.
+
+        name: of SOURCES. source: a schema as an object, or a text. Raises: as `make`.
+        """
         written = json.dumps(source) if name == "schema" else source
         if len(written) > MAX_SOURCE:
             message = f"{name} has {len(written)} characters, expected at most {MAX_SOURCE}"
             raise InputError(message, param=name)
+        key = name, written
+        with self._lock:
+            if key in self._compiled:
+                self._compiled.move_to_end(key)
+                return self._compiled[key]
+        made = self._made(name, source, written)
+        with self._lock:
+            self._compiled[key] = made
+            if len(self._compiled) > MOST_KEPT:
+                self._compiled.popitem(last=False)
+        return made
+
+    def _made(self, name: str, source: Any, written: str) -> Grammar:
+        """Raises: as `make`."""
         start = self._matcher(name, name, written)
         if name == "schema" and _may_be_a_number(source):
             own = source.get("x-guidance")

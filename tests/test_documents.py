@@ -83,7 +83,7 @@ TEMPLATE = """\
 # what blocks titled so import; they are run where it is installed
 CLIENTS = {
     "openai": "openai", "langchain": "langchain_openai", "litellm": "litellm",
-    "instructor": "instructor",
+    "instructor": "instructor", "pydantic": "pydantic",
 }  # fmt: skip
 DATA = ("text", "json", "toml", "yaml", "bibtex", "js")  # tests/clients run the js and the yaml
 PEERS = {"mlx-vlm": "mlx_vlm", "mlx-lm": "mlx_lm", "transformers": "transformers"}

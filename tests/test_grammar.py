@@ -12,6 +12,7 @@ import pytest
 
 from mlx_vlm_pipes import load
 from mlx_vlm_pipes.errors import ConfigError, InputError
+from mlx_vlm_pipes.grammar import MOST_KEPT, Grammar, Grammars
 from mlx_vlm_pipes.pipeline import Pipeline
 
 SCHEMA: dict[str, Any] = {
@@ -43,6 +44,24 @@ def test_drawn_answers_keep_their_form(pipe: Pipeline) -> None:
     for answer in pipe.generate_n(ASKED, 8, grammar=lark, temperature=2.0, seed=1):
         assert re.fullmatch("a[bc]+d?", answer.text)
         assert answer.text.endswith("d") == (answer.finish_reason == "stop")
+
+
+def test_a_form_is_compiled_once(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    original = Grammars._made
+
+    def counted(self: Grammars, name: str, written: str) -> Grammar:
+        made.append(written)
+        return original(self, name, written)
+
+    monkeypatch.setattr(Grammars, "_made", counted)
+    pipe.generate_n(ASKED, 3, regex="[0-9]{2}", max_tokens=4)
+    pipe.generate(ASKED, regex="[0-9]{2}", max_tokens=4)
+    assert made == ["[0-9]{2}"]
+    for i in range(MOST_KEPT):
+        pipe.grammars.compile("regex", f"a{{{i + 1}}}")
+    pipe.grammars.compile("regex", "[0-9]{2}")
+    assert made.count("[0-9]{2}") == 2
 
 
 def test_rows_of_a_batch_keep_what_they_get_alone(pipe: Pipeline) -> None:

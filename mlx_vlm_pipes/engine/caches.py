@@ -5,6 +5,7 @@ Both are least-recently-used under a byte budget and hold evaluated arrays only.
 
 from __future__ import annotations
 
+import bisect
 import secrets
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
@@ -54,34 +55,41 @@ def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
     return int(different[0]) if len(different) else size
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Prefix:
     keys: np.ndarray
     row: CacheRow
+    nbytes: int
 
 
 class PrefixCache:
-    """Finished sequences whose keys and values may serve as a prefix of later ones."""
+    """Finished sequences whose keys and values may serve as a prefix of later ones.
+
+    They lie in the order of their keys' bytes, where the one that shares most with a prompt stands
+    beside the prompt's own place: a look costs the same among ten and among ten thousand.
+    """
 
     def __init__(self, budget_bytes: int) -> None:
         self.budget_bytes = budget_bytes
-        self._entries: OrderedDict[int, _Prefix] = OrderedDict()
-        self._next = 0
-
-    @property
-    def nbytes(self) -> int:
-        return sum(entry.row.nbytes for entry in self._entries.values())
+        self.nbytes = 0
+        self._entries: OrderedDict[bytes, _Prefix] = OrderedDict()  # the least recently used first
+        self._order: list[bytes] = []  # their names, sorted
 
     def __len__(self) -> int:
         return len(self._entries)
 
+    def contents(self, token_bytes: int) -> list[tuple[np.ndarray, int]]:
+        """Keys and tokens of all that is kept, the least recently used first. token_bytes: of one
+        cached token."""
+        return [(entry.keys, entry.row.nbytes // token_bytes) for entry in self._entries.values()]
+
     def match(self, keys: np.ndarray) -> tuple[int, CacheRow | None]:
         """The longest cached prefix of `keys` and the row that holds it; (0, None) if none."""
-        best, found = 0, None
-        for number, entry in self._entries.items():
-            length = common_prefix(keys, entry.keys)
+        at, best, found = bisect.bisect_left(self._order, keys.tobytes()), 0, None
+        for name in self._order[max(at - 1, 0) : at + 1]:
+            length = common_prefix(keys, self._entries[name].keys)
             if length > best:
-                best, found = length, number
+                best, found = length, name
         if found is None:
             return 0, None
         self._entries.move_to_end(found)
@@ -93,18 +101,26 @@ class PrefixCache:
 
     def store(self, keys: np.ndarray, row: CacheRow) -> None:
         """Keep a staged, evaluated row; entries that are a prefix of it make way."""
-        keys = keys[: row.length].copy()
-        for number, entry in list(self._entries.items()):
-            if common_prefix(keys, entry.keys) == len(entry.keys):
-                del self._entries[number]
-        self._entries[self._next] = _Prefix(keys, row)
-        self._next += 1
+        name = keys[: row.length].tobytes()
+        if name in self._entries:
+            self._forget(name)
+        at = bisect.bisect_left(self._order, name)
+        while at and name.startswith(self._order[at - 1]):
+            self._forget(self._order[at - 1])
+            at -= 1
+        self._order.insert(at, name)
+        self._entries[name] = _Prefix(np.frombuffer(name, np.int64), row, row.nbytes)
+        self.nbytes += row.nbytes
         self.shrink(self.budget_bytes)
 
     def shrink(self, budget_bytes: int) -> None:
         """Forget the least recently used entries until the rest fits."""
         while self._entries and self.nbytes > budget_bytes:
-            self._entries.popitem(last=False)
+            self._forget(next(iter(self._entries)))
+
+    def _forget(self, name: bytes) -> None:
+        self.nbytes -= self._entries.pop(name).nbytes
+        del self._order[bisect.bisect_left(self._order, name)]
 
 
 class ImageCache:
@@ -112,11 +128,12 @@ class ImageCache:
 
     def __init__(self, budget_bytes: int) -> None:
         self.budget_bytes = budget_bytes
+        self.nbytes = 0
         self._rows: OrderedDict[int, mx.array] = OrderedDict()
 
-    @property
-    def nbytes(self) -> int:
-        return sum(rows.nbytes for rows in self._rows.values())
+    def contents(self) -> list[tuple[int, int]]:
+        """Hashes and rows of all that is kept, the least recently used first."""
+        return [(image_hash, rows.shape[0]) for image_hash, rows in self._rows.items()]
 
     def get(self, image_hash: int | None) -> mx.array | None:
         if image_hash is None or image_hash not in self._rows:
@@ -127,10 +144,12 @@ class ImageCache:
     def put(self, hashes: Sequence[int | None], rows: Sequence[mx.array]) -> None:
         for image_hash, own in zip(hashes, rows, strict=True):
             if image_hash is not None:
+                before = self._rows.pop(image_hash, None)
+                self.nbytes += own.nbytes - (0 if before is None else before.nbytes)
                 self._rows[image_hash] = own
         self.shrink(self.budget_bytes)
 
     def shrink(self, budget_bytes: int) -> None:
         """Forget the least recently used images until the rest fits."""
         while self._rows and self.nbytes > budget_bytes:
-            self._rows.popitem(last=False)
+            self.nbytes -= self._rows.popitem(last=False)[1].nbytes

@@ -1,8 +1,8 @@
 """Places in an answer of JSON, from the model's coordinates to pixels of the picture.
 
 A schema marks an array of 2 or 4 numbers with `"x-coordinates": "source"`, and with `"x-image": i`
-where there are several pictures. The form that the answer must have stays as it is, bounds of its
-numbers included: those hold for what the model writes.
+where there are several pictures (-1: the last). The form that the answer must have stays as it is,
+bounds of its numbers included: those hold for what the model writes.
 """
 
 from __future__ import annotations
@@ -67,9 +67,10 @@ def _check_mark(node: Node, media: Sequence[MediaRecord]) -> None:
     index = node.get(IMAGE, 0)
     if IMAGE not in node and len(media) > 1:
         raise _refusal(f'{MARK}: there are {len(media)} pictures; say which: "{IMAGE}": 0')
-    if type(index) is not int or not 0 <= index < len(media):
+    if type(index) is not int or not -len(media) <= index < len(media):
         raise _refusal(
-            f"{IMAGE} is {shown(index)}, expected the number of a picture, 0 to {len(media) - 1}"
+            f"{IMAGE} is {shown(index)}, expected the number of a picture, 0 to {len(media) - 1}, "
+            "or -1 for the last"
         )
     if media[index].coordinates is Coordinates.FRACTIONS:
         raise _refusal(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -14,11 +16,14 @@ from starlette.requests import Request
 from mlx_vlm_pipes.engine.requests import Chunk, Handle
 from mlx_vlm_pipes.errors import ContextTooLong
 from mlx_vlm_pipes.pipeline import Pipeline, Prompt
+from mlx_vlm_pipes.processing.messages import part_kind
 from mlx_vlm_pipes.processing.types import ProcessedPrompt
 from mlx_vlm_pipes.server.events import disconnected
 from mlx_vlm_pipes.server.settings import ServerSettings
 
 T = TypeVar("T")
+# Prompts with pictures that are read at once: more would make all of a burst as late as its last.
+_READERS = threading.BoundedSemaphore(os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,11 @@ class Answers:
 
         Raises: what the first that fails fails with. Ending it early cancels all.
         """
+        if len(self.handles) == 1:  # no task and no queue between the engine and the client
+            async with aclosing(aiter(self.handles[0])) as chunks:  # pyright: ignore[reportArgumentType]
+                async for chunk in chunks:
+                    yield 0, chunk
+            return
         arrived: asyncio.Queue[tuple[int, Chunk | None, Exception | None]] = asyncio.Queue()
         readers = [
             asyncio.create_task(_read(i, handle, arrived)) for i, handle in enumerate(self.handles)
@@ -97,7 +107,7 @@ async def ask(pipe: Pipeline, question: Question, settings: ServerSettings) -> A
 
 
 def _submit(pipe: Pipeline, question: Question, settings: ServerSettings, answers: Answers) -> None:
-    for prompt, options in prepared(pipe, question, settings):
+    for prompt, options in prepared(pipe, question, settings, lambda: not answers.is_closed):
         if answers.is_closed:
             return
         kept = question.keep_tokens
@@ -105,14 +115,21 @@ def _submit(pipe: Pipeline, question: Question, settings: ServerSettings, answer
 
 
 def prepared(
-    pipe: Pipeline, question: Question, settings: ServerSettings
+    pipe: Pipeline,
+    question: Question,
+    settings: ServerSettings,
+    is_wanted: Callable[[], bool] = lambda: True,
 ) -> Iterator[tuple[ProcessedPrompt, dict[str, Any]]]:
-    """Each prompt as the engine takes it, with the options of its answers.
+    """Each prompt as the engine takes it, with the options of its answers; no more of them once
+    they are not wanted.
 
     Raises: InputError and ApiError; ContextTooLong where no answer has room.
     """
     for prompt in question.prompts():
-        processed = pipe.encode(prompt, local_files=False, **question.reading)
+        with _READERS if _has_pictures(prompt) else nullcontext():
+            if not is_wanted():
+                return
+            processed = pipe.encode(prompt, local_files=False, **question.reading)
         room = pipe.max_seq_len - len(processed.input_ids)
         if room < 1:
             raise ContextTooLong(
@@ -120,6 +137,14 @@ def prepared(
                 f"model holds {pipe.max_seq_len}; shorten the prompt"
             )
         yield processed, {"max_tokens": min(settings.max_tokens, room), **question.options}
+
+
+def _has_pictures(prompt: Prompt) -> bool:
+    if isinstance(prompt, (str, ProcessedPrompt)):
+        return False
+    contents = [each.get("content") for each in prompt if isinstance(each, Mapping)]
+    parts = (part for content in contents if isinstance(content, list) for part in content)
+    return any(part_kind(part) != "text" for part in parts)
 
 
 async def _read(index: int, handle: Handle, arrived: asyncio.Queue[Any]) -> None:

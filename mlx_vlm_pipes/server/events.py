@@ -12,6 +12,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 PING_S = 15.0  # a comment that often in a long prefill, so that no proxy takes it for dead
+PING = b": still working\n\n"
 
 
 def event(value: dict[str, Any] | str, name: str | None = None) -> bytes:
@@ -44,32 +45,31 @@ class EventStream(Response):
             self._close()
 
     async def _send(self, send: Send) -> None:
-        async with aclosing(_pinged(self._events)) as events:  # pyright: ignore[reportArgumentType]
-            await send({
-                "type": "http.response.start", "status": 200, "headers": self.raw_headers
-            })  # fmt: skip
-            async for part in events:
-                await send({"type": "http.response.body", "body": part, "more_body": True})
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+        await send(start)
+        now = asyncio.get_running_loop().time
+        self._sent_at = now()
+        pings = asyncio.create_task(self._ping(send))
+        try:
+            async with aclosing(self._events) as events:  # pyright: ignore[reportArgumentType]
+                async for part in events:
+                    self._sent_at = now()
+                    await send({"type": "http.response.body", "body": part, "more_body": True})
+        finally:
+            pings.cancel()
+            await asyncio.gather(pings, return_exceptions=True)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-
-async def _pinged(events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """The events, and a comment wherever none has come for a while."""
-    following = None
-    try:
+    async def _ping(self, send: Send) -> None:
+        """A comment wherever no event has come for a while."""
+        now = asyncio.get_running_loop().time
         while True:
-            following = asyncio.ensure_future(anext(events))
-            while not (await asyncio.wait({following}, timeout=PING_S))[0]:
-                yield b": still working\n\n"
-            try:
-                yield following.result()
-            except StopAsyncIteration:
-                return
-    finally:
-        if following is not None and not following.done():
-            following.cancel()
-            await asyncio.gather(following, return_exceptions=True)
-        await events.aclose()  # pyright: ignore[reportAttributeAccessIssue]  # a generator of ours
+            left = self._sent_at + PING_S - now()
+            if left > 0:
+                await asyncio.sleep(left)
+                continue
+            self._sent_at = now()
+            await send({"type": "http.response.body", "body": PING, "more_body": True})
 
 
 async def disconnected(receive: Receive) -> None:

@@ -122,6 +122,7 @@ def usage_of(answers: Iterable[Told], n: int) -> dict[str, Any]:
         sum(usage.prompt_tokens for usage in prompts),
         sum(usage.completion_tokens for usage in used),
     )
+    kept = sum(usage.accepted_tokens for usage in used)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
@@ -129,6 +130,10 @@ def usage_of(answers: Iterable[Told], n: int) -> dict[str, Any]:
         "prompt_tokens_details": {
             "cached_tokens": sum(usage.cached_tokens for usage in prompts),
             "image_tokens": sum(usage.image_tokens for usage in prompts),
+        },
+        "completion_tokens_details": {
+            "accepted_prediction_tokens": kept,
+            "rejected_prediction_tokens": sum(usage.drafted_tokens for usage in used) - kept,
         },
     }
 

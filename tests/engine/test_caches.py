@@ -59,6 +59,27 @@ def test_a_longer_row_takes_the_place_of_its_prefixes() -> None:
     assert not cache.covers(keys)
 
 
+def test_what_is_found_is_what_a_search_through_all_finds() -> None:
+    draw = np.random.default_rng(0)
+    cache, kept = PrefixCache(1 << 30), dict[bytes, np.ndarray]()
+    for _ in range(400):
+        keys = draw.integers(-2, 2, draw.integers(1, 12))
+        longest = max((common_prefix(keys, other) for other in kept.values()), default=0)
+        length, row = cache.match(keys)
+        assert length == longest
+        assert (row is None) == (length == 0)
+        if length < len(keys):
+            cache.store(keys, stored_row(len(keys)))
+            for name in [n for n, o in kept.items() if common_prefix(keys, o) == len(o)]:
+                del kept[name]
+            kept[keys.tobytes()] = keys
+        assert len(cache) == len(kept)
+    cache.shrink(cache.nbytes // 2)
+    assert 0 < len(cache) < len(kept)
+    cache.shrink(-1)
+    assert (len(cache), cache.nbytes) == (0, 0)
+
+
 def test_image_cache_is_bounded() -> None:
     cache = ImageCache(2 * 400)
     for name in range(3):

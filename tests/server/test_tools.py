@@ -158,6 +158,7 @@ def test_each_form_is_forced_and_read(pipe: Pipeline, name: str, single: bool) -
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"tools": "weather"}, "tools"),
     ({"tools": [{"type": "web_search"}]}, "tools"),
+    ({"tools": [{"function": {"name": "f", "parameters": {"x-coordinates": "source"}}}]}, "tools"),
     ({"tool_choice": "auto"}, "tool_choice"),
     ({"tools": [WEATHER], "tool_choice": "always"}, "tool_choice"),
     ({"tools": [WEATHER], "tool_choice": {"function": {"name": "x"}}}, "tool_choice"),
