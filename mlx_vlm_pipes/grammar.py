@@ -94,20 +94,21 @@ class Grammars:
             if key in self._compiled:
                 self._compiled.move_to_end(key)
                 return self._compiled[key]
-        made = self._made(name, source, written)
+        made = self._made(name, written)
         with self._lock:
             self._compiled[key] = made
             if len(self._compiled) > MOST_KEPT:
                 self._compiled.popitem(last=False)
         return made
 
-    def _made(self, name: str, source: Any, written: str) -> Grammar:
+    def _made(self, name: str, written: str) -> Grammar:
         """Raises: as `make`."""
         start = self._matcher(name, name, written)
-        if name == "schema" and _may_be_a_number(source):
-            own = source.get("x-guidance")
+        schema: Any = json.loads(written) if name == "schema" else None
+        if _may_be_a_number(schema):
+            own = schema.get("x-guidance")
             told = {**(own if isinstance(own, Mapping) else {}), **JSON_OPTIONS}
-            line = LINE.format(json.dumps({**source, "x-guidance": told}))
+            line = LINE.format(json.dumps({**schema, "x-guidance": told}))
             start = self._matcher(name, "grammar", line)
         return Grammar(start, self._size, name)
 
