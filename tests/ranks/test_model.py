@@ -46,6 +46,7 @@ def test_two_ranks_have_the_numbers_of_transformers(tmp_path: Path) -> None:
     """3 KV heads over 2 ranks, a picture, stacked projections with 1 KV head (refused)."""
     names = ["llama-stop", "phi3-longrope"] + ["qwen3vl"] * SAME_PILLOW
     jobs = [Job(str(FIXTURES / name), str(FIXTURES / name), large_vocabulary=300) for name in names]
+    jobs[-1].tower_fails = SAME_PILLOW
     refused = Job(str(FIXTURES / "phi3-partial"))
     *answers, refusals = ask([*jobs, refused], 2, tmp_path)
     for job, ranks in zip(jobs, answers, strict=True):
@@ -53,6 +54,11 @@ def test_two_ranks_have_the_numbers_of_transformers(tmp_path: Path) -> None:
         assert [rank["devices"] for rank in ranks] == [2, 2]
     assert [rank["kv_heads"] for rank in answers[0]] == [1, 2]
     assert answers[0][0]["signal_buffers"] == [[0], [0]]
+    if SAME_PILLOW:
+        assert [rank["failure"] for rank in answers[-1]] == [
+            "RuntimeError: out of memory",
+            "MediaError: rank 0 could not encode the pictures; its own message says why",
+        ]
     assert {rank["refused"] for rank in refusals} == {
         "1 KV heads do not divide among 2 devices; use 1"
     }
