@@ -63,7 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0, 130 after Ctrl-C twice, 2 for a mistake in the arguments, or in the lines of
     an input that is no terminal."""
-    return run_command(build_parser, _run, argv)
+    return run_command(build_parser, _run, argv, is_joint=True)
 
 
 def _run(args: argparse.Namespace) -> int:

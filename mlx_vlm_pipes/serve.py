@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from mlx_vlm_pipes.arguments import BUNDLED_NAME
 from mlx_vlm_pipes.command import new_parser, run_command, say
 from mlx_vlm_pipes.errors import ConfigError, PipesError
+from mlx_vlm_pipes.launcher import is_follower, launched_size
 from mlx_vlm_pipes.prompt_cache import prefix_files, read_prefixes
 
 if TYPE_CHECKING:
@@ -104,10 +105,12 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 after SIGTERM or Ctrl-C, 2 for a user's mistake."""
     given = sys.argv[1:] if argv is None else argv
-    return run_command(build_parser, partial(_run, given), given)
+    return run_command(build_parser, partial(_run, given), given, is_joint=True)
 
 
 def _run(argv: list[str], args: argparse.Namespace) -> int:
+    if launched_size() > 1:
+        _require_one_pipeline(args)
     if args.supervise and not args.child_fds:
         from mlx_vlm_pipes.server.supervise import Supervisor
 
@@ -128,10 +131,23 @@ def _run(argv: list[str], args: argparse.Namespace) -> int:
         say(f"warning: all who reach {args.host} may ask; --api-key-file lets in only some")
     given = _given_models(args)
     drafts = _given_drafts(args, given)
+    if is_follower():
+        next(iter(_openers(args, given, drafts).values()))()  # it does not return
     sizes = {name: partial(_weight_bytes, path, drafts.get(name)) for name, path in given.items()}
     server = Server(Models(_openers(args, given, drafts), sizes), settings, is_local=is_local)
     listening, parent = _sockets(args)
     return asyncio.run(_serve(server, listening, parent))
+
+
+def _require_one_pipeline(args: argparse.Namespace) -> None:
+    """Raises: ConfigError for what several ranks cannot do: they end with their pipeline."""
+    for flag, is_given, instead in (
+        ("--model more than once", len(args.model) > 1, "start a server for each model"),
+        ("--supervise", args.supervise, "let what starts mlx.launch start it again"),
+        ("--idle-unload", args.idle_unload is not None, "end the server instead"),
+    ):
+        if is_given:
+            raise ConfigError(f"{flag}: not with several ranks; {instead}")
 
 
 def _settings(args: argparse.Namespace) -> ServerSettings:
@@ -199,6 +215,7 @@ def _openers(
     options = {
         "dtype": args.dtype, "device": args.device, "adapter": args.adapter,
         "kv_bits": args.kv_bits, "max_length": args.max_length, "progress": False,
+        "distributed": "auto",
     }  # fmt: skip
     return {
         name: partial(_open, path, {**options, "draft": drafts.get(name)}, cached[name])
@@ -282,7 +299,7 @@ async def _serve(server: Server, listening: socket.socket, parent: socket.socket
     web.should_exit = True
     await serving
     if dying.done():
-        say(f"error: the thread of {dying.result()} has died")
+        say(f"error: {dying.result()}")
         return 1
     for task in (dying, stopped):
         task.cancel()

@@ -135,6 +135,9 @@ def _require_whole(config: DecoderConfig, state: StateDict) -> None:
     fitting = drop_dummy_biases(state, expected)
     check_names_and_shapes(expected, {name: weight.shape for name, weight in fitting.items()})
     state.keep(fitting.keys())
+    shapes = {LANGUAGE + path: size for path, size in linear_shapes(decoder).items()}
+    for lora in state.loras:
+        check_against_base(lora.below(LANGUAGE), shapes)
 
 
 def canonical_arrays(decoder: DenseDecoder) -> dict[str, mx.array]:

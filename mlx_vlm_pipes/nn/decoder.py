@@ -21,7 +21,7 @@ from mlx_vlm_pipes.nn.attention import merge_heads, prefill_attention
 from mlx_vlm_pipes.nn.capture import Capture
 from mlx_vlm_pipes.nn.decode_step import DecodeStep, HeadCounts
 from mlx_vlm_pipes.nn.decoder_config import DecoderConfig
-from mlx_vlm_pipes.nn.linear import AnyLinear, fuse_linears, linear_part, unbiased
+from mlx_vlm_pipes.nn.linear import fuse_linears, linear_part, unbiased
 from mlx_vlm_pipes.nn.lora import LoRATable, TokenSlots
 from mlx_vlm_pipes.nn.rope import Rope, Rotation
 from mlx_vlm_pipes.ranks import ALONE, Ranks
@@ -167,7 +167,7 @@ class Projections(nn.Module):
         factor = self.residual_multiplier
         table = self._table(name)
         if self.ranks.are_many:
-            return self._summed(self[name], x, residual)
+            return self._summed(name, x, residual, slots)
         if residual is None:
             y, bias = self[name](x), self[name].get("bias")
             return y if slots is None or table is None else table(x, y, slots, bias)
@@ -178,9 +178,15 @@ class Projections(nn.Module):
             return base if delta is None else base + factor * delta
         return residual + factor * table(x, self[name](x), slots, self[name].get("bias"))
 
-    def _summed(self, linear: AnyLinear, x: mx.array, residual: mx.array | None) -> mx.array:
-        """`into` where each rank has columns of the linear; what is added, is added once."""
-        y, bias = self.ranks.sum(unbiased(linear, x)), linear.get("bias")
+    def _summed(
+        self, name: str, x: mx.array, residual: mx.array | None, slots: TokenSlots | None
+    ) -> mx.array:
+        """`into` where each rank has columns of the linear, and of its adapters (which have no
+        gain then); what is added, is added once."""
+        linear, table = self[name], self._table(name)
+        y, bias = unbiased(linear, x), linear.get("bias")
+        delta = None if slots is None or table is None else table.delta(x, slots)
+        y = self.ranks.sum(y if delta is None else y + delta)
         y = y if bias is None else y + bias
         if residual is None:
             return y

@@ -89,6 +89,30 @@ def _width(span: tuple[int, int]) -> int:
 
 
 @dataclass(frozen=True)
+class Traffic:
+    """What a decode step of one row costs between ranks: how often they wait for each other, and
+    the bytes that each sends to the next one in MLX's ring."""
+
+    sums: int
+    gathers: int
+    sent_bytes: int
+
+
+def traffic(config: DecoderConfig, parts: DecoderShares, itemsize: int) -> Traffic:
+    """Two sums a layer and one of the token; a gather where the head is cut.
+
+    itemsize: bytes of a number of the hidden states. Of a sum each rank sends 2 (n - 1) / n, of a
+    gather its own part n - 1 times.
+    """
+    size = len(parts.kv_heads)
+    summed = 2 * config.num_layers * config.hidden_size * itemsize
+    sent = 2 * (size - 1) * summed // size
+    if parts.vocab:
+        sent += (size - 1) * max(map(_width, parts.vocab)) * itemsize
+    return Traffic(2 * config.num_layers + 1, int(bool(parts.vocab)), sent)
+
+
+@dataclass(frozen=True)
 class Cut:
     """What a rank has of a tensor: elements of an axis that is `whole` elements long unpacked."""
 

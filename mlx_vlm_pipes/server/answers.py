@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -13,12 +15,17 @@ from starlette.requests import Request
 
 from mlx_vlm_pipes.engine.requests import Chunk, Handle
 from mlx_vlm_pipes.errors import ContextTooLong
+from mlx_vlm_pipes.media.places import Places
 from mlx_vlm_pipes.pipeline import Pipeline, Prompt
+from mlx_vlm_pipes.processing.messages import part_kind
 from mlx_vlm_pipes.processing.types import ProcessedPrompt
 from mlx_vlm_pipes.server.events import disconnected
+from mlx_vlm_pipes.server.placed import marked_tools
 from mlx_vlm_pipes.server.settings import ServerSettings
 
 T = TypeVar("T")
+# Prompts with pictures that are read at once: more would make all of a burst as late as its last.
+_READERS = threading.BoundedSemaphore(os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)
@@ -38,11 +45,12 @@ class Question:
 class Answers:
     """The handles of a question, in order: all answers to the first prompt, then the next.
 
-    prompts: as they were read, one for each.
+    prompts: as they were read, one for each. calls: places in the arguments of calls, by function.
     """
 
     prompts: list[ProcessedPrompt] = field(default_factory=list)
     handles: list[Handle] = field(default_factory=list)
+    calls: Mapping[str, Places] = field(default_factory=dict)
     is_closed: bool = False
 
     def add(self, prompt: ProcessedPrompt, handles: list[Handle]) -> None:
@@ -102,22 +110,30 @@ async def ask(pipe: Pipeline, question: Question, settings: ServerSettings) -> A
 
 
 def _submit(pipe: Pipeline, question: Question, settings: ServerSettings, answers: Answers) -> None:
-    for prompt, options in prepared(pipe, question, settings):
+    for prompt, options in prepared(pipe, question, settings, lambda: not answers.is_closed):
         if answers.is_closed:
             return
         kept = question.keep_tokens
+        answers.calls = marked_tools(question.reading.get("tools", ()), prompt.media)
         answers.add(prompt, pipe.submit_n(prompt, question.n, keep_tokens=kept, **options))
 
 
 def prepared(
-    pipe: Pipeline, question: Question, settings: ServerSettings
+    pipe: Pipeline,
+    question: Question,
+    settings: ServerSettings,
+    is_wanted: Callable[[], bool] = lambda: True,
 ) -> Iterator[tuple[ProcessedPrompt, dict[str, Any]]]:
-    """Each prompt as the engine takes it, with the options of its answers.
+    """Each prompt as the engine takes it, with the options of its answers; no more of them once
+    they are not wanted.
 
     Raises: InputError and ApiError; ContextTooLong where no answer has room.
     """
     for prompt in question.prompts():
-        processed = pipe.encode(prompt, local_files=False, **question.reading)
+        with _READERS if _has_pictures(prompt) else nullcontext():
+            if not is_wanted():
+                return
+            processed = pipe.encode(prompt, local_files=False, **question.reading)
         room = pipe.max_seq_len - len(processed.input_ids)
         if room < 1:
             raise ContextTooLong(
@@ -125,6 +141,14 @@ def prepared(
                 f"model holds {pipe.max_seq_len}; shorten the prompt"
             )
         yield processed, {"max_tokens": min(settings.max_tokens, room), **question.options}
+
+
+def _has_pictures(prompt: Prompt) -> bool:
+    if isinstance(prompt, (str, ProcessedPrompt)):
+        return False
+    contents = [each.get("content") for each in prompt if isinstance(each, Mapping)]
+    parts = (part for content in contents if isinstance(content, list) for part in content)
+    return any(part_kind(part) != "text" for part in parts)
 
 
 async def _read(index: int, handle: Handle, arrived: asyncio.Queue[Any]) -> None:

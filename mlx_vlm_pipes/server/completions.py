@@ -69,6 +69,7 @@ class TextAnswer:
     def __post_init__(self) -> None:
         self._id, self._created = "cmpl-" + uuid.uuid4().hex, int(time.time())
         self.told = [Told(is_trimmed=False) for _ in range(self.form.n)]
+        self._offsets = [len(text) for text in self.echoed]  # where the next token's text begins
 
     async def whole(self, answers: Answers) -> dict[str, Any]:
         """A text_completion object."""
@@ -107,13 +108,10 @@ class TextAnswer:
     ) -> dict[str, Any]:
         logprobs = None
         if self.form.top is not None and scores:
-            done = sum(len(self._text(s)) for s in self.told[index].scores[: -len(scores)])
-            offset = len(self.echoed[index]) + done
+            offset = self._offsets[index]
             logprobs = text_logprobs(scores, self.form.top, self.tokenizer, offset)
+            self._offsets[index] += sum(map(len, logprobs["tokens"]))
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
-
-    def _text(self, score: Score) -> str:
-        return text_logprobs([score], 0, self.tokenizer, 0)["tokens"][0]
 
     def _figures(self) -> dict[str, Any]:
         usage = usage_of(self.told, self.per_prompt)

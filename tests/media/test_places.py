@@ -31,7 +31,7 @@ SCHEMA = {
         "box/n": {"anyOf": [MARKED, {"type": "null"}]},
         "tree": {
             "properties": {
-                "at": {**POINT, "x-coordinates": "source", "x-image": 1},
+                "at": {**POINT, "x-coordinates": "source", "x-image": -1},
                 "in": {"type": "array", "items": {"$ref": "#/$defs/tree"}},
             }
         },
@@ -90,8 +90,10 @@ BARE = {**BOX, "x-coordinates": "source"}
     [
         ({**BOX, "x-coordinates": "model"}, [PIXELS], 'expected "source"'),
         (BARE, [], "no picture"),
+        ({**BARE, "description": "x" * 70_000}, [PIXELS], "at most 65536"),
         (BARE, [PIXELS, OTHER], "say which"),
         ({**BARE, "x-image": 2}, [PIXELS, OTHER], "0 to 1"),
+        ({**BARE, "x-image": -3}, [PIXELS, OTHER], "-1 for the last"),
         ({**BARE, "x-image": True}, [PIXELS, OTHER], "0 to 1"),
         (BARE, [FRACTIONS], "family"),
         ({"type": "integer", "x-coordinates": "source"}, [PIXELS], "minItems"),

@@ -28,7 +28,7 @@ def launch(
     what a rank has written, if one fails; no process stays.
     """
     hosts = folder / "hosts.json"
-    hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in _free_ports(size)]))
+    hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(size)]))
     processes = []
     for rank in range(size):
         extra = {
@@ -54,7 +54,7 @@ def launch(
     return [json.loads(path.read_text()) for path in reports]
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     sockets = [socket.socket() for _ in range(count)]
     for listening in sockets:
         listening.bind(("127.0.0.1", 0))

@@ -45,6 +45,7 @@ class Job:
     banned: int | None = None
     large_vocabulary: int | None = None
     dtype: str = "float32"
+    tower_fails: bool = False  # in the end, on rank 0
     adapters: list[str] = field(default_factory=list)
     adapter: str = ""
 
@@ -123,6 +124,24 @@ def against_reference(rank: Rank, fixture: Path) -> dict[str, Any]:
     return {"difference": far, "wrong": wrong}
 
 
+def failing_tower(rank: Rank, fixture: Path) -> str:
+    """What `encode_images` raises where rank 0's tower does."""
+    facts, _ = reference(fixture)
+    fact = next(fact for fact in facts["prompts"] if fact["images"])
+    context = rank.read(arguments(fixture, fact))
+    assert isinstance(context, TextAndVisionContext)
+
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    rank.model.vision_model = fail  # pyright: ignore[reportAttributeAccessIssue]  # of the rooms
+    try:
+        rank.model.encode_images(active_images([context]))
+    except (RuntimeError, PipesError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
 def run(job: Job, ranks: Ranks) -> dict[str, Any]:
     """What a rank holds and has read, and its answers; or why it was refused."""
     if job.large_vocabulary is not None:
@@ -145,6 +164,8 @@ def run(job: Job, ranks: Ranks) -> dict[str, Any]:
     }
     if job.fixture is not None:
         facts |= against_reference(rank, Path(job.fixture))
+    if job.fixture is not None and job.tower_fails:
+        facts["failure"] = failing_tower(rank, Path(job.fixture))
     answers = [rank.answer(rank.of_ids(ids), job.new) for ids in job.prompts]
     return facts | {
         "tokens": [tokens for _, tokens in answers],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 
 from mlx_vlm_pipes.ranks import ALONE
+from mlx_vlm_pipes.weights import load_weights
 from tests.device import bar
 from tests.engine.models import write_llama
 from tests.fixtures_helper import FIXTURES, SAME_PILLOW, cases
 from tests.gguf_file import write_case
 from tests.ranks.launched import launch
 from tests.ranks.rank import Job, run
-from tests.ranks.variants import MLX_FORMATS, pack, with_all_heads
+from tests.ranks.variants import MLX_FORMATS, pack, with_all_heads, write_lora
 
 LOGITS_BAR = bar(2e-5)  # of the largest logit, as one process has (test_against_transformers)
 # one of each family, and stacked projections
@@ -45,6 +46,7 @@ def test_two_ranks_have_the_numbers_of_transformers(tmp_path: Path) -> None:
     """3 KV heads over 2 ranks, a picture, stacked projections with 1 KV head (refused)."""
     names = ["llama-stop", "phi3-longrope"] + ["qwen3vl"] * SAME_PILLOW
     jobs = [Job(str(FIXTURES / name), str(FIXTURES / name), large_vocabulary=300) for name in names]
+    jobs[-1].tower_fails = SAME_PILLOW
     refused = Job(str(FIXTURES / "phi3-partial"))
     *answers, refusals = ask([*jobs, refused], 2, tmp_path)
     for job, ranks in zip(jobs, answers, strict=True):
@@ -52,6 +54,11 @@ def test_two_ranks_have_the_numbers_of_transformers(tmp_path: Path) -> None:
         assert [rank["devices"] for rank in ranks] == [2, 2]
     assert [rank["kv_heads"] for rank in answers[0]] == [1, 2]
     assert answers[0][0]["signal_buffers"] == [[0], [0]]
+    if SAME_PILLOW:
+        assert [rank["failure"] for rank in answers[-1]] == [
+            "RuntimeError: out of memory",
+            "MediaError: rank 0 could not encode the pictures; its own message says why",
+        ]
     assert {rank["refused"] for rank in refusals} == {
         "1 KV heads do not divide among 2 devices; use 1"
     }
@@ -98,3 +105,41 @@ def test_packed_weights_are_cut_in_whole_groups(tmp_path: Path) -> None:
         for rank in ranks:
             assert np.abs(np.array(rank["last"]) - want).max() < LOGITS_BAR * np.abs(want).max()
             assert rank["tokens"] == alone["tokens"], job.folder
+
+
+@pytest.mark.slow
+def test_adapters_are_cut_with_the_linears_that_they_change(tmp_path: Path) -> None:
+    """All seven linears; DoRA where a rank has whole rows; joined projections as Phi-3 has them."""
+    at = "model.layers.1."
+    plain = write_llama(tmp_path / "plain", heads=6, kv_heads=3, hidden=128)
+    into, out = {f"{at}self_attn.o_proj": (384, 128)}, {f"{at}self_attn.q_proj": (128, 384)}
+    out |= {f"{at}self_attn.{name}_proj": (128, 192) for name in "kv"}
+    out |= {f"{at}mlp.{name}_proj": (128, 192) for name in ("gate", "up")}
+    every = write_lora(tmp_path / "every", into | out | {f"{at}mlp.down_proj": (192, 128)})
+    dora = write_lora(tmp_path / "dora", out, dora=True)
+    phi3 = with_all_heads("phi3-longrope", tmp_path / "phi3")
+    shapes = parameter_shapes_of(phi3, ("self_attn.qkv_proj", "mlp.gate_up_proj"))
+    joined = write_lora(tmp_path / "joined", shapes)
+    wrong = write_lora(tmp_path / "wrong", into, dora=True)
+    both = [str(every), str(dora)]
+    jobs = [Job(str(plain), None, IDS, adapters=both, adapter=name) for name in ("every", "dora")]
+    jobs += [Job(str(phi3), None, IDS, adapters=[str(joined)], adapter="joined")]
+    asked = [*jobs, Job(str(plain), adapters=[str(wrong)])]
+    *answers, refusals = ask(asked, 2, tmp_path)
+    for job, ranks in zip(jobs, answers, strict=True):
+        alone, base = run(job, ALONE), run(replace(job, adapter="", adapters=[]), ALONE)
+        want = np.array(alone["last"])
+        bound = LOGITS_BAR * np.abs(want).max()
+        assert np.abs(np.array(base["last"]) - want).max() > 100 * bound
+        for rank in ranks:
+            assert np.abs(np.array(rank["last"]) - want).max() < bound, job.adapter
+            assert rank["tokens"] == alone["tokens"]
+    for rank in refusals:
+        assert "adapter 'wrong' is DoRA on " in rank["refused"]
+
+
+def parameter_shapes_of(folder: Path, names: tuple[str, ...]) -> dict[str, tuple[int, int]]:
+    """(inputs, outputs) of linears of a folder, by the end of their names."""
+    stored = load_weights(sorted(folder.glob("*.safetensors")))
+    shapes = {name.removesuffix(".weight"): handle.data().shape for name, handle in stored.items()}
+    return {name: (s[1], s[0]) for name, s in shapes.items() if name.endswith(names)}

@@ -114,3 +114,24 @@ def _packed(module: str, array: mx.array, form: str) -> dict[str, mx.array]:
     scales = rng.uniform(0.5, 1.5, (columns // 32, rows)).astype(np.float32) / 8 / columns**0.5
     words = pack_down(codes, 4) if form == "gptq" else pack_awq(codes)
     return {f"{module}qweight": mx.array(words), f"{module}scales": mx.array(scales)}
+
+
+def write_lora(folder: Path, shapes: dict[str, tuple[int, int]], *, dora: bool = False) -> Path:
+    """An adapter of rank 4 as mlx-lm saves it. shapes: module -> (inputs, outputs)."""
+    numbers, tensors = np.random.default_rng(len(shapes)), {}
+    for module, (inputs, outputs) in shapes.items():
+        parts = {"lora_a": (inputs, 4), "lora_b": (4, outputs)} | (
+            {"m": (outputs,)} if dora else {}
+        )
+        for part, shape in parts.items():
+            values = numbers.normal(1.0 if part == "m" else 0.0, 0.3, shape)
+            tensors[f"{module}.{part}"] = mx.array(values.astype(np.float32))
+    folder.mkdir()
+    mx.save_safetensors(str(folder / "adapters.safetensors"), tensors)
+    config = {
+        "fine_tune_type": "dora" if dora else "lora",
+        "num_layers": 2,
+        "lora_parameters": {"rank": 4, "scale": 2.0, "dropout": 0.0},
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder

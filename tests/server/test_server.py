@@ -140,6 +140,11 @@ def test_completions_continue_texts(pipe: Pipeline, port: int) -> None:
     scored = call(port, "/v1/completions", {"prompt": "a large", "max_tokens": 4, "logprobs": 2})
     scores = scored.json["choices"][0]["logprobs"]
     assert scores["text_offset"][1] == len(scores["tokens"][0])
+    asked = {"prompt": "a large", "max_tokens": 4, "logprobs": 2, "stream": True}
+    parts = [
+        event["choices"][0]["logprobs"] for event in call(port, "/v1/completions", asked).events
+    ]
+    assert [at for part in parts if part for at in part["text_offset"]] == scores["text_offset"]
 
 
 SCHEMA_FROG = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "frog"}}}

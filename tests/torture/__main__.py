@@ -17,7 +17,7 @@ from mlx_vlm_pipes.command import put
 from tests.torture.worker import Worker
 
 SECTIONS = ("exactness", "values", "media", "http", "concurrency", "signals", "checkpoints",
-            "memory")  # fmt: skip
+            "memory", "load")  # fmt: skip
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
