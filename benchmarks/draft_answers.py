@@ -54,9 +54,8 @@ def prompts(count: int) -> list[str]:
         word, other = drawn.sample(WORDS, 2)
         year, size, number = drawn.randint(1500, 2020), drawn.randint(3, 90), drawn.randint(2, 9)
         text = (
-            f"In {year} {drawn.choice(NAMES)} built {drawn.choice(THINGS)} in "
-            f"{drawn.choice(PLACES)}. It was {size} metres long and took {number} years. "
-            f"{drawn.choice(NAMES)} kept it for the next {size // 2 + 1} years."
+            f"In {year} {drawn.choice(NAMES)} built {drawn.choice(THINGS)} of {size} metres in "
+            f"{drawn.choice(PLACES)}."
         )
         code = f"def add({word}, step):\n    {word} = {word} + {size} * step\n    return {word}\n"
         made.append(
@@ -151,7 +150,6 @@ def main() -> None:
             drafted = pipe.generate_batch(group, **asked, speculative="lookup")
             for prompt, one, own in zip(group, plain, drafted, strict=True):
                 tallies[name].add(pipe, prompt, one, own)
-        pipe.engine.forget()
         if begin % 100 < args.batch or begin + args.batch >= args.prompts:
             print(*tallies.values(), sep="\n", flush=True)
 

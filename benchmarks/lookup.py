@@ -1,9 +1,12 @@
-"""What `speculative="lookup"` saves: plain and speculative decoding interleaved, medians, ratio.
+"""What drafts save: plain and speculative decoding interleaved, medians, ratio.
 
-    python benchmarks/lookup.py [--model M] [--rounds 3] [--tokens 160] [--batch 1]
+    python benchmarks/lookup.py [--model M] [--draft D] [--rounds 3] [--tokens 160] [--batch 1]
 
 Needs a text model that can copy; without --model SmolLM2-135M-Instruct in the folder where
-tests/test_real_checkpoint.py keeps it. Says too whether the tokens were the same.
+tests/test_real_checkpoint.py keeps it. With --draft that model drafts, else prompt and answer are
+looked up. The last prompt asks for JSON with long keys, whose forced tokens are drafts. Says too
+whether the tokens were the same. How much a step over several tokens costs here decides much:
+LD_PRELOAD=libopenblas.so.0 is another device than MLX's own wheel.
 """
 
 from __future__ import annotations
@@ -44,6 +47,18 @@ PROMPTS = {
     "summarise": f"Summarise this text in three sentences:\n\n{TEXT}",
     "free story": "Write a story about a fox who learns to swim.",
     "free facts": "What should one know before keeping bees? Explain.",
+    "json": f"Tell me about the lighthouse of this text, as JSON:\n\n{TEXT}",
+}
+KEYS = ("name_of_the_building", "year_of_construction", "name_of_the_first_builder",
+        "height_in_metres", "distance_of_visibility_in_kilometres")  # fmt: skip
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        key: {"type": "string", "maxLength": 24} if "name" in key else {"type": "integer"}
+        for key in KEYS
+    },
+    "required": list(KEYS),
+    "additionalProperties": False,
 }
 
 
@@ -63,6 +78,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--model", default=str(next(CHECKPOINTS.glob("SmolLM2*"), "")))
+    parser.add_argument("--draft", help="a smaller model that drafts, instead of looking up")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=160)
     parser.add_argument("--batch", type=int, default=1)
@@ -71,28 +87,30 @@ def main() -> None:
     )
     parser.add_argument("--only", help="one of: " + ", ".join(PROMPTS))
     args = parser.parse_args()
-    pipe = load(args.model)
+    pipe = load(args.model, draft=args.draft)
+    kind = "lookup" if args.draft is None else "draft"
     for name, prompt in PROMPTS.items():
         if args.only not in (None, name):
             continue
-        for speculative in (None, "lookup"):  # compiles
-            measured(pipe, prompt, args, speculative=speculative)
-        plain, lookup = [], []
+        form: dict[str, Any] = {"schema": SCHEMA} if name == "json" else {}
+        for speculative in ("none", kind):  # compiles
+            measured(pipe, prompt, args, speculative=speculative, **form)
+        plain, drafting = [], []
         expected: list[GenerationResult] = []
         got: list[GenerationResult] = []
         for _ in range(args.rounds):
-            seconds, expected = measured(pipe, prompt, args)
+            seconds, expected = measured(pipe, prompt, args, speculative="none", **form)
             plain.append(seconds)
-            seconds, got = measured(pipe, prompt, args, speculative="lookup")
-            lookup.append(seconds)
-        ratio = statistics.median(b / a for a, b in zip(plain, lookup, strict=True))
+            seconds, got = measured(pipe, prompt, args, speculative=kind, **form)
+            drafting.append(seconds)
+        ratio = statistics.median(b / a for a, b in zip(plain, drafting, strict=True))
         drafted, kept = (
             sum(getattr(r.usage, f"{name}_tokens") for r in got) for name in ("drafted", "accepted")
         )
         same = [r.tokens for r in expected] == [r.tokens for r in got]
         print(
-            f"{name:11} {statistics.median(plain) * 1e3:6.1f} ms, lookup "
-            f"{statistics.median(lookup) * 1e3:6.1f} ms, ratio {ratio:.2f}; {kept} of {drafted} "
+            f"{name:11} {statistics.median(plain) * 1e3:6.1f} ms, {kind} "
+            f"{statistics.median(drafting) * 1e3:6.1f} ms, ratio {ratio:.2f}; {kept} of {drafted} "
             f"drafted tokens kept of {sum(len(r.tokens) for r in got)}; "
             f"{'same tokens' if same else 'OTHER TOKENS'}",
             flush=True,

@@ -12,11 +12,13 @@ import argparse
 import json
 import statistics
 from random import Random
-from typing import Any
+from typing import Any, Literal
 
 from mlx_vlm_pipes import load
+from mlx_vlm_pipes.engine.requests import Handle
 from mlx_vlm_pipes.errors import InputError
 from mlx_vlm_pipes.pipeline import Pipeline
+from mlx_vlm_pipes.result import GenerationResult, collect_all
 from tools.real_checkpoint import checkpoint_path
 
 ASKED = "Describe a person as JSON: name, age, city, and three hobbies."
@@ -85,50 +87,58 @@ def draw(random: Random, depth: int = 0) -> dict[str, Any]:
     return {"const": random.choice(["x", 7, False])} if kind == "const" else {"type": kind}
 
 
-def judge(pipe: Pipeline, count: int, max_tokens: int = 200) -> None:
-    """Answer drawn schemas until `count` were taken; one that is refused is no answer."""
-    import jsonschema
-
-    valid = cut = refused = 0
-    wrong: list[str] = []
-    random = Random(1)
-    while valid + cut + len(wrong) < count:
+def judge(pipe: Pipeline, count: int, max_tokens: int) -> None:
+    """Answer drawn schemas, as many at once as the engine takes, until `count` were taken; one that
+    is refused is no answer."""
+    schemas: list[dict[str, Any]] = []
+    handles: list[Handle] = []
+    random, refused = Random(1), 0
+    while len(handles) < count:
         schema, seed = draw(random), random.randrange(1 << 30)
+        options = {"schema": schema, "temperature": 1.0, "seed": seed, "max_tokens": max_tokens}
         try:
-            result = pipe.generate(
-                "Answer in JSON.",
-                schema=schema,
-                temperature=1.0,
-                seed=seed,
-                max_tokens=max_tokens,
-            )
+            handles.append(pipe.submit("Answer in JSON.", **options))
+            schemas.append(schema)
         except InputError:
             refused += 1
-            continue
-        if result.finish_reason == "length":
-            cut += 1
-            continue
-        try:
-            jsonschema.validate(json.loads(result.text), schema)
-            valid += 1
-        except (ValueError, jsonschema.ValidationError) as error:
-            wrong.append(f"{json.dumps(schema)[:200]} -> {result.text[:100]!r}: {str(error)[:80]}")
-    print(f"{count} schemas: {valid} valid, {cut} cut off, {len(wrong)} wrong; {refused} refused")
-    for line in wrong:
-        print("  " + line)
+    answers = collect_all(handles, has_bar=True)
+    verdicts = [verdict(*pair) for pair in zip(answers, schemas, strict=True)]
+    said = ", ".join(f"{verdicts.count(kind)} {kind}" for kind in ("valid", "cut off", "wrong"))
+    tokens = sum(len(answer.tokens) for answer in answers)
+    print(f"{count} schemas: {said}; {refused} refused; {tokens} tokens in all")
+    for found, answer, schema in zip(verdicts, answers, schemas, strict=True):
+        if found != "valid":
+            print(f"  {found}: {json.dumps(schema)[:300]} -> ... {answer.text[-80:]!r}")
+
+
+def verdict(
+    result: GenerationResult, schema: dict[str, Any]
+) -> Literal["valid", "cut off", "wrong"]:
+    import jsonschema
+
+    if result.finish_reason == "length":
+        return "cut off"
+    try:
+        jsonschema.validate(json.loads(result.text), schema)
+    except (ValueError, jsonschema.ValidationError):
+        return "wrong"
+    return "valid"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--schemas", type=int, default=200)
+    parser.add_argument(
+        "--max-tokens", type=int, default=200, help="of an answer to a drawn schema"
+    )
     parser.add_argument("--model", default=str(checkpoint_path()))
     args = parser.parse_args()
     with load(args.model, dtype="float32") as pipe:
         if args.rounds:
             compare(pipe, args.rounds)
         if args.schemas:
-            judge(pipe, args.schemas)
+            judge(pipe, args.schemas, args.max_tokens)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
         PipesWarning,
         PrefixError,
         ProcessorError,
+        RankLost,
+        RanksDiffer,
         UnknownAdapter,
         UnsupportedModel,
         WeightsError,
@@ -46,8 +48,8 @@ __all__ = [
     "Conversation", "EngineClosed", "EngineConfig", "GenerateOptions", "GenerationResult", "Handle",
     "ImageTokenMismatch", "InputError", "KVCacheConfig", "MediaError", "MediaRecord", "ModelConfig",
     "OutOfBudget", "Pipeline", "PipelineConfig", "PipesError", "PipesWarning", "Plan",
-    "PrefixError", "ProcessorError", "SamplingParams", "SavedPrefix", "Timings", "UnknownAdapter",
-    "UnsupportedModel", "Usage", "WeightsError", "load",
+    "PrefixError", "ProcessorError", "RankLost", "RanksDiffer", "SamplingParams", "SavedPrefix",
+    "Timings", "UnknownAdapter", "UnsupportedModel", "Usage", "WeightsError", "load",
 ]  # fmt: skip
 
 _HOMES = {

@@ -59,6 +59,7 @@ def load_pipeline(args: argparse.Namespace) -> Pipeline:
         draft=args.draft_model,
         max_length=args.max_length,
         kv_bits=args.kv_bits,
+        distributed="auto",
     )
 
 

@@ -67,7 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0, or 2 with one line on standard error for a user's mistake."""
-    return run_command(build_parser, _run, argv)
+    return run_command(build_parser, _run, argv, is_joint=True)
 
 
 def _run(args: argparse.Namespace) -> int:

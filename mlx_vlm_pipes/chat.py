@@ -21,6 +21,7 @@ from mlx_vlm_pipes.options import ANSWER_OPTIONS, PROMPT_OPTIONS, SAMPLING_OPTIO
 
 if TYPE_CHECKING:
     from mlx_vlm_pipes.pipeline import Pipeline
+    from mlx_vlm_pipes.prompt_cache import PromptCache
 
 _EPILOG = """\
 examples:
@@ -43,6 +44,12 @@ def build_parser() -> argparse.ArgumentParser:
     talk = parser.add_argument_group("conversation")
     talk.add_argument("--load", metavar="FILE", help="go on with a conversation that was saved")
     add_media_options(talk, "a picture for the first message: path or http(s) URL; may be repeated")
+    talk.add_argument(
+        "--prompt-cache",
+        "--prompt-cache-file",
+        metavar="FILE",
+        help="begin with the cache in FILE, if it fits; at the end the conversation's is written",
+    )
     spoken = {name: option for name, option in PROMPT_OPTIONS.items() if name != "raw"}
     add_options(talk, spoken)
     answers = parser.add_argument_group("answers")
@@ -56,7 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0, 130 after Ctrl-C twice, 2 for a mistake in the arguments, or in the lines of
     an input that is no terminal."""
-    return run_command(build_parser, _run, argv)
+    return run_command(build_parser, _run, argv, is_joint=True)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -67,6 +74,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.model is None and not args.quiet:
         say(BUNDLED_NOTE)
     with load_pipeline(args) as pipe, terminable(), Lines(list(COMMANDS)) as lines:
+        cache = _prompt_cache(pipe, args)
         chat = pipe.chat(**options)
         session = Session(pipe, chat, lines, has_limit=args.max_length is not None)
         if not args.quiet:
@@ -76,7 +84,20 @@ def _run(args: argparse.Namespace) -> int:
             chat.system = options.get("system", chat.system)  # what is given now wins
         session.attach("image", args.image)
         session.attach("video", args.video)
-        return session.run()
+        status = session.run()
+        roles = [message["role"] for message in chat.history]
+        if cache is not None and session.has_answered and "assistant" in roles:
+            cache.write(chat.history, (), (), chat.options)
+        return status
+
+
+def _prompt_cache(pipe: Pipeline, args: argparse.Namespace) -> PromptCache | None:
+    """What --prompt-cache names. Raises: PrefixError where something else lies there."""
+    if args.prompt_cache is None:
+        return None
+    from mlx_vlm_pipes.prompt_cache import PromptCache
+
+    return PromptCache(pipe, args.prompt_cache, quiet=args.quiet)
 
 
 def _greet(pipe: Pipeline, name: str | None) -> None:

@@ -28,6 +28,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--run", action="store_true", help="load the model too, and look at its logits"
     )
     parser.add_argument(
+        "--ranks", type=int, metavar="N", help="say what each of N machines would hold of it"
+    )
+    parser.add_argument(
         "--device",
         action="store_true",
         help="compare what this machine computes with stored numbers, and say how fast it is, "
@@ -46,6 +49,8 @@ def _run(args: argparse.Namespace) -> int:
     if args.model is not None and args.named is not None:
         raise InputError(f"two models, {args.model} and {args.named}; give one of them")
     args.model = args.model if args.named is None else args.named
+    if args.ranks is not None and (args.ranks < 2 or args.device):
+        raise InputError(f"--ranks {args.ranks}; it takes 2 or more, and a model without --device")
     if args.families:
         return _list_families(is_json=args.json)
     if args.device:
@@ -59,7 +64,7 @@ def _run(args: argparse.Namespace) -> int:
     from mlx_vlm_pipes.loading import resolve_folder
 
     folder = resolve_folder(args.model, args.revision)
-    checkup = examine(folder)
+    checkup = examine(folder, args.ranks)
     if args.run and checkup.is_usable:
         try_out(folder, checkup)
     if args.json:

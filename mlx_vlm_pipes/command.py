@@ -11,14 +11,16 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from typing import Any, TextIO
 
 from mlx_vlm_pipes import __version__
-from mlx_vlm_pipes.errors import PipesError
+from mlx_vlm_pipes.errors import PipesError, RankLost
+from mlx_vlm_pipes.launcher import is_follower
 from mlx_vlm_pipes.progress import hidden
 
 USER_MISTAKE, INTERRUPTED, PIPE_CLOSED, TERMINATED = 2, 128 + 2, 128 + 13, 128 + 15
+RANK_LOST = 70  # another process of the model has gone: to be started again, all of them
 
 
 class _NoReader(Exception):
@@ -55,15 +57,32 @@ def run_command(
     build: Callable[[], argparse.ArgumentParser],
     run: Callable[[argparse.Namespace], int],
     argv: Sequence[str] | None,
+    *,
+    is_joint: bool = False,
 ) -> int:
     """Build the parser, parse argv (None: the process's own) and run; all of it may be interrupted.
 
+    is_joint: processes that mlx.launch has started run it together, and the first one speaks;
+    otherwise the first one runs it alone.
+
     Returns: the exit status: that of run; 2, with one line on standard error, for a mistake of the
     user's and for output that cannot be written; 130 after Ctrl-C, 141 where the reader of a pipe
-    has gone, 143 after SIGTERM within `terminable`.
-    Raises: SystemExit from argparse (--help, --version, unknown flags).
+    has gone, 143 after SIGTERM within `terminable`, 70 where another rank has gone.
+    Raises: SystemExit from argparse (--help, --version, unknown flags), and on other ranks.
     """
     _prepare_streams()
+    if is_follower() and not is_joint:
+        return 0
+    with _first_rank_speaks():
+        return _run_said(build, run, argv)
+
+
+def _run_said(
+    build: Callable[[], argparse.ArgumentParser],
+    run: Callable[[argparse.Namespace], int],
+    argv: Sequence[str] | None,
+) -> int:
+    """As `run_command`, saying what went wrong."""
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _say_warning
@@ -71,6 +90,9 @@ def run_command(
             given = vars(args)
             with hidden(is_hidden=bool(given.get("json") or given.get("quiet"))):
                 return run(args)
+    except RankLost as error:
+        say(f"error: {' '.join(str(error).split())}")
+        return RANK_LOST
     except PipesError as error:
         say(f"error: {' '.join(str(error).split())}")
         return USER_MISTAKE
@@ -122,6 +144,17 @@ def say(line: str) -> None:
 
 
 @contextmanager
+def _first_rank_speaks() -> Iterator[None]:
+    """Nothing within is written by the other ranks, unless it ends in an error of ours."""
+    if not is_follower():
+        yield
+        return
+    with open(os.devnull, "w") as nowhere:  # noqa: SIM117  # the file must outlive the streams
+        with redirect_stdout(nowhere), redirect_stderr(nowhere):
+            yield
+
+
+@contextmanager
 def terminable() -> Iterator[None]:
     """SIGTERM within ends the command as Ctrl-C does; a second one ends it at once."""
     if threading.current_thread() is not threading.main_thread():
@@ -137,6 +170,19 @@ def terminable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def ignoring_interrupts() -> Iterator[None]:
+    """Ctrl-C within is not for this process: a terminal sends it to all that it has started."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _parsed(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:

@@ -80,6 +80,10 @@ class KVCacheConfig:
         devices: list[DeviceRef],
         data_parallel_degree: int = 1,
     ) -> KVCacheParams:
+        """The parameters of a cache on these devices. Heads that do not divide among them count as
+        the largest share; what this process has, the loaded model says (own_kv_heads)."""
+        size = max(1, len(devices) // data_parallel_degree)
+        is_uneven = n_kv_heads > size and n_kv_heads % size > 0
         return KVCacheParams(
             dtype=dtype,
             n_kv_heads=n_kv_heads,
@@ -91,6 +95,7 @@ class KVCacheConfig:
             data_parallel_degree=data_parallel_degree,
             bits=self.bits,
             group_size=self.group_size,
+            own_kv_heads=-(-n_kv_heads // size) if is_uneven else None,
         )
 
 
@@ -100,7 +105,9 @@ class KVCacheParams:
 
     dtype is that of keys and values as they are made and read, and of the view of them. With
     bits it is not what is stored: packed integers are, with a scale and a bias of this dtype for
-    each group. bytes_per_block is a block in dtype, bytes_per_token what is really stored.
+    each group. bytes_per_block is a block in dtype, bytes_per_token what is really stored, both on
+    one device. own_kv_heads: what the device of this process has of a model on several ranks, whose
+    shares may be uneven.
 
     Raises: ConfigError if the heads do not divide among the devices, or if
     data_parallel_degree is neither 1 nor the number of devices.
@@ -116,6 +123,7 @@ class KVCacheParams:
     data_parallel_degree: int = 1
     bits: int | None = None
     group_size: int = 64
+    own_kv_heads: int | None = None
     n_kv_heads_per_device: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -124,9 +132,13 @@ class KVCacheParams:
                 f"data_parallel_degree {self.data_parallel_degree} with {self.n_devices} devices; "
                 "use 1 or the number of devices"
             )
+        if self.own_kv_heads is not None:
+            self.n_kv_heads_per_device = self.own_kv_heads
+            return
         if self.n_kv_heads % self.tensor_parallel_degree:
             raise ConfigError(
-                f"{self.n_kv_heads} KV heads do not divide among {self.n_devices} devices"
+                f"{self.n_kv_heads} KV heads do not divide among {self.n_devices} devices; use"
+                f" {math.gcd(self.n_kv_heads, self.n_devices)}"
             )
         self.n_kv_heads_per_device = self.n_kv_heads // self.tensor_parallel_degree
 
@@ -156,7 +168,7 @@ class KVCacheParams:
     @property
     def bytes_per_token(self) -> int:
         """Bytes that one token takes in all layers, quantised or not."""
-        elements = 2 * self.num_layers * self.n_kv_heads * self.head_dim
+        elements = 2 * self.num_layers * self.n_kv_heads_per_device * self.head_dim
         if self.bits is None:
             return elements * self.dtype.size_in_bytes
         group = kv_group_size(self.head_dim, self.group_size)

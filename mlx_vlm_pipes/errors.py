@@ -4,6 +4,7 @@
     ├── CheckpointError (ValueError)      the model folder is wrong
     │   ├── CheckpointNotFound            nothing there, or not downloadable
     │   ├── ConfigError                   config.json: missing, broken, contradictory
+    │   │   └── RanksDiffer               the processes of one model do not meet, or do not agree
     │   ├── UnsupportedModel              well formed, but not something we run
     │   ├── WeightsError                  safetensors: truncated, lying, missing, mis-shaped
     │   └── ProcessorError                tokenizer, chat template, processor files
@@ -14,6 +15,7 @@
     │   ├── ContextTooLong                more tokens than the model can hold
     │   └── OutOfBudget                   more memory than the engine may ever use
     ├── EngineClosed (RuntimeError)       the pipeline was closed before the answer was complete
+    │   └── RankLost                      one of the processes that run the model has gone
     └── ImageTokenMismatch (ValueError)   vision rows and placeholders differ in number
 
 `PipesWarning` is the category of our warnings. Each message is one line: what was wrong, what was
@@ -35,6 +37,10 @@ class CheckpointNotFound(CheckpointError):
 
 class ConfigError(CheckpointError):
     """A configuration is missing, broken or contradicts itself."""
+
+
+class RanksDiffer(ConfigError):
+    """The processes that are to run one model do not reach each other, or have not the same."""
 
 
 class UnsupportedModel(CheckpointError):
@@ -79,6 +85,10 @@ class OutOfBudget(InputError):
 
 class EngineClosed(PipesError, RuntimeError):
     """The pipeline was closed; nothing runs any more."""
+
+
+class RankLost(EngineClosed):
+    """One of the processes that run the model together has gone; the others cannot go on."""
 
 
 class PipesWarning(UserWarning):

@@ -20,6 +20,7 @@ from mlx_vlm_pipes.arguments import (
 )
 from mlx_vlm_pipes.command import INTERRUPTED, new_parser, put, put_json, run_command, say
 from mlx_vlm_pipes.errors import InputError
+from mlx_vlm_pipes.launcher import launched_size
 from mlx_vlm_pipes.options import ANSWER_OPTIONS, PROMPT_OPTIONS, SAMPLING_OPTIONS, among
 
 if TYPE_CHECKING:
@@ -80,12 +81,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0, or 2 with one line on standard error for a user's mistake."""
-    return run_command(build_parser, _run, argv)
+    return run_command(build_parser, _run, argv, is_joint=True)
 
 
 def _run(args: argparse.Namespace) -> int:
     options = given_options(args)  # before the model is loaded: a mistake is told at once
     _check_show(args)
+    if args.prompt_cache is not None and launched_size() > 1:
+        raise InputError("--prompt-cache: not with several ranks; leave it out")
     prompt, images = _asked(args), [_picture(name) for name in args.image]
     if args.model is None and not args.quiet:
         say(BUNDLED_NOTE)

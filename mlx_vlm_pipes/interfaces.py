@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import mlx.core as mx
@@ -24,7 +24,7 @@ from mlx_vlm_pipes.contexts import (
     TokenBuffer,
 )
 from mlx_vlm_pipes.dtypes import Device, DeviceRef, DType
-from mlx_vlm_pipes.errors import UnknownAdapter, shown
+from mlx_vlm_pipes.errors import ConfigError, UnknownAdapter, shown
 from mlx_vlm_pipes.log_probabilities import LogProbabilities, LogProbabilitiesMixin
 from mlx_vlm_pipes.model_device import StepsOnDevice, require_device
 from mlx_vlm_pipes.session import InferenceSession, Model
@@ -94,7 +94,8 @@ class ArchConfigWithKVCache(ABC):
 class PipelineModel(StepsOnDevice, ABC, Generic[ContextT]):
     """One architecture, loaded. The engine calls prepare, execute, prepare_next, execute, ...
 
-    device: the one of `devices`; weights are loaded and steps run there.
+    device: the one of `devices`; weights are loaded and steps run there. ranks: the processes that
+    the session loads models for, one for each of `devices`.
     """
 
     def __init__(  # noqa: PLR0913  # the documented ones, and ours by keyword only
@@ -117,6 +118,13 @@ class PipelineModel(StepsOnDevice, ABC, Generic[ContextT]):
         from the last, as Python's indices do.
         """
         pipeline_config.require_supported()
+        self.ranks = session.ranks
+        degree = pipeline_config.model.data_parallel_degree
+        if self.ranks.are_many and degree > 1:
+            raise ConfigError(
+                f"data_parallel_degree {degree} with {self.ranks.size} ranks, which run one replica"
+                " together; use 1"
+            )
         self.device = require_device(devices, session, pipeline_config.model.devices)
         pipeline_config.model.resolve(weights)
         self.pipeline_config = pipeline_config
@@ -148,8 +156,9 @@ class PipelineModel(StepsOnDevice, ABC, Generic[ContextT]):
 
     @property
     def signal_buffers(self) -> list[Buffer]:
-        """None: they synchronise several devices. Inputs carry them, and nothing reads them."""
-        return []
+        """An empty one for each of several devices, none for one. Inputs carry them, and nothing
+        reads them: MLX synchronises devices with buffers of its own."""
+        return [mx.zeros((0,), mx.uint8) for _ in self.devices] if self.ranks.are_many else []
 
     @classmethod
     def estimate_weights_size(cls, pipeline_config: PipelineConfig) -> int:
@@ -271,17 +280,19 @@ class PipelineModelWithKVCache(PipelineModel[ContextT]):
     networks: Sequence[Model] = ()
     weight_bytes: int = 0
     merged_adapter: str = ""
+    own_kv_heads: int | None = None  # of the model's KV heads, on one of many ranks
 
     @functools.cached_property
     def kv_params(self) -> KVCacheParams:
-        """What `get_kv_params` makes of the model's own configuration."""
-        return self.get_kv_params(
+        """What `get_kv_params` makes of the model's own configuration, for this rank."""
+        params = self.get_kv_params(
             self.huggingface_config,
             self.pipeline_config,
-            self.device_refs,
+            self.device_refs[:1],
             self.kv_cache_config,
             self.pipeline_config.model.cache_dtype,
         )
+        return replace(params, devices=self.device_refs, own_kv_heads=self.own_kv_heads)
 
     @property
     def cache_break_length(self) -> int | None:

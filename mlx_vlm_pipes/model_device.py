@@ -40,11 +40,12 @@ def _on_own_device(step: Callable[..., Any]) -> Callable[..., Any]:
 def require_device(
     devices: Sequence[Device], session: InferenceSession, declared: Sequence[DeviceRef]
 ) -> Device:
-    """The one device that a model runs on, which is there and which all agree about.
+    """The device that a model runs on, which is there and which all agree about.
 
-    declared: what the configuration says. Raises: ConfigError for no device, one that MLX does
-    not have here, or one that session or configuration contradict; NotImplementedError for
-    several; TypeError for anything but a list of Device, such as a DeviceRef.
+    Of a session with several ranks, devices has one for each, alike. declared: what the
+    configuration says. Raises: ConfigError for no device, one that MLX does not have here, or one
+    that session or configuration contradict; NotImplementedError for any other number; TypeError
+    for anything but a list of Device, such as a DeviceRef.
     """
     is_list = isinstance(devices, Sequence)
     if devices and not (is_list and all(isinstance(device, Device) for device in devices)):
@@ -53,15 +54,18 @@ def require_device(
         )
     if not devices:
         raise ConfigError("devices is empty; give the one device that the model is to run on")
-    if len(devices) > 1:
+    size = session.ranks.size
+    if len(devices) != size and not session.ranks.are_many:
         raise NotImplementedError(f"{len(devices)} devices; one unified-memory device is run")
-    (device,) = devices
+    if len(devices) != size or len(set(devices)) > 1:
+        raise NotImplementedError(f"devices has {len(devices)} for {size} ranks; give one for each")
+    device = devices[session.ranks.rank]
     if not device.is_available:
         raise ConfigError(f"devices has {device}, which MLX does not have here; use another one")
     if session.devices and device not in session.devices:
         known = ", ".join(map(str, session.devices))
         raise ConfigError(f"devices has {device}, the session has {known}; give both the same")
-    if list(declared) != [DeviceRef.from_device(device)]:
+    if list(declared) != [DeviceRef.from_device(device)] * size:
         said = ", ".join(map(str, declared)) or "none"
         raise ConfigError(
             f"devices has {device}, the model's device_specs say {said}; give both the same"

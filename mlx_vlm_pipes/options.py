@@ -203,7 +203,9 @@ class GenerateOptions(PromptOptions, SamplingOptions, total=False):
             choices=("lookup", "draft", "none"),
         ),
     ]
-    num_draft_tokens: Annotated[int | None, Option("at most so many together", low=1, high=7)]
+    num_draft_tokens: Annotated[
+        int | None, Option("at most so many drafted tokens in a step, 1 to 7", low=1, high=7)
+    ]
     # The command's --adapter is the folder of the one that it loads.
     adapter: Annotated[str | None, Option('a loaded adapter\'s name, or "base"', has_flag=False)]
 

@@ -449,9 +449,8 @@ class Pipeline:
         """Where a request's drafts come from: the draft model, where there is one."""
         has_model = self.engine.drafter is not None
         if asked == "draft" and not has_model:
-            raise InputError(
-                "speculative is 'draft', but no draft model is loaded; give load(draft=...)"
-            )
+            message = "speculative is 'draft', but no draft model is loaded; give load(draft=...)"
+            raise InputError(f"{message}, or --draft-model to a command", param="speculative")
         return "draft" if asked is None and has_model else asked
 
     def _adapter(self, name: str | None) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import mlx.core as mx
 
@@ -33,6 +34,10 @@ class Ranks:
     def sum(self, x: mx.array) -> mx.array:
         """The ranks' x added up, lazily; any shape, the same on all ranks."""
         return mx.distributed.all_sum(x, group=self.group) if self.are_many else x
+
+    def total(self, number: int) -> int:
+        """The ranks' numbers added up, at once; below 2**31."""
+        return cast("int", self.sum(mx.array(number, dtype=mx.int32)).item())
 
     def from_first(self, x: mx.array) -> mx.array:
         """Rank 0's x on every rank, lazily: what the others give only says its shape and dtype.

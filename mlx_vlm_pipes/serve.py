@@ -7,7 +7,7 @@ import asyncio
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 from mlx_vlm_pipes.arguments import BUNDLED_NAME
 from mlx_vlm_pipes.command import new_parser, run_command, say
 from mlx_vlm_pipes.errors import ConfigError, PipesError
+from mlx_vlm_pipes.launcher import is_follower, launched_size
+from mlx_vlm_pipes.prompt_cache import prefix_files, read_prefixes
 
 if TYPE_CHECKING:
     from mlx_vlm_pipes.pipeline import Pipeline
@@ -93,15 +95,22 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     model.add_argument("--kv-bits", type=int, choices=[4, 8], help="quantise the KV cache")
     model.add_argument("--max-length", type=int, help="limit on prompt plus answer, in tokens")
+    model.add_argument(
+        "--prompt-cache", action="append", default=[], metavar="[NAME=]FILE",
+        help="prefix that generate, chat or save_prefix wrote, or a folder of them, read when the "
+        "model is loaded; may be repeated",
+    )  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 after SIGTERM or Ctrl-C, 2 for a user's mistake."""
     given = sys.argv[1:] if argv is None else argv
-    return run_command(build_parser, partial(_run, given), given)
+    return run_command(build_parser, partial(_run, given), given, is_joint=True)
 
 
 def _run(argv: list[str], args: argparse.Namespace) -> int:
+    if launched_size() > 1:
+        _require_one_pipeline(args)
     if args.supervise and not args.child_fds:
         from mlx_vlm_pipes.server.supervise import Supervisor
 
@@ -122,10 +131,23 @@ def _run(argv: list[str], args: argparse.Namespace) -> int:
         say(f"warning: all who reach {args.host} may ask; --api-key-file lets in only some")
     given = _given_models(args)
     drafts = _given_drafts(args, given)
+    if is_follower():
+        next(iter(_openers(args, given, drafts).values()))()  # it does not return
     sizes = {name: partial(_weight_bytes, path, drafts.get(name)) for name, path in given.items()}
     server = Server(Models(_openers(args, given, drafts), sizes), settings, is_local=is_local)
     listening, parent = _sockets(args)
     return asyncio.run(_serve(server, listening, parent))
+
+
+def _require_one_pipeline(args: argparse.Namespace) -> None:
+    """Raises: ConfigError for what several ranks cannot do: they end with their pipeline."""
+    for flag, is_given, instead in (
+        ("--model more than once", len(args.model) > 1, "start a server for each model"),
+        ("--supervise", args.supervise, "let what starts mlx.launch start it again"),
+        ("--idle-unload", args.idle_unload is not None, "end the server instead"),
+    ):
+        if is_given:
+            raise ConfigError(f"{flag}: not with several ranks; {instead}")
 
 
 def _settings(args: argparse.Namespace) -> ServerSettings:
@@ -169,27 +191,49 @@ def _given_drafts(args: argparse.Namespace, given: dict[str, str | None]) -> dic
     """Which model drafts for which, by the latter's name. Raises: ConfigError."""
     drafts: dict[str, str] = {}
     for text in args.draft_model:
-        head, equals, path = text.partition("=")
-        name = head if equals else next(iter(given))
-        if name not in given or name in drafts:
-            what = "is no --model" if name not in given else "has a draft model already"
-            raise ConfigError(f"--draft-model {text}: {name!r} {what}")
-        drafts[name] = path if equals else text
+        name, path = _for_model(text, given)
+        if name in drafts:
+            raise ConfigError(f"--draft-model {text}: {name!r} has a draft model already")
+        drafts[name] = path
     return drafts
+
+
+def _for_model(text: str, given: dict[str, str | None]) -> tuple[str, str]:
+    """What `[NAME=]VALUE` is for, the first model without a name, and the value."""
+    head, _, value = text.partition("=")
+    return (head, value) if head in given else (next(iter(given)), text)
 
 
 def _openers(
     args: argparse.Namespace, given: dict[str, str | None], drafts: dict[str, str]
 ) -> dict[str, Callable[[], Pipeline]]:
-    from mlx_vlm_pipes.loading import load
-
+    """By name: what opens each. Raises: ConfigError for a --prompt-cache that is not there."""
+    cached: dict[str, list[Path]] = {name: [] for name in given}
+    for text in args.prompt_cache:
+        name, path = _for_model(text, given)
+        cached[name] += prefix_files(path)
     options = {
         "dtype": args.dtype, "device": args.device, "adapter": args.adapter,
         "kv_bits": args.kv_bits, "max_length": args.max_length, "progress": False,
+        "distributed": "auto",
     }  # fmt: skip
     return {
-        name: partial(load, path, draft=drafts.get(name), **options) for name, path in given.items()
+        name: partial(_open, path, {**options, "draft": drafts.get(name)}, cached[name])
+        for name, path in given.items()
     }
+
+
+def _open(path: str | None, options: Mapping[str, Any], prefixes: Sequence[Path]) -> Pipeline:
+    """Raises: as `load` and `read_prefixes`."""
+    from mlx_vlm_pipes.loading import load
+
+    pipe = load(path, **options)
+    try:
+        read_prefixes(pipe, prefixes)
+    except PipesError:
+        pipe.close()
+        raise
+    return pipe
 
 
 def _weight_bytes(path: str | None, draft: str | None) -> int:
@@ -255,7 +299,7 @@ async def _serve(server: Server, listening: socket.socket, parent: socket.socket
     web.should_exit = True
     await serving
     if dying.done():
-        say(f"error: the thread of {dying.result()} has died")
+        say(f"error: {dying.result()}")
         return 1
     for task in (dying, stopped):
         task.cancel()

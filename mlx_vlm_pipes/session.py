@@ -12,6 +12,7 @@ from mlx.utils import tree_flatten
 
 from mlx_vlm_pipes.dtypes import Device
 from mlx_vlm_pipes.progress import Watch, Work
+from mlx_vlm_pipes.ranks import ALONE, Ranks
 
 PORTIONS = 50  # in which weights are evaluated; each costs a wait for the device
 
@@ -37,7 +38,8 @@ class InferenceSession:
     """The devices and the compile switch that models are loaded with.
 
     devices: a model's must be among them; empty means any. watch: is told of the weights as they
-    are read; expected_bytes: how many there will be, loaded_bytes: how many there are.
+    are read; expected_bytes: how many there will be, loaded_bytes: how many there are. ranks: the
+    processes that a model is cut for; each loads its own part. read_bytes: what was read of files.
     """
 
     devices: Sequence[Device] = ()
@@ -45,6 +47,8 @@ class InferenceSession:
     watch: Watch | None = None
     expected_bytes: int = 0
     loaded_bytes: int = 0
+    read_bytes: int = 0
+    ranks: Ranks = ALONE
 
     def load(
         self, module: nn.Module, weights_registry: Mapping[str, mx.array] | None = None
@@ -56,6 +60,13 @@ class InferenceSession:
         _evaluate(list(parameters.values()), self._note)
         module.eval()
         return Model(module, parameters)
+
+    def note_read(self, nbytes: int) -> None:
+        """So much has been read of what is to be loaded."""
+        self.read_bytes += nbytes
+        if self.watch is not None:
+            total = max(self.expected_bytes, self.read_bytes)
+            self.watch.note(Work("reading weights", self.read_bytes, total, "B"))
 
     def _note(self, nbytes: int) -> None:
         self.loaded_bytes += nbytes

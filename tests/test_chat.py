@@ -110,6 +110,29 @@ def test_a_mistake_is_one_line_and_it_goes_on(
     assert words in errors[0]
 
 
+def test_a_conversation_leaves_its_cache_for_the_next(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    saved, cache = tmp_path / "talk.json", tmp_path / "talk.prefix"
+    arguments = ["--prompt-cache", str(cache)]
+    asked = f"{SHAPES} Describe the picture.\n/save {saved}"
+    assert piped("/help", monkeypatch, *arguments) == 0
+    assert not cache.exists()  # nothing was said
+    assert piped(asked, monkeypatch, *arguments) == 0
+    capsys.readouterr()
+    lines = "What color is the circle?\n/stats"
+    assert piped(lines, monkeypatch, *arguments, "--load", str(saved)) == 0
+    out, err = capsys.readouterr()
+    assert out.strip() == "red"
+    assert "54 tokens (16 image, 41 cached)" in err
+    assert piped("Who?", monkeypatch, "--kv-bits", "8", *arguments, "--max-tokens", "2") == 0
+    assert piped("Who?\n/stats", monkeypatch, "--kv-bits", "8", *arguments) == 0
+    assert "cached)" in capsys.readouterr().err  # it was written anew, for 8 bits
+    cache.write_text("mine")
+    assert piped("Who?", monkeypatch, *arguments) == 2
+    assert cache.read_text() == "mine"
+
+
 def test_ctrl_c_ends_lines_from_a_pipe(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

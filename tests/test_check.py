@@ -447,3 +447,14 @@ def test_a_refusal_names_the_nearest_family(tmp_path: Path) -> None:
     )
     said = "\n".join(examine(folder).lines())
     assert re.search(f"{name} is not supported; nearest: Qwen2ForCausalLM.*--families", said)
+
+
+def test_what_each_rank_would_hold(capsys: pytest.CaptureFixture[str]) -> None:
+    """3 KV heads on 2 ranks: what tests/ranks measures of a model that is loaded so."""
+    assert check.main([str(FIXTURES / "llama-stop"), "--ranks", "2", "--json"]) == 0
+    ranks = json.loads(capsys.readouterr().out)["ranks"]
+    assert [part["weight_bytes"] for part in ranks["ranks"]] == [135504, 149328]
+    assert [part["kv_heads"] for part in ranks["ranks"]] == [1, 2]
+    assert (ranks["sums"], ranks["gathers"]) == (2 * 2 + 1, 0)
+    assert check.main([str(FIXTURES / "idefics3"), "--ranks", "3"]) == 1
+    assert "2 KV heads cannot be cut for 3 ranks; use at most 2" in capsys.readouterr().out

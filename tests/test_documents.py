@@ -66,17 +66,26 @@ NOT_RUN = (
     r"(MLX_VLM_PIPES_TEST_DEVICE=gpu )?pytest", r"mkdocs (build --strict|serve)",
     r"export [A-Z_0-9]+=\S+",
     r"python (-m )?(tools|tests|benchmarks)\S+.*", r"python -m mlx_vlm_pipes.check --device.*",
+    r"llm .*", r"echo .* > \S+", r".* --host 0\.0\.0\.0 .*",
     r"python -m mlx_vlm\.\w+ .*",  # another package's; test_other_packages_answer_as_shown
 )  # fmt: skip
+SLOW = ("server.md", "clients.md", "prefixes.md", "performance.md")
 SERVED = "127.0.0.1:8080"
 # A template that reads what Qwen3's reads, for the text model of the fixtures.
 TEMPLATE = """\
+{# calls: <tool_call> #}\
 {% if tools %}Tools: {% for tool in tools %}\
 {{ tool.function.name }} ({{ tool.function.description }})\
 {% endfor %}{{ "\\n" }}{% endif %}\
 {% for message in messages %}{{ message.role }}: {{ message.content }}
 {% endfor %}{% if add_generation_prompt %}assistant:\
 {% if enable_thinking is not defined or enable_thinking %} <think>{% endif %}{% endif %}"""
+# what blocks titled so import; they are run where it is installed
+CLIENTS = {
+    "openai": "openai", "langchain": "langchain_openai", "litellm": "litellm",
+    "instructor": "instructor", "pydantic": "pydantic",
+}  # fmt: skip
+DATA = ("text", "json", "toml", "yaml", "bibtex", "js")  # tests/clients run the js and the yaml
 PEERS = {"mlx-vlm": "mlx_vlm", "mlx-lm": "mlx_lm", "transformers": "transformers"}
 FIGURES = re.compile(r"\d[\d.,]*(?=( ?(s|ms|MB|GB|tokens/s)\b))")
 
@@ -138,8 +147,9 @@ class Reader:
     def read(self) -> None:
         for block in blocks(self._page):
             where = f"{self._page.name}:{block.line}"
-            missing = block.title == "openai" and find_spec("openai") is None
-            if block.language == "python" and (block.title in PEERS or missing):
+            needed = CLIENTS.get(block.title)
+            is_missing = needed is not None and find_spec(needed) is None
+            if block.language == "python" and (block.title in PEERS or is_missing):
                 self._printed = None
             elif block.language == "python":
                 self._printed = self._run_python(block, where)
@@ -148,7 +158,7 @@ class Reader:
             elif block.language == "text" and block.follows and self._printed is not None:
                 assert matches(block.code, self._printed), f"{where}: printed\n{self._printed}"
             else:
-                assert block.language in ("text", "json", "toml", "bibtex"), f"{where}: language?"
+                assert block.language in DATA, f"{where}: language?"
 
         for name in re.findall(r"\]\(\.\./assets/(\w+\.png)\)", self._page.read_text("utf-8")):
             assert_same_picture(Path(name), ROOT / "docs" / "assets" / name)
@@ -166,14 +176,17 @@ class Reader:
         code = "\n" * (block.line - 1) + with_local_models(block.code, own=self._server is None)
         code = code.replace(SERVED, self._address)
         with contextlib.redirect_stdout(out):
-            exec(compile(code, where, "exec"), self._names)
+            exec(compile(code, where, "exec", dont_inherit=True), self._names)
         return out.getvalue()
 
     def _type(self, block: Block, where: str) -> None:
         """Commands of a `sh` block, or commands and what they print of a `console` block."""
         code = block.code.replace("\\\n", " ")
         if block.language == "sh":
-            served = [line for line in code.splitlines() if "mlx_vlm_pipes.serve" in line]
+            served = [
+                line for line in code.splitlines()
+                if "mlx_vlm_pipes.serve" in line and can_run(line)
+            ]  # fmt: skip
             self._printed = "".join(
                 run_line(line, where) for line in code.splitlines() if line not in served
             )
@@ -191,11 +204,10 @@ class Reader:
                 assert matches(shown, printed), f"{where}: {line} printed\n{printed}"
 
     def _serve(self, line: str) -> None:
-        """Start the server, on any port, with the model that stands for the one it names."""
-        name, model = next((name, path) for name, path in MODELS.items() if name in line)
+        """Start the server, on any port, with the models that stand for those it names."""
         words = [sys.executable, *shlex.split(line)[1:], "--port", "0"]
         self._server = subprocess.Popen(
-            [word if word != name else f"{name}={model}" for word in words],
+            [f"{word}={MODELS[word]}" if word in MODELS else word for word in words],
             stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
         )  # fmt: skip
         assert self._server.stderr is not None
@@ -288,7 +300,7 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         pytest.param(
             page,
             id=str(page.relative_to(ROOT)),
-            marks=[pytest.mark.slow] if page.name in ("server.md", "performance.md") else [],
+            marks=[pytest.mark.slow] if page.name in SLOW else [],
         )
         for page in PAGES
     ],

@@ -12,6 +12,7 @@ import pytest
 
 from mlx_vlm_pipes import load
 from mlx_vlm_pipes.errors import ConfigError, InputError
+from mlx_vlm_pipes.grammar import MOST_KEPT, Grammar, Grammars
 from mlx_vlm_pipes.pipeline import Pipeline
 
 SCHEMA: dict[str, Any] = {
@@ -45,6 +46,24 @@ def test_drawn_answers_keep_their_form(pipe: Pipeline) -> None:
         assert answer.text.endswith("d") == (answer.finish_reason == "stop")
 
 
+def test_a_form_is_compiled_once(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    original = Grammars._made
+
+    def counted(self: Grammars, name: str, written: str) -> Grammar:
+        made.append(written)
+        return original(self, name, written)
+
+    monkeypatch.setattr(Grammars, "_made", counted)
+    pipe.generate_n(ASKED, 3, regex="[0-9]{2}", max_tokens=4)
+    pipe.generate(ASKED, regex="[0-9]{2}", max_tokens=4)
+    assert made == ["[0-9]{2}"]
+    for i in range(MOST_KEPT):
+        pipe.grammars.compile("regex", f"a{{{i + 1}}}")
+    pipe.grammars.compile("regex", "[0-9]{2}")
+    assert made.count("[0-9]{2}") == 2
+
+
 def test_rows_of_a_batch_keep_what_they_get_alone(pipe: Pipeline) -> None:
     requests: list[dict[str, Any]] = [
         {"prompt": "Who are you?", "temperature": 1.0, "seed": 5},
@@ -66,6 +85,26 @@ def test_a_form_that_is_over_ends_the_answer(pipe: Pipeline) -> None:
     assert (result.text, result.finish_reason) == ("ab", "stop")
     assert len(result.logprobs) == len(result.tokens)
     assert "".join(chunk.text for chunk in pipe.stream(ASKED, regex="ab")) == "ab"
+
+
+def test_a_number_alone_may_end_its_line(pipe: Pipeline) -> None:
+    """A model that wants a line's end after its number would go on with digits for ever."""
+    newline, digit = pipe.tokenizer.encode("\n1", add_special_tokens=False)
+    for schema in ({"anyOf": [{"type": "integer"}, {"type": "null"}]}, {"type": "integer"}):
+        row = pipe.grammars.make({"schema": {**schema, "x-guidance": 5}}).start()
+        assert not is_allowed(row, newline)
+        row.accept(digit)
+        assert is_allowed(row, newline)
+        row.accept(newline)
+        assert not is_allowed(row, digit)
+        assert not is_allowed(row, newline)
+    row = pipe.grammars.make({"schema": {"enum": [1, 2]}}).start()
+    row.accept(digit)
+    assert not is_allowed(row, newline)
+
+
+def is_allowed(row: Any, token: int) -> bool:
+    return bool(row.allowed()[token // 32] >> (token % 32) & 1)
 
 
 def test_processors_cannot_bring_back_what_does_not_fit(pipe: Pipeline) -> None:

@@ -12,7 +12,7 @@ from tools.real_checkpoint import FOLDER_VARIABLE, checkpoint_path
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 QUICK = ("1_quick_start",)  # the others are slow
-REAL = EXAMPLES / "8_a_real_model.ipynb"
+REAL = EXAMPLES / "9_a_real_model.ipynb"
 
 
 def marked(path: Path) -> object:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import pickle
 from typing import Any
 
 import numpy as np
@@ -119,3 +120,12 @@ def test_names_that_others_use() -> None:
         read_options({"temp": 0.5, "temperature": 0.5}, OPTIONS)
     with pytest.raises(InputError, match=r"unknown option 'adapter_path'; give load\(adapter="):
         read_options({"adapter_path": "x"}, OPTIONS)
+
+
+def test_an_error_knows_the_option_that_is_to_blame() -> None:
+    for given, name in (({"top_k": "5"}, "top_k"), ({"colour": 1}, "colour"),
+                        ({"temp": 1.0, "temperature": 1.0}, "temp")):  # fmt: skip
+        with pytest.raises(InputError) as raised:
+            read_options(given, OPTIONS)
+        assert raised.value.param == name
+        assert pickle.loads(pickle.dumps(raised.value)).param == name

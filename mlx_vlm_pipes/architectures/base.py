@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import abstractmethod
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
@@ -14,6 +15,7 @@ from mlx.utils import tree_flatten
 from mlx_vlm_pipes.checkpoint.blueprint import Blueprint, Checkpoint
 from mlx_vlm_pipes.checkpoint.canonical import canonical_state, tower_adapter
 from mlx_vlm_pipes.checkpoint.modules import load_decoder, load_tower
+from mlx_vlm_pipes.checkpoint.sharding import expected_bytes
 from mlx_vlm_pipes.config import KVCacheConfig, KVCacheParams, PipelineConfig, weights_format
 from mlx_vlm_pipes.contexts import ImageMetadata, TextAndVisionContext, TextContext
 from mlx_vlm_pipes.dtypes import DeviceRef, DType
@@ -35,6 +37,7 @@ from mlx_vlm_pipes.interfaces import (
 from mlx_vlm_pipes.kv_cache import KVCacheInputs
 from mlx_vlm_pipes.nn.language_model import LanguageModel, captured_layers
 from mlx_vlm_pipes.nn.lora_groups import group_fields, next_group_fields
+from mlx_vlm_pipes.nn.parallel import shared_rows
 from mlx_vlm_pipes.nn.ragged import (
     active_images,
     flat_tokens,
@@ -119,13 +122,17 @@ class CheckpointModel(LogProbabilitiesMixin, PipelineModelWithKVCache[ContextT])
             self.return_hidden_states, self.eagle_layers, decoder_config.num_layers
         )
         text, rest = checkpoint.text, checkpoint.tower(self.tower_prefix)
-        session.expected_bytes += sum(weight.nbytes for weight in state.values())
+        session.expected_bytes += expected_bytes(decoder_config, text, rest, self.ranks)
         state.clear()  # the parts alone hold the tensors now, and let go what has been read
         parts = []
-        if tower is not None:
+        if tower is not None and self.ranks.is_first:
             parts.append(load_tower(session, tower, rest))
+        elif tower is not None:
+            parts.append(Model(_no_tower, {}))
+            tower = None
         decoder, loaded = load_decoder(session, decoder_config, text)
         self.model_config = config
+        self.own_kv_heads = decoder.config.num_kv_heads if self.ranks.are_many else None
         self.language = LanguageModel(
             decoder,
             self.kv_params,
@@ -151,6 +158,11 @@ class CheckpointModel(LogProbabilitiesMixin, PipelineModelWithKVCache[ContextT])
             return {}
         lengths = [context.tokens.active_length for context in contexts]
         return group_fields(slots, lengths, self.language.adapter_ranks, lora.max_num_loras)
+
+
+def _no_tower(*arguments: Buffer) -> Buffer:
+    """The tower of all ranks but the first."""
+    raise RuntimeError("the vision tower is on rank 0; encode_images shares its rows")
 
 
 def announce(kv_cache_inputs: KVCacheInputs | None, contexts: Sequence[TextContext]) -> None:
@@ -255,7 +267,19 @@ class VisionLanguageModel(
     # ---- what all rooms do
 
     def encode_images(self, images: Sequence[ImageMetadata]) -> list[Buffer]:
-        """Vision rows [M_i, E] of each picture; those that can be packed share a batch. Lazy."""
+        """Vision rows [M_i, E] of each picture; those that can be packed share a batch.
+
+        Lazy, but for several ranks: their first one encodes for all. Raises: there what it raises,
+        and MediaError on the others.
+        """
+        if not self.ranks.are_many:
+            return self._encode(images)
+        encode = (lambda: mx.concatenate(self._encode(images))) if self.ranks.is_first else None
+        rows = shared_rows(self.ranks, encode)
+        ends = np.cumsum([self.count_rows(image) for image in images])
+        return list(mx.split(rows, ends[:-1].tolist()))
+
+    def _encode(self, images: Sequence[ImageMetadata]) -> list[Buffer]:
         groups: dict[Hashable, list[int]] = {}
         for i, image in enumerate(images):
             groups.setdefault(self.batch_key(image), []).append(i)
@@ -314,7 +338,9 @@ class VisionLanguageModel(
         inputs = require_inputs(model_inputs, self.inputs_class)
         rows, indices = inputs.image_embeddings, inputs.image_token_indices
         if rows is None and inputs.has_vision_inputs:
-            rows = self.vision_model(*inputs.vision_arguments())
+            see = functools.partial(self.vision_model, *inputs.vision_arguments())
+            many = self.ranks.are_many
+            rows = shared_rows(self.ranks, see if self.ranks.is_first else None) if many else see()
         return self.language_model(
             inputs.tokens,
             one_device(inputs.input_row_offsets),

@@ -9,6 +9,7 @@ from safetensors import safe_open
 
 from mlx_vlm_pipes.dtypes import DType
 from mlx_vlm_pipes.weights import TensorInfo, WeightData, Weights
+from mlx_vlm_pipes.weights.checkpoint import StoredWeight
 
 # What repacking looks into, to tell reordered groups: a few kilobytes a module.
 _READ = (".g_idx", ".weight_g_idx")
@@ -56,4 +57,7 @@ def stand_in(info: TensorInfo) -> WeightData:
         return WeightData(mx.array(values), info.name, info.dtype, info.shape)
     fp8 = info.dtype in (DType.float8_e4m3fn, DType.float8_e5m2)
     kind = mx.uint8 if fp8 else mx.float32 if info.dtype is DType.float64 else info.dtype.to_mx()
-    return WeightData(mx.zeros(info.shape, kind), info.name, info.dtype, info.shape)
+    data = mx.zeros(info.shape, kind)
+    if info.offset:
+        return StoredWeight(data, info.name, info.dtype, info.shape, info=info)
+    return WeightData(data, info.name, info.dtype, info.shape)

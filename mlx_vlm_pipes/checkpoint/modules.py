@@ -11,6 +11,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_vlm_pipes.checkpoint.blueprint import Checkpoint, blueprint
+from mlx_vlm_pipes.checkpoint.sharding import keep_own_part
 from mlx_vlm_pipes.checkpoint.state import LANGUAGE, StateDict, part, tower_state
 from mlx_vlm_pipes.checkpoint.tie import HEAD, settle_head
 from mlx_vlm_pipes.config import PipelineConfig
@@ -106,7 +107,11 @@ def load_decoder(
     and for adapters that do not fit.
     """
     tied = settle_head(state, tied=config.tie_word_embeddings)
-    decoder = DenseDecoder(replace(config, tie_word_embeddings=tied))
+    config = replace(config, tie_word_embeddings=tied)
+    if session.ranks.are_many:
+        _require_whole(config, state)
+        config = keep_own_part(state, config, session.ranks, session.note_read)
+    decoder = DenseDecoder(config)
     fill(decoder, state)
     decoder.cast_norms()
     if state.loras:
@@ -120,6 +125,19 @@ def load_decoder(
     decoder.fuse()
     session.load(decoder)
     return decoder, Model(decoder, canonical_arrays(decoder))
+
+
+def _require_whole(config: DecoderConfig, state: StateDict) -> None:
+    """Raises: WeightsError as one process does, before anything is cut."""
+    decoder = DenseDecoder(config)
+    quantize_like(decoder, state)
+    expected = parameter_shapes(decoder)
+    fitting = drop_dummy_biases(state, expected)
+    check_names_and_shapes(expected, {name: weight.shape for name, weight in fitting.items()})
+    state.keep(fitting.keys())
+    shapes = {LANGUAGE + path: size for path, size in linear_shapes(decoder).items()}
+    for lora in state.loras:
+        check_against_base(lora.below(LANGUAGE), shapes)
 
 
 def canonical_arrays(decoder: DenseDecoder) -> dict[str, mx.array]:

@@ -92,6 +92,11 @@ class Session:
             "/help": self._help,
         }
 
+    @property
+    def has_answered(self) -> bool:
+        """Whether an answer was given to its end."""
+        return self._last is not None
+
     def run(self) -> int:
         """Read messages until the user leaves.
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from mlx_vlm_pipes.doctor.memory import estimate_memory
 from mlx_vlm_pipes.doctor.processor import examine_processor
+from mlx_vlm_pipes.doctor.ranks import examine_ranks
 from mlx_vlm_pipes.doctor.report import Checkup
 from mlx_vlm_pipes.doctor.tensors import Tensors, examine_tensors, read_headers
 from mlx_vlm_pipes.errors import CheckpointNotFound, ConfigError
@@ -24,11 +25,11 @@ CODE_SUFFIXES = (
 CODE_KEYS = ("auto_map", "model_file", "custom_pipelines")
 
 
-def examine(folder: str | Path) -> Checkup:
+def examine(folder: str | Path, ranks: int | None = None) -> Checkup:
     """Read headers and JSON files of a model folder, or a GGUF file; a few megabytes at any size.
 
-    Raises: CheckpointNotFound if there is no such thing, or it is closed to us; everything else is
-    a finding.
+    ranks: how many it would run on, to say what each would hold. Raises: CheckpointNotFound if
+    there is no such thing, or it is closed to us; everything else is a finding.
     """
     folder = Path(folder)
     if not folder.is_dir() and not is_gguf(folder):
@@ -65,6 +66,9 @@ def examine(folder: str | Path) -> Checkup:
     if tensors is not None:
         with checkup.collecting("memory"):
             estimate_memory(room, tensors, checkup)
+    if tensors is not None and ranks is not None and not checkup.errors:
+        with checkup.collecting("ranks"):
+            examine_ranks(room, tensors, ranks, checkup)
     return checkup
 
 

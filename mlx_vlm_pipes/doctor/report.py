@@ -29,6 +29,31 @@ class Part:
     nbytes: int
 
 
+@dataclass(frozen=True)
+class RankPart:
+    """What one of several ranks holds and reads; the tower's bytes are 0 on all but the first."""
+
+    weight_bytes: int
+    embedding_bytes: int
+    tower_bytes: int
+    read_bytes: int
+    kv_heads: int
+    kv_token_bytes: int
+
+
+@dataclass(frozen=True)
+class RanksPlan:
+    """A model on several ranks: loading takes a rank's weights and, for a while, the largest
+    tensor; sums, gathers and bytes are those of a token, the bytes what each rank sends."""
+
+    ranks: list[RankPart]
+    kv_heads: int
+    largest_tensor_bytes: int
+    sums: int
+    gathers: int
+    sent_bytes: int
+
+
 @dataclass
 class Checkup:
     """Facts and findings. None and empty where an error kept us from knowing."""
@@ -45,6 +70,7 @@ class Checkup:
     max_tokens: int | None = None
     load_bytes: int | None = None
     run_bytes: int | None = None
+    ranks: RanksPlan | None = None  # where somebody asked for several
     findings: list[Finding] = field(default_factory=list)
 
     @property
@@ -98,6 +124,7 @@ class Checkup:
             ("ignored", ", ".join(self.ignored)),
             ("context", None if self.max_tokens is None else f"{self.max_tokens} tokens"),
             ("memory", self._memory()),
+            *self._ranks(),
         ]
         lines = [f"{name + ':':15}{value}" for name, value in facts if value]
         lines += [f"{finding.level}: {finding.where}: {finding.text}" for finding in self.findings]
@@ -107,6 +134,28 @@ class Checkup:
         if self.load_bytes is None or self.run_bytes is None:
             return None
         return f"{_size(self.load_bytes)} to load, {_size(self.run_bytes)} to run 4096 tokens"
+
+    def _ranks(self) -> Iterator[tuple[str, str]]:
+        plan = self.ranks
+        if plan is None:
+            return
+        for number, part in enumerate(plan.ranks):
+            heads = f"{part.kv_heads} of {plan.kv_heads} heads"
+            cache = f"cache {part.kv_token_bytes:,} bytes a token ({heads})"
+            yield (
+                f"rank {number}",
+                f"{_size(part.weight_bytes)}, reads {_size(part.read_bytes)}; {cache}",
+            )
+        first = plan.ranks[0]
+        yield (
+            "on each rank",
+            f"{_size(first.embedding_bytes)} of embedding; while loading up to"
+            f" {_size(plan.largest_tensor_bytes)} more",
+        )
+        if first.tower_bytes:
+            yield "on rank 0", f"{_size(first.tower_bytes)} of vision"
+        gathers = f" and {plan.gathers} gather" if plan.gathers else ""
+        yield "each token", f"{plan.sums} sums{gathers}, {_size(plan.sent_bytes)} sent by each rank"
 
 
 def _describe(part: Part) -> str:

@@ -78,6 +78,11 @@ class PrefixCache:
     def __len__(self) -> int:
         return len(self._entries)
 
+    def contents(self, token_bytes: int) -> list[tuple[np.ndarray, int]]:
+        """Keys and tokens of all that is kept, the least recently used first. token_bytes: of one
+        cached token."""
+        return [(entry.keys, entry.row.nbytes // token_bytes) for entry in self._entries.values()]
+
     def match(self, keys: np.ndarray) -> tuple[int, CacheRow | None]:
         """The longest cached prefix of `keys` and the row that holds it; (0, None) if none."""
         at, best, found = bisect.bisect_left(self._order, keys.tobytes()), 0, None
@@ -125,6 +130,10 @@ class ImageCache:
         self.budget_bytes = budget_bytes
         self.nbytes = 0
         self._rows: OrderedDict[int, mx.array] = OrderedDict()
+
+    def contents(self) -> list[tuple[int, int]]:
+        """Hashes and rows of all that is kept, the least recently used first."""
+        return [(image_hash, rows.shape[0]) for image_hash, rows in self._rows.items()]
 
     def get(self, image_hash: int | None) -> mx.array | None:
         if image_hash is None or image_hash not in self._rows:

@@ -12,16 +12,18 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_vlm_pipes.contexts import TextContext
+from mlx_vlm_pipes.distributed.team import Team
 from mlx_vlm_pipes.engine.draft_model import Drafter
+from mlx_vlm_pipes.engine.following import digests, follow, last_work, lead, new_scheduler
+from mlx_vlm_pipes.engine.lockstep import require_alone
 from mlx_vlm_pipes.engine.memory import set_limits
 from mlx_vlm_pipes.engine.plan import Plan, default_limits, make_plan
 from mlx_vlm_pipes.engine.requests import Handle, PromptLogits, PromptRow
 from mlx_vlm_pipes.engine.saved_prefixes import PrefixFiles, SavedPrefix
-from mlx_vlm_pipes.engine.scheduler import Scheduler
 from mlx_vlm_pipes.engine.state import EngineConfig, EngineStats
 from mlx_vlm_pipes.engine.text import StreamDecoder
 from mlx_vlm_pipes.engine.worker import OwnerThread
-from mlx_vlm_pipes.errors import EngineClosed, InputError
+from mlx_vlm_pipes.errors import InputError, RankLost
 from mlx_vlm_pipes.interfaces import PipelineModelWithKVCache
 from mlx_vlm_pipes.progress import Watch
 
@@ -32,7 +34,8 @@ class Engine:
     """A model on its owning thread, and the scheduler that feeds it.
 
     config: the limits; None for those that the model's own settings ask for. drafter: a smaller
-    model that drafts for it.
+    model that drafts for it. team: the ranks that run the model, each with an engine like this; on
+    all but the first one `follow` comes next.
     """
 
     def __init__(
@@ -41,17 +44,33 @@ class Engine:
         model: PipelineModelWithKVCache,
         config: EngineConfig | None,
         drafter: Drafter | None = None,
+        team: Team | None = None,
     ) -> None:
         self.drafter = drafter
         config = default_limits(model, self._drafter_bytes) if config is None else config
         worker.call(lambda: set_limits(model.device))
-        self.worker, self.model, self.config = worker, model, config
-        self.scheduler = Scheduler(model, config, drafter)
+        self.worker, self.model, self.team = worker, model, team
+        self.config, self.scheduler = new_scheduler(model, config, drafter, team)
         scheduler = self.scheduler
         self.prefix_files = PrefixFiles(worker, scheduler.state)
-        worker.idle_work = scheduler.step
-        worker.last_work = lambda: scheduler.fail_all(EngineClosed("the pipeline was closed"))
+        if team is None or team.ranks.is_first:
+            worker.idle_work = scheduler.step if team is None else lead(team, scheduler)
+        worker.last_work = last_work(scheduler, team)
+        if team is not None:
+            team.watchdog.tell(scheduler.lose)
+            team.watchdog.tell(worker.abandon)
         self._finalizer = weakref.finalize(self, worker.stop)
+
+    def follow(self) -> None:
+        """Do as rank 0 does, until it closes. Raises: RankLost."""
+        team, scheduler = self.team, self.scheduler
+        if team is not None:
+            self.worker.call(lambda: follow(team, scheduler))
+
+    def digests(self) -> list[str]:
+        """What names the state of each rank's scheduler (`Scheduler.digest`), in between two steps;
+        for tests. Raises: RankLost."""
+        return self.worker.call(lambda: digests(self.team, self.scheduler))
 
     @property
     def stats(self) -> EngineStats:
@@ -90,15 +109,21 @@ class Engine:
     ) -> SavedPrefix:
         """Write what is cached of a prompt to a file; one that is not cached is run for it.
 
-        watch: is told how far it has come. Raises: as `PrefixFiles.save`.
+        watch: is told how far it has come. Raises: as `PrefixFiles.save`, and InputError with
+        several ranks.
         """
+        require_alone(self.team, "saved prefixes")
         submit = self.scheduler.submit_row
         return self.prefix_files.save(
             path, context, lambda: self._run_prompt(submit, context, watch).whole()
         )
 
     def load_prefix(self, path: Path) -> SavedPrefix:
-        """Put a file of `save_prefix` into the caches. Raises: as `PrefixFiles.load`."""
+        """Put a file of `save_prefix` into the caches.
+
+        Raises: as `PrefixFiles.load`, and InputError with several ranks.
+        """
+        require_alone(self.team, "saved prefixes")
         return self.prefix_files.load(path)
 
     def _run_prompt(
@@ -140,6 +165,11 @@ class Engine:
         return self.worker.has_died
 
     @property
+    def lost(self) -> RankLost | None:
+        """Which of the other ranks has gone, if one has."""
+        return None if self.team is None else self.team.watchdog.lost
+
+    @property
     def running(self) -> int:
         """Requests whose prompts are being read or whose answers are being made."""
         return len(self.scheduler.prefilling) + len(self.scheduler.running)
@@ -175,7 +205,11 @@ class Engine:
         """Take other budgets: beside other models of so many bytes, in one of `parts` of the rest.
 
         What is cached beyond them is forgotten; what runs goes on, and new requests wait for it.
+        Raises: InputError with several ranks, where another model is beside them.
         """
+        if self.team is not None:
+            require_alone(self.team if parts > 1 or others_bytes else None, "several models")
+            return
 
         def limit() -> None:
             others = others_bytes + self._drafter_bytes
@@ -187,11 +221,7 @@ class Engine:
     def forget(self) -> None:
         """Empty the prefix and image caches."""
 
-        def clear() -> None:
-            self.scheduler.forget()
-            mx.clear_cache()
-
-        self.worker.call(clear)
+        self.worker.call(self.scheduler.forget)
 
     def close(self) -> None:
         """Stop the owning thread; running requests fail with EngineClosed."""

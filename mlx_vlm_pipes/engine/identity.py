@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from mlx_vlm_pipes.weights import split_lora_path
 SAMPLES = 256  # elements of each tensor
 _UNREAD = ("_name_or_path", "transformers_version")  # of config.json: they change no number
 _READ_BYTES = 1 << 20
+_SAMPLE_BYTES = 64
 
 
 def model_digest(model: PipelineModelWithKVCache) -> str:
@@ -32,9 +34,7 @@ def model_digest(model: PipelineModelWithKVCache) -> str:
     """
     if not model.networks:
         raise PrefixError(f"{type(model).__name__} names no networks, so no file can be its own")
-    config: dict[str, Any] = model.huggingface_config.to_dict()
-    values = {name: value for name, value in config.items() if name not in _UNREAD}
-    state = hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode())
+    state = hashlib.sha256(_as_json(model.huggingface_config.to_dict()))
     samples = []
     for network in model.networks:
         for name in sorted(network.weights):
@@ -42,6 +42,33 @@ def model_digest(model: PipelineModelWithKVCache) -> str:
             state.update(f"{name} {list(array.shape)} {array.dtype}\n".encode())
             samples.append(_sampled(array))
     state.update(np.asarray(mx.concatenate(samples)).data)
+    return state.hexdigest()
+
+
+def values_digest(config: Mapping[str, Any]) -> str:
+    """sha256 of config.json's values, or of others that JSON knows."""
+    return hashlib.sha256(_as_json(config)).hexdigest()
+
+
+def _as_json(config: Mapping[str, Any]) -> bytes:
+    values = {name: value for name, value in config.items() if name not in _UNREAD}
+    return json.dumps(values, sort_keys=True, default=str).encode()
+
+
+def files_digest(paths: Sequence[Path]) -> str:
+    """sha256 of the files' sizes, their beginnings (the headers) and some bytes all over them.
+
+    So it takes milliseconds for any model; a change of few single numbers may escape it.
+    """
+    state = hashlib.sha256()
+    for path in paths:
+        size = path.stat().st_size
+        state.update(f"{size}\n".encode())
+        with path.open("rb") as file:
+            state.update(file.read(_READ_BYTES))
+            for i in range(SAMPLES):
+                file.seek(size * i // SAMPLES)
+                state.update(file.read(_SAMPLE_BYTES))
     return state.hexdigest()
 
 

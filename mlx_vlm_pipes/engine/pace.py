@@ -11,16 +11,16 @@ class Pace:
     """
 
     def __init__(self) -> None:
-        self._seconds_per_unit: float | None = None
+        self.seconds_per_unit: float | None = None
 
     def note(self, units: int, seconds: float) -> None:
         """A piece of so many units (at least one) has taken so long."""
-        new, old = seconds / units, self._seconds_per_unit
-        self._seconds_per_unit = new if old is None else max(new, (old + new) / 2)
+        new, old = seconds / units, self.seconds_per_unit
+        self.seconds_per_unit = new if old is None else max(new, (old + new) / 2)
 
     def fitting(self, seconds: float) -> float:
         """Units that will take so long; none before the first piece is measured."""
-        known = self._seconds_per_unit
+        known = self.seconds_per_unit
         if known is None:
             return 0.0
         return seconds / known if known else float("inf")

@@ -211,6 +211,8 @@ def picture_bytes(model: PipelineModelWithKVCache, image: ImageMetadata) -> int:
 
 def picture_room(state: EngineState) -> int:
     """Bytes that several pictures encoded together may take, beside weights and full caches."""
+    if state.picture_bytes is not None:
+        return state.picture_bytes
     config = state.config
     caches = config.kv_bytes + config.prefix_bytes + config.image_bytes
     return max(0, state.memory_bytes - state.weight_bytes - caches)

@@ -17,7 +17,7 @@ from mlx_vlm_pipes.engine.requests import Job
 from mlx_vlm_pipes.engine.results import Results
 from mlx_vlm_pipes.engine.slices import SliceRow, encode, image_key, run_slice
 from mlx_vlm_pipes.engine.state import MIN_SLICE, EngineState
-from mlx_vlm_pipes.errors import InputError
+from mlx_vlm_pipes.errors import InputError, PipesError
 from mlx_vlm_pipes.log_probabilities import LogProbabilities, log_probabilities
 
 Group = Sequence[tuple[Job, int]]  # the jobs of a slice, with the number of tokens of each
@@ -29,8 +29,18 @@ class Prefill:
     def __init__(self, state: EngineState, results: Results) -> None:
         self._state, self._results = state, results
         self.jobs: list[Job] = []
-        self._turn = 0
-        self._patches, self._tokens, self._scored = Pace(), Pace(), Pace()
+        self.turn = 0
+        self._patches, self._tokens, self._scored = self._paces = Pace(), Pace(), Pace()
+
+    @property
+    def paces(self) -> tuple[float | None, ...]:
+        """Seconds a patch, a token, and a token whose logits are all wanted, as measured."""
+        return tuple(pace.seconds_per_unit for pace in self._paces)
+
+    @paces.setter
+    def paces(self, seconds: tuple[float | None, ...]) -> None:
+        for pace, own in zip(self._paces, seconds, strict=True):
+            pace.seconds_per_unit = own
 
     def advance(self, *, running: int) -> list[Job]:
         """One bounded slice of work; returns the jobs that decode from now on.
@@ -65,9 +75,9 @@ class Prefill:
 
         So a long prompt always goes on, and a short one does not wait for all of it.
         """
-        self._turn += 1
+        self.turn += 1
         shortest = min(job.remaining_prompt for job in self.jobs)
-        if self._turn % 2 or 2 * shortest > self.jobs[0].remaining_prompt:
+        if self.turn % 2 or 2 * shortest > self.jobs[0].remaining_prompt:
             return self.jobs
         return sorted(self.jobs, key=lambda job: job.remaining_prompt)
 
@@ -155,6 +165,8 @@ class Prefill:
         try:
             self._run(group)
         except Exception as error:
+            if self._state.ranks.are_many and not isinstance(error, PipesError):
+                raise  # the other ranks may not have met it
             if len(group) == 1:
                 self._fail(group[0][0], error)
                 return []

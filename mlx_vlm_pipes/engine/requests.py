@@ -313,6 +313,13 @@ class PromptLogits:
         return np.concatenate(self._parts)
 
 
+class OthersLogits(PromptLogits):
+    """The same on a rank that nobody asks for them: computed with the others, and let go."""
+
+    def add(self, logits: mx.array) -> None:
+        mx.eval(logits)
+
+
 class PromptRow:
     """What is cached of a prompt: a staged row of its own."""
 
@@ -340,7 +347,9 @@ class Job:
     is out. failure: what its sampler raised. prompt_logits, prompt_row: where the logits or the
     keys and values of its prompt go, if it is these that are asked for, and no answer. drafts:
     where its drafts come from, if it speculates. drafted, kept: tokens that were run as drafts, and
-    those of them that the answer has. forced: tokens that its form lets follow alone.
+    those of them that the answer has. forced: tokens that its form lets follow alone. number: by
+    which several ranks know it. is_silent: nobody is told of its tokens; rank 0 does that, or it
+    has been answered and ends with the next step.
     """
 
     context: TextContext
@@ -364,6 +373,8 @@ class Job:
     drafted: int = 0
     kept: int = 0
     forced: list[int] = field(default_factory=list)
+    number: int = 0
+    is_silent: bool = False
 
     @property
     def row(self) -> CacheRow:
@@ -385,6 +396,13 @@ class Job:
     def wants_answer(self) -> bool:
         """Whether tokens are made behind its prompt."""
         return self.prompt_logits is None and self.prompt_row is None
+
+    @property
+    def wants(self) -> str:
+        """What is made of its prompt: "answer", "logits" or "row"."""
+        if self.wants_answer:
+            return "answer"
+        return "row" if self.prompt_logits is None else "logits"
 
     @property
     def wants_all_logits(self) -> bool:

@@ -49,23 +49,29 @@ class Results:
         self._state = state
         self._sampler = BatchSampler(is_gpu=state.model.kv_params.devices[0].is_gpu())
         self.live: set[Job] = set()
+        self.leaving: list[tuple[Job, bool]] = []  # answered, to be ended with the next step
 
     def sample(self, logits: mx.array, jobs: Sequence[Job]) -> Sampled:
         """logits float32 [B, V] -> tokens uint32 [B] and what is told of them, lazily.
 
-        Answers that must have a form get no token that does not fit it.
+        Answers that must have a form get no token that does not fit it. Of several ranks the first
+        one chooses.
         """
+        ranks = self._state.ranks
+        if not ranks.is_first:
+            return Sampled(ranks.from_first(mx.argmax(logits, axis=-1)), None, [])
         masked = self._masked(logits, jobs)
         tokens, failures = self._sampler(masked, [job.sampler for job in jobs])
         for place, error in failures.items():
             jobs[place].failure = error
+        tokens = ranks.from_first(tokens)
         wanting = {i: job.top_logprobs for i, job in enumerate(jobs) if job.top_logprobs}
         scores = launch_scores(logits, tokens, wanting) if wanting else None
         return Sampled(tokens, scores, self._sampler.state())
 
     def _masked(self, logits: mx.array, jobs: Sequence[Job]) -> mx.array:
         """The logits, those of tokens that do not fit at minus infinity; other rows keep theirs."""
-        bound = [i for i, job in enumerate(jobs) if job.context.constraint and job in self.live]
+        bound = [i for i, job in enumerate(jobs) if job.context.constraint and self._is_told(job)]
         if not bound:
             return logits
         words = np.full((len(jobs), -(-logits.shape[-1] // 32)), 2**32 - 1, np.uint32)
@@ -76,40 +82,64 @@ class Results:
                 jobs[i].failure = error
         return _mask(logits, mx.array(words))
 
+    def _is_told(self, job: Job) -> bool:
+        """Whether somebody still waits for its tokens."""
+        return job in self.live and not job.is_silent
+
     def deliver(self, job: Job, token: int, score: LogProbabilities | None) -> bool:
         """Give a token, and its score where one is wanted, to its request; False if it ended."""
+        context = job.context
+        context.update(token)
+        if job.is_silent:
+            if context.is_done:
+                self._end(job, is_kept=True)
+            return not context.is_done
         try:
             if job.failure is not None:
                 raise job.failure
             chunk = self._chunk(job, token, score)
         except Exception as error:
-            self.fail(job, error)
-            return False
+            return self._leave(job, error, is_kept=False)
         if chunk.finish_reason is None:
             job.handle.put(chunk)
             return True
-        self._end(job, chunk, None, is_kept=True)
-        return False
+        return self._leave(job, chunk, None, is_kept=True)
 
     def _chunk(self, job: Job, token: int, score: LogProbabilities | None) -> Chunk:
         """What the token adds to the answer. The last chunk carries what is told at the end."""
-        context = job.context
+        context, status = job.context, job.context.status
         if context.constraint is not None:
             context.constraint.accept(token)
             if context.speculative != "none":
                 job.forced = context.constraint.forced()
-        context.update(token)
-        ended = context.status is GenerationStatus.END_OF_SEQUENCE
         # An end token is no text; it is still reported as a token.
-        text = "" if ended else job.stream.add(token)
+        text = "" if status is GenerationStatus.END_OF_SEQUENCE else job.stream.add(token)
         if job.stream.stopped:
-            context.status = GenerationStatus.END_OF_SEQUENCE
-        if not context.is_done:
+            status = GenerationStatus.END_OF_SEQUENCE
+        if not status.is_done:
             return Chunk(text, token, score)
         text += job.stream.finish()
-        reason, timings = context.status.value, job.clock.timings()
-        scored, stop = job.prompt_logprobs, job.stream.stopped_by
-        return Chunk(text, token, score, reason, job.usage(), timings, scored, stop)
+        timings, scored, stop = job.clock.timings(), job.prompt_logprobs, job.stream.stopped_by
+        return Chunk(text, token, score, status.value, job.usage(), timings, scored, stop)
+
+    def _leave(self, job: Job, *last: Chunk | BaseException | None, is_kept: bool) -> bool:
+        """Answer a request that is at its end; whether it goes on until the next step, because
+        other ranks cannot know of it before."""
+        if not self._state.ranks.are_many:
+            if not is_kept:
+                job.context.status = GenerationStatus.CANCELLED
+            elif not job.context.is_done:
+                job.context.status = GenerationStatus.END_OF_SEQUENCE  # a stop string
+            self._end(job, *last, is_kept=is_kept)
+            return False
+        if job.context.is_done:  # all ranks see that, and keep its prefix
+            self._end(job, *last, is_kept=True)
+            return False
+        job.is_silent, job.forced = True, []
+        self.leaving.append((job, is_kept))
+        for item in last:
+            job.handle.put(item)
+        return True
 
     def finish_prompt(self, job: Job) -> None:
         """End a request for the logits or the cached row of its prompt, which are all there."""
@@ -119,10 +149,11 @@ class Results:
             job.prompt_row.add(copied)
         self._end(job, None, is_kept=job.prompt_row is not None)
 
-    def cancel(self, job: Job) -> None:
-        """The requester has gone: keep what was computed, free the row."""
+    def leave(self, job: Job, *, is_kept: bool) -> None:
+        """The requester has gone, or has its answer: free the row. is_kept: what was computed is
+        kept."""
         job.context.status = GenerationStatus.CANCELLED
-        self._end(job, None, is_kept=True)
+        self._end(job, None, is_kept=is_kept)
 
     def fail(self, job: Job, error: BaseException) -> None:
         """End a request with an exception, raised where it is iterated."""

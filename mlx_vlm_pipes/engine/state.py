@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import mlx.core as mx
 
@@ -21,7 +22,9 @@ from mlx_vlm_pipes.errors import OutOfBudget
 from mlx_vlm_pipes.interfaces import PipelineModelWithKVCache
 from mlx_vlm_pipes.kv_cache import CacheRow, KVCache, capacity_bucket, most_held
 from mlx_vlm_pipes.options import Option
+from mlx_vlm_pipes.ranks import ALONE, Ranks
 
+T = TypeVar("T")
 MIN_SLICE = 16  # tokens; a slice of fewer takes hardly less time: the weights are read anyway
 
 
@@ -119,6 +122,16 @@ class EngineStats:
     buckets: int = 0
 
 
+def _decide_alone(make: Callable[[], T]) -> T:
+    return make()
+
+
+class Decide(Protocol):
+    """Makes, on all ranks alike, what only the first one knows how to."""
+
+    def __call__(self, make: Callable[[], T], /) -> T: ...
+
+
 class EngineState:
     """The model, the caches and the counters; every part of the scheduler holds this one.
 
@@ -127,13 +140,17 @@ class EngineState:
 
     beside: PipelineModelWithKVCache | None = None
 
-    def __init__(self, model: PipelineModelWithKVCache, config: EngineConfig) -> None:
-        self.model, self.config = model, config
+    def __init__(
+        self, model: PipelineModelWithKVCache, config: EngineConfig, ranks: Ranks = ALONE
+    ) -> None:
+        self.model, self.config, self.ranks = model, config, ranks
         self.cache = KVCache(model.kv_params)
         self.prefixes = PrefixCache(config.prefix_bytes if config.enable_prefix_caching else 0)
         self.images = ImageCache(config.image_bytes)
         self.stats = EngineStats()
         self.memory_bytes = machine_memory(model.device)
+        self.decide: Decide = _decide_alone
+        self.picture_bytes: int | None = None  # see `picture_room`; None: from this memory
         self.clock: Callable[[], float] = time.perf_counter  # seconds
         self._buckets: set[tuple[tuple[int, int], ...]] = set()
 
@@ -266,11 +283,14 @@ class EngineState:
     def remember(self, job: Job) -> None:
         """Keep what is cached for a job, if anything is, as a prefix for later ones.
 
-        What goes wrong with it (memory) is a warning: no answer needs it.
+        What goes wrong with it (memory) is a warning: no answer needs it. Raises: that, where
+        several ranks must keep the same.
         """
         try:
             self._remember(job)
         except Exception as error:
+            if self.ranks.are_many:
+                raise
             warnings.warn(f"a prefix is not cached: {error}", RuntimeWarning, stacklevel=2)
 
     def _remember(self, job: Job) -> None:

@@ -71,6 +71,11 @@ class Verify:
 
         coming: tokens of each row that are in flight.
         """
+        if not any(_speculates(job) for job in jobs):
+            return 1
+        return self._state.decide(lambda: self._best_width(jobs, coming))
+
+    def _best_width(self, jobs: Sequence[Job], coming: int) -> int:
         expected = {width: _expected(jobs, width - 1, coming) for width in WIDTHS}
         if not any(expected.values()):
             return 1
@@ -89,7 +94,11 @@ class Verify:
         Rows without a draft get one token, as in any step.
         """
         begun, size, once = self._state.clock(), self._size(jobs, width), self._once()
-        rows = self._drafted(jobs, width)
+        drafts = self._state.decide(lambda: self._drafted(jobs, width))
+        rows = [
+            _Row(job, i * width, *own)
+            for i, (job, own) in enumerate(zip(jobs, drafts, strict=True))
+        ]
         if not any(row.draft for row in rows):
             return None
         logits = self._logits(rows, width)
@@ -119,8 +128,8 @@ class Verify:
         )
         return len(jobs), width, by_model
 
-    def _drafted(self, jobs: Sequence[Job], width: int) -> list[_Row]:
-        """The rows of a step, with what each drafts."""
+    def _drafted(self, jobs: Sequence[Job], width: int) -> list[tuple[list[int], bool]]:
+        """What each row of a step drafts, and whether the form of its answer forces it."""
         rooms = {job: self._room(job, width - 1) for job in jobs}
         found: dict[Job, list[int]] = {job: job.forced[: rooms[job]] for job in jobs if job.forced}
         forced, asking = set(found), list[tuple[Job, ModelDrafts]]()
@@ -131,21 +140,23 @@ class Verify:
                 found[job] = job.drafts.draft(job.context.tokens.all, rooms[job])
             elif isinstance(job.drafts, ModelDrafts) and rooms[job] > 0:
                 asking.append((job, job.drafts))
-        made = self._drafted_by_model(asking, rooms)
+        made = self._drafted_by_model(asking, rooms, others_wait=len(jobs) > 1)
         found |= {job: own[: rooms[job]] for job, own in made.items()}
-        return [
-            _Row(job, i * width, found.get(job, []), job in forced) for i, job in enumerate(jobs)
-        ]
+        return [(found.get(job, []), job in forced) for job in jobs]
 
     def _drafted_by_model(
-        self, asking: Sequence[tuple[Job, ModelDrafts]], rooms: Mapping[Job, int]
+        self,
+        asking: Sequence[tuple[Job, ModelDrafts]],
+        rooms: Mapping[Job, int],
+        *,
+        others_wait: bool,
     ) -> dict[Job, list[int]]:
         """What goes wrong with it (memory) is a warning: no answer needs it."""
         if self._model is None or not asking:
             return {}
         most = {job: min(rooms[job], drafts.most) for job, drafts in asking}
         try:
-            made = self._model.draft(asking, max(most.values()))
+            made = self._model.draft(asking, max(most.values()), others_wait=others_wait)
         except Exception as error:
             warnings.warn(f"nothing is drafted: {error}", RuntimeWarning, stacklevel=2)
             self._model.drop()
@@ -198,6 +209,13 @@ class Verify:
                 elif is_right:
                     right.append(row)
             rows, place = right, place + 1
+
+
+def _speculates(job: Job) -> bool:
+    """Whether it may ever have drafts. Several ranks know that alike; the drafts only rank 0."""
+    context = job.context
+    has_form = context.constraint is not None and context.speculative != "none"
+    return job.drafts is not None or has_form
 
 
 def _expected(jobs: Sequence[Job], most: int, coming: int) -> float:

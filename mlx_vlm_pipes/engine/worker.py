@@ -6,18 +6,19 @@ Everything that touches an array runs here, callable from any thread.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import threading
 import weakref
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from typing import Any, TypeVar
 
 import mlx.core as mx
 
 from mlx_vlm_pipes.dtypes import Device
-from mlx_vlm_pipes.errors import EngineClosed
+from mlx_vlm_pipes.errors import EngineClosed, PipesError
 
 T = TypeVar("T")
 _LIVE: weakref.WeakSet[OwnerThread] = weakref.WeakSet()
@@ -49,6 +50,8 @@ class OwnerThread:
         _PROCESSES.add(self._process)
         self._wake = threading.Condition()
         self._stopping = self._died = False
+        self._taken: deque[tuple[Future[Any], Callable[[], Any]]] = deque()  # the first one runs
+        self._failure: PipesError | None = None  # of calls on a thread that has been abandoned
         self.idle_work: Callable[[], bool] | None = None
         self.last_work: Callable[[], None] | None = None
         self._thread = threading.Thread(target=self._run, name="mlx_vlm_pipes", daemon=True)
@@ -76,6 +79,8 @@ class OwnerThread:
         require_same_process(self._process)
         future: Future[T] = Future()
         with self._wake:
+            if self._failure is not None:
+                raise self._failure
             if self._stopping:
                 raise EngineClosed("the pipeline is closed")
             self._calls.append((future, function))
@@ -89,15 +94,25 @@ class OwnerThread:
         with self._wake:
             self._stopping = True
             self._wake.notify()
-        if threading.current_thread() is not self._thread:
+        if threading.current_thread() is not self._thread and self._failure is None:
             self._thread.join(timeout=10)
+
+    def abandon(self, error: PipesError) -> None:
+        """Nobody waits for the thread any more, which hangs in MLX: all calls raise this."""
+        with self._wake:
+            self._failure, self._died, self._stopping = error, True, True
+            calls, self._calls = [*self._taken, *self._calls], deque()
+            self._wake.notify()
+        for future, _ in calls:
+            with contextlib.suppress(InvalidStateError):
+                future.set_exception(error)
 
     def _run(self) -> None:
         try:
             self._work()
         finally:  # whatever ends it: nobody may wait for ever
             with self._wake:
-                self._died, self._stopping = not self._stopping, True
+                self._died, self._stopping = self._died or not self._stopping, True
             self._close()
 
     def _work(self) -> None:
@@ -108,10 +123,11 @@ class OwnerThread:
                     self._wake.wait()
                 if self._stopping:
                     return
-                calls, self._calls = self._calls, deque()
-            while calls:
+                self._taken, self._calls = self._calls, deque()
+            while self._taken:
                 with self._device.active():
-                    _serve(*calls.popleft())
+                    _serve(*self._taken[0])
+                    self._taken.popleft()
             with self._device.active():
                 busy = self.idle_work() if self.idle_work is not None else False
 
@@ -128,9 +144,13 @@ class OwnerThread:
 def _serve(future: Future[Any], function: Callable[[], Any]) -> None:
     """Run one call. A function of its own, so that the thread holds on to nothing of it."""
     try:
-        future.set_result(function())
+        result = function()
     except BaseException as error:  # handed to the caller, who raises it
-        future.set_exception(error)
+        with contextlib.suppress(InvalidStateError):  # it has been abandoned
+            future.set_exception(error)
+    else:
+        with contextlib.suppress(InvalidStateError):
+            future.set_result(result)
 
 
 @atexit.register

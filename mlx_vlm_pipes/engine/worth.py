@@ -13,8 +13,8 @@ from collections import deque
 
 SAMPLES = 5  # of a kind of step, the latest: their median counts
 ENOUGH = 2  # before plain steps are believed: the first may have compiled something
-UNTIMED = 2.0  # plain steps that a step over drafts is taken to cost before it is timed,
-UNTIMED_TOKENS = 8  # or its tokens through these
+UNTIMED = 0.5  # plain steps for each token of a row in a step over drafts, before it is timed,
+WIDER = 1.5  # or steps over half the tokens, where these are
 SPENT = 0.01  # share of plain steps' time that trials may cost
 MOST_LOST = 20.0  # plain steps: what is held against drafts
 
@@ -31,7 +31,7 @@ class Worth:
     def note_plain(self, rows: int, seconds: float) -> None:
         """A step over one token of each row has taken so long."""
         self._note((rows, 1, False), seconds)
-        dearest = max((self._median(size) or 0.0 for size in self._samples), default=0.0)
+        dearest = max(self._seconds(size, seconds) for size in (*self._samples, (rows, 8, False)))
         self._lost = max(self._lost - SPENT * seconds, -dearest)
 
     def note(self, size: Size, tokens: int, seconds: float) -> None:
@@ -56,8 +56,11 @@ class Worth:
         return instead / own if instead - own >= self._lost else 0.0
 
     def _seconds(self, size: Size, plain: float) -> float:
-        """Of a step over drafts; as many plain ones as it may cost where it has not been timed."""
-        guessed = max(UNTIMED, size[0] * size[1] / UNTIMED_TOKENS) * plain
+        """Of a step over drafts; a guess, where it has not been timed. The narrow one is guessed to
+        be cheap, so that it comes first: its trial costs less."""
+        rows, width, by_model = size
+        narrower = self._median((rows, width // 2, by_model))
+        guessed = plain * UNTIMED * width if narrower is None else WIDER * narrower
         return self._median(size) or guessed
 
     def _note(self, size: Size, seconds: float) -> None:

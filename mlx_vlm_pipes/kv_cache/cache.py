@@ -124,7 +124,7 @@ class KVCache:
         """
         params = self.params
         if start == stop:  # a row without tokens has no arrays yet
-            shape = (2, params.num_layers, params.n_kv_heads, 0, params.head_dim)
+            shape = (2, params.num_layers, params.n_kv_heads_per_device, 0, params.head_dim)
             return mx.zeros(shape, self.format.dtype)
         place, index = (row, 0) if row.slot is None else self._find(row)
         own = [tuple(a[:, index : index + 1] for a in layer) for layer in place.layers]

@@ -42,7 +42,8 @@ class PlainFormat:
         return keys[:, :, start:stop], values[:, :, start:stop]
 
     def empty(self, params: KVCacheParams, rows: int, capacity: int) -> Layer:
-        return (mx.zeros((2, rows, params.n_kv_heads, capacity, params.head_dim), self.dtype),)
+        shape = (2, rows, params.n_kv_heads_per_device, capacity, params.head_dim)
+        return (mx.zeros(shape, self.dtype),)
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class QuantizedFormat:
         return packed, scales, biases
 
     def empty(self, params: KVCacheParams, rows: int, capacity: int) -> Layer:
-        shape = (2, rows, params.n_kv_heads, capacity)
+        shape = (2, rows, params.n_kv_heads_per_device, capacity)
         packed, groups = params.head_dim * self.bits // 32, params.head_dim // self.group_size
         return (
             mx.zeros((*shape, packed), mx.uint32),

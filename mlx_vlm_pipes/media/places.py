@@ -1,8 +1,8 @@
 """Places in an answer of JSON, from the model's coordinates to pixels of the picture.
 
 A schema marks an array of 2 or 4 numbers with `"x-coordinates": "source"`, and with `"x-image": i`
-where there are several pictures. The form that the answer must have stays as it is, bounds of its
-numbers included: those hold for what the model writes.
+where there are several pictures (-1: the last). The form that the answer must have stays as it is,
+bounds of its numbers included: those hold for what the model writes.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from mlx_vlm_pipes.facts import Coordinates
 from mlx_vlm_pipes.media.records import FAR, MediaRecord
 
 MARK, IMAGE = "x-coordinates", "x-image"
+MAX_CHARACTERS = 64 * 1024  # of a schema, which is looked through for each array of an answer
 NUMBER = frozenset("-+.eE0123456789")
 Node = Mapping[str, Any]  # a schema within the schema
 
@@ -49,8 +50,13 @@ def marked_places(schema: Node, media: Sequence[MediaRecord]) -> Places | None:
     Raises: InputError for a mark that cannot be followed: on another value than an array of 2 or 4
     numbers, without a picture or without saying which, and for a model that writes no places.
     """
-    if MARK not in json.dumps(schema):
+    written = json.dumps(schema)
+    if MARK not in written:
         return None
+    if len(written) > MAX_CHARACTERS:
+        raise _refusal(
+            f"{MARK} in a schema of {len(written)} characters; expected at most {MAX_CHARACTERS}"
+        )
     nodes = _all_nodes(schema)
     marked = [node for node in nodes if MARK in node]
     for node in marked:
@@ -67,9 +73,10 @@ def _check_mark(node: Node, media: Sequence[MediaRecord]) -> None:
     index = node.get(IMAGE, 0)
     if IMAGE not in node and len(media) > 1:
         raise _refusal(f'{MARK}: there are {len(media)} pictures; say which: "{IMAGE}": 0')
-    if type(index) is not int or not 0 <= index < len(media):
+    if type(index) is not int or not -len(media) <= index < len(media):
         raise _refusal(
-            f"{IMAGE} is {shown(index)}, expected the number of a picture, 0 to {len(media) - 1}"
+            f"{IMAGE} is {shown(index)}, expected the number of a picture, 0 to {len(media) - 1}, "
+            "or -1 for the last"
         )
     if media[index].coordinates is Coordinates.FRACTIONS:
         raise _refusal(

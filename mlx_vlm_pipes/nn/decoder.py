@@ -21,9 +21,10 @@ from mlx_vlm_pipes.nn.attention import merge_heads, prefill_attention
 from mlx_vlm_pipes.nn.capture import Capture
 from mlx_vlm_pipes.nn.decode_step import DecodeStep, HeadCounts
 from mlx_vlm_pipes.nn.decoder_config import DecoderConfig
-from mlx_vlm_pipes.nn.linear import fuse_linears, linear_part
+from mlx_vlm_pipes.nn.linear import fuse_linears, linear_part, unbiased
 from mlx_vlm_pipes.nn.lora import LoRATable, TokenSlots
 from mlx_vlm_pipes.nn.rope import Rope, Rotation
+from mlx_vlm_pipes.ranks import ALONE, Ranks
 
 RotationT = TypeVar("RotationT")
 MANY_ROWS = 128  # from here on, a product is bound by arithmetic, not by the kernels' number
@@ -107,6 +108,7 @@ class Projections(nn.Module):
     that of several side by side."""
 
     residual_multiplier: float
+    ranks: Ranks = ALONE
     joined: Joined | None = None
 
     def join(self, fused: str, names: tuple[str, ...]) -> None:
@@ -164,6 +166,8 @@ class Projections(nn.Module):
         """residual + multiplier * linear(x), with the row's adapter; without one linear(x)."""
         factor = self.residual_multiplier
         table = self._table(name)
+        if self.ranks.are_many:
+            return self._summed(name, x, residual, slots)
         if residual is None:
             y, bias = self[name](x), self[name].get("bias")
             return y if slots is None or table is None else table(x, y, slots, bias)
@@ -173,6 +177,21 @@ class Projections(nn.Module):
             base, delta = project_into(self[name], x, residual, factor), table.delta(x, slots)
             return base if delta is None else base + factor * delta
         return residual + factor * table(x, self[name](x), slots, self[name].get("bias"))
+
+    def _summed(
+        self, name: str, x: mx.array, residual: mx.array | None, slots: TokenSlots | None
+    ) -> mx.array:
+        """`into` where each rank has columns of the linear, and of its adapters (which have no
+        gain then); what is added, is added once."""
+        linear, table = self[name], self._table(name)
+        y, bias = unbiased(linear, x), linear.get("bias")
+        delta = None if slots is None or table is None else table.delta(x, slots)
+        y = self.ranks.sum(y if delta is None else y + delta)
+        y = y if bias is None else y + bias
+        if residual is None:
+            return y
+        factor = self.residual_multiplier
+        return residual + (y if factor == 1.0 else y * factor)
 
 
 class Attention(Projections):
@@ -185,7 +204,7 @@ class Attention(Projections):
             config.num_heads, config.num_kv_heads, dim
         )  # fmt: skip
         self.scale, self.clip = config.attention_scale, config.clip_qkv
-        self.residual_multiplier = config.residual_multiplier
+        self.residual_multiplier, self.ranks = config.residual_multiplier, config.ranks
         self.layer, self.window, self.turns = layer, config.window(layer), config.turns(layer)
         heads, kv_heads, bias = self.num_heads, self.num_kv_heads, config.qkv_bias
         if config.stacked_qkv:
@@ -273,7 +292,7 @@ class MLP(Projections):
         super().__init__()
         hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
         self.inner, self.stacked = inner, config.stacked_mlp
-        self.residual_multiplier = config.residual_multiplier
+        self.residual_multiplier, self.ranks = config.residual_multiplier, config.ranks
         act = activation(config.hidden_act)
         if config.stacked_mlp:  # as in Phi-3, which has another name for the activation too
             self.activation_fn = act
@@ -368,7 +387,8 @@ class DenseDecoder(nn.Module):
         self.layers = [DecoderLayer(config, i) for i in range(config.num_layers)]
         self.norm = _norm(config.hidden_size, config.norm_eps)
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            begin, end = config.head_rows
+            self.lm_head = nn.Linear(config.hidden_size, end - begin, bias=False)
 
     def cast_norms(self) -> None:
         """Give the norms' weights the type that the configuration asks for, if it does."""
@@ -456,7 +476,13 @@ class DenseDecoder(nn.Module):
         """Hidden states [T, E] -> logits float32 [T, V]."""
         normed = self.norm(h)
         head = self.lm_head if "lm_head" in self else self.embed_tokens.as_linear
-        out = head(normed)
+        shares = self.config.vocab_shares
+        if shares and "lm_head" not in self:
+            out = linear_part(self.embed_tokens, normed, *self.config.head_rows)
+        else:
+            out = head(normed)
+        if shares:
+            out = self.config.ranks.joined(out, [end - begin for begin, end in shares])
         out = out.astype(mx.float32)
         scaling = self.config.logits_scaling
         return out if scaling == 1.0 else out / scaling

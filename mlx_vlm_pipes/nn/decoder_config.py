@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from mlx_vlm_pipes.nn.rope import RopeSpec
+from mlx_vlm_pipes.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,13 @@ class DecoderConfig:
     post_norms: bool = False  # norms before each residual too (Gemma 3)
     embed_scale: float = 1.0  # of tokens only; pictures then take their places (Gemma 3)
     turned_layers: tuple[bool, ...] | None = None  # with rotary positions; None: all (SmolLM3)
+    ranks: Ranks = ALONE  # with many, heads and inner width are this rank's own (nn.parallel)
+    vocab_shares: tuple[tuple[int, int], ...] = ()  # each rank's rows of the head; (): all of it
+
+    @property
+    def head_rows(self) -> tuple[int, int]:
+        """This rank's rows of the output head, from one to before the other."""
+        return self.vocab_shares[self.ranks.rank] if self.vocab_shares else (0, self.vocab_size)
 
     def window(self, layer: int) -> int | None:
         """The layer's attention window in tokens, None for full attention."""

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_vlm_pipes.weights.packed import PackedLinear, product
+from mlx_vlm_pipes.weights.packed import AnyPacked, PackedLinear, product
 
 AnyLinear = nn.Linear | nn.QuantizedLinear
 
@@ -49,10 +49,18 @@ def fuse_linears(parts: Sequence[AnyLinear]) -> AnyLinear | None:
     return fused
 
 
-def linear_part(linear: AnyLinear, x: mx.array, begin: int, end: int) -> mx.array:
-    """Outputs begin..end-1 of a projection: x [T, in] -> [T, end - begin]. Copies no weights."""
+def unbiased(linear: AnyLinear, x: mx.array) -> mx.array:
+    """x [T, in] -> [T, out], without the bias."""
+    return product(linear, x) if isinstance(linear, AnyPacked) else x @ linear["weight"].T
+
+
+def linear_part(
+    linear: AnyLinear | nn.Embedding | nn.QuantizedEmbedding, x: mx.array, begin: int, end: int
+) -> mx.array:
+    """Outputs begin..end-1 of a projection, or of an embedding that is the head: x [T, in] ->
+    [T, end - begin]. Copies no weights."""
     bias = linear.get("bias")
-    if not isinstance(linear, nn.QuantizedLinear):
+    if not isinstance(linear, AnyPacked):
         weight = linear["weight"][begin:end]
         if bias is None:
             return x @ weight.T

@@ -212,7 +212,10 @@ def _from_film(stream: BinaryIO, plan: ClipPlan, name: str) -> Clip:
             rate = track.average_rate or track.guessed_rate
             count = track.frames or sum(1 for p in film.demux(track) if p.size)
             if not rate or not 1 <= count <= MAX_FILE_FRAMES:
-                raise MediaError(f"{name}: {count} frames at {rate} a second cannot be sampled")
+                raise MediaError(
+                    f"{name}: {count} frames at {rate} a second cannot be sampled; the limit is "
+                    f"{MAX_FILE_FRAMES} frames"
+                )
             film.seek(0)
             info = VideoInfo(count, float(rate))
             chosen = plan.choose(info)

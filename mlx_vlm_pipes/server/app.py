@@ -16,6 +16,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from mlx_vlm_pipes.errors import clip
 from mlx_vlm_pipes.media.records import MediaRecord
 from mlx_vlm_pipes.pipeline import Pipeline
 from mlx_vlm_pipes.processing.tokenizer import Tokenizer
@@ -26,7 +27,7 @@ from mlx_vlm_pipes.server.chat import ChatAnswer, read_chat
 from mlx_vlm_pipes.server.completions import TextAnswer, read_completion
 from mlx_vlm_pipes.server.errors import ApiError, api_error
 from mlx_vlm_pipes.server.events import EventStream
-from mlx_vlm_pipes.server.gate import Gate
+from mlx_vlm_pipes.server.gate import BEARER, PASSWORD, Gate
 from mlx_vlm_pipes.server.messages import MessageAnswer, error_body, read_messages, read_prompt
 from mlx_vlm_pipes.server.metrics import Metrics
 from mlx_vlm_pipes.server.models import Model, Models
@@ -75,7 +76,7 @@ class Server:
         self.store = Store()
         self.app = Starlette(
             routes=[
-                Route("/", self._open(_page)),
+                Route("/", self._guarded(_page, PASSWORD)),
                 Route("/health", self._open(_health)),
                 Route("/health/live", self._open(_live)),
                 Route("/metrics", self._guarded(_metrics)),
@@ -89,9 +90,10 @@ class Server:
                 Route("/v1/responses/{name}", self._guarded(_kept), methods=["GET", "DELETE"]),
                 Route("/v1/plan", self._guarded(_plan), methods=["POST"]),
             ],
-            exception_handlers={HTTPException: _http_error},
+            exception_handlers={HTTPException: self._no_route},
             lifespan=self._lifespan,
         )
+        self.app.router.redirect_slashes = False  # it would lead to whatever host a client names
 
     @asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
@@ -114,12 +116,15 @@ class Server:
 
         return answer
 
-    def _guarded(self, handler: Handler) -> Callable[[Request], Awaitable[Response]]:
-        """The handler behind the key, with every failure as OpenAI's error object."""
+    def _guarded(
+        self, handler: Handler, challenge: str = BEARER
+    ) -> Callable[[Request], Awaitable[Response]]:
+        """The handler behind the key, with every failure as OpenAI's error object. challenge: how
+        a caller without one is asked for it."""
 
         async def answer(request: Request) -> Response:
             try:
-                self.gate.check_caller(request.headers)
+                self.gate.check_caller(request.headers, challenge)
                 response = await handler(self, request)
             except Exception as error:
                 response = error_response(error, request.url.path)
@@ -127,6 +132,19 @@ class Server:
             return response
 
         return answer
+
+    async def _no_route(self, request: Request, error: Exception) -> Response:
+        """For a path or method that there is not; told to those only who may ask."""
+        assert isinstance(error, HTTPException)
+        path, method = request.url.path, request.method
+        messages = {404: f"no such path: {path[:100]}", 405: f"{clip(method)} is not for it"}
+        try:
+            self.gate.check_caller(request.headers, BEARER)
+        except ApiError as refused:
+            return error_response(refused, path)
+        told = messages.get(error.status_code, str(error.detail))
+        refusal = ApiError(error.status_code, told, code="not_found", headers=error.headers or {})
+        return error_response(refusal, path)
 
     async def opened(self, name: object, place: ExitStack) -> tuple[Model, Pipeline]:
         """A model by its name, loaded if it is not, and held for as long as the place is."""
@@ -347,14 +365,6 @@ def _refusal(error: Exception, params: Mapping[str, str] | None = None) -> ApiEr
     except Exception:
         _LOG.exception("a request failed")
         return ApiError(500, "the server failed; its log says how", code="internal_error")
-
-
-async def _http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    told = {404: f"no such path: {request.url.path[:100]}", 405: f"{request.method} is not for it"}
-    message = told.get(error.status_code, str(error.detail))
-    refusal = ApiError(error.status_code, message, code="not_found")
-    return JSONResponse(refusal.body(), refusal.status, dict(error.headers or {}))
 
 
 async def drain(server: Server) -> None:

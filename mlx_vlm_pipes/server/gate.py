@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hmac
 import ipaddress
 from collections.abc import Iterator, Mapping
@@ -12,6 +13,7 @@ from mlx_vlm_pipes.server.settings import ServerSettings
 
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 RETRY_S = "1"
+BEARER, PASSWORD = "Bearer", 'Basic realm="mlx_vlm_pipes", charset="UTF-8"'
 
 
 class Gate:
@@ -28,20 +30,23 @@ class Gate:
         self.inside = 0
         self.is_draining = False
 
-    def check_caller(self, headers: Mapping[str, str]) -> None:
+    def check_caller(self, headers: Mapping[str, str], challenge: str) -> None:
         """Raises: ApiError 403 for a foreign Host on a local server (a page elsewhere whose name
-        was made to lead here), 401 without a right key."""
+        was made to lead here), 401 without a right key. challenge: BEARER or PASSWORD."""
         if self._is_local and not _is_local_host(headers.get("host", "localhost")):
             raise ApiError(403, "this server answers to localhost only; start it with --host")
         keys = self._settings.api_keys
         if not keys:
             return
-        bearer = headers.get("authorization", "")
-        given = bearer[7:] if bearer[:7].lower() == "bearer " else headers.get("x-api-key", "")
-        right = [hmac.compare_digest(given.strip().encode(), key.encode()) for key in keys]
+        given = _given_key(headers).strip().encode()
+        right = [hmac.compare_digest(given, key.encode()) for key in keys]
         if not any(right):
-            message = "no right API key; send it as 'Authorization: Bearer KEY'"
-            raise ApiError(401, message, code="invalid_api_key")
+            raise ApiError(
+                401,
+                "no right API key; send it as 'Authorization: Bearer KEY', a browser as password",
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": challenge},
+            )
 
     @contextmanager
     def admitted(self) -> Iterator[None]:
@@ -64,6 +69,25 @@ class Gate:
             yield
         finally:
             self.inside -= 1
+
+
+def _given_key(headers: Mapping[str, str]) -> str:
+    """The key of a request; a browser sends it as the password that it was told, with any name.
+
+    It sends that again whatever page makes it ask, so a request from another's page has none.
+    """
+    kind, _, value = headers.get("authorization", "").partition(" ")
+    if kind.lower() == "bearer":
+        return value
+    if kind.lower() != "basic":
+        return headers.get("x-api-key", "")
+    origin = headers.get("origin")
+    if origin is not None and origin.partition("://")[2] != headers.get("host"):
+        return ""
+    try:
+        return base64.b64decode(value, validate=True).decode().partition(":")[2]
+    except ValueError:
+        return ""
 
 
 def is_loopback(host: str) -> bool:

@@ -133,11 +133,12 @@ class Models:
                 self._share()
 
     async def died(self) -> str:
-        """Wait until the thread of a loaded model has ended without being told to: its name."""
+        """Wait until the thread of a loaded model has ended without being told to; what to say."""
         while True:
             for model in self._models.values():
                 if model.pipe is not None and model.pipe.engine.has_died:
-                    return model.name
+                    lost = model.pipe.engine.lost
+                    return f"the thread of {model.name} has died" if lost is None else str(lost)
             await asyncio.sleep(DEATH_LOOK_S)
 
     def close(self) -> None:

@@ -14,7 +14,7 @@ _FILE = Path(__file__).parents[1] / "assets" / "page.html"
 
 
 def page() -> Response:
-    """It holds nothing of the server's, so that it may be had without a key, which is typed in."""
+    """Behind the key as all else: browsers ask for it as a password, and send it from then on."""
     html, policy = _parts()
     headers = {
         "Content-Security-Policy": policy,

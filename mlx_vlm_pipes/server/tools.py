@@ -58,6 +58,8 @@ def read_tools(body: Mapping[str, Any]) -> list[dict[str, Any]]:
             raise bad_request(
                 'tools: expected {"type": "function", "function": {"name": ...}}', "tools"
             )
+        if not isinstance(function.get("parameters") or {}, Mapping):
+            raise bad_request("tools: the parameters of a function are no JSON schema", "tools")
     choice = body.get("tool_choice")
     if choice is not None and choice != "none" and not tools:
         raise bad_request("tool_choice without tools has no meaning", "tool_choice")

@@ -32,7 +32,7 @@ def web_server(app: ASGIApp, timeout_s: float, **options: Any) -> QuietServer:
         limit_s = timeout_s
 
     config = uvicorn.Config(
-        app, http=Connection, ws="none", log_level="error", access_log=False,
+        app, http=Connection, ws="none", log_level="warning", access_log=False,
         h11_max_incomplete_event_size=HEAD_BYTES, timeout_graceful_shutdown=1, **options,
     )  # fmt: skip
     return QuietServer(config)

@@ -15,7 +15,12 @@ import numpy as np
 from mlx_vlm_pipes.dtypes import DType
 from mlx_vlm_pipes.errors import WeightsError, clip
 from mlx_vlm_pipes.quantization import QuantizationEncoding
-from mlx_vlm_pipes.weights.safetensors import Header, TensorInfo, read_safetensors_header
+from mlx_vlm_pipes.weights.safetensors import (
+    Header,
+    TensorInfo,
+    read_part,
+    read_safetensors_header,
+)
 
 _FLOATS = frozenset({DType.float16, DType.bfloat16, DType.float32})
 
@@ -56,7 +61,22 @@ class WeightData:
             data = mx.from_fp8(self.data, dtype=mx.float32).astype(target)
         else:
             data = self.data.astype(target)
-        return WeightData(data, self.name, dtype, self.shape, self.quantization_encoding)
+        return replace(self, data=data, dtype=dtype)
+
+    def part(self, axis: int, spans: Sequence[tuple[int, int]]) -> WeightData:
+        """Elements begin..end-1 of an axis, of each span in turn: read, evaluated, on their own.
+
+        What they are part of is not held by them, as MLX's slices would.
+        """
+        places = mx.concatenate([mx.arange(begin, end) for begin, end in spans])
+        data = mx.take(self.data, places, axis=axis)
+        mx.eval(data)
+        return WeightData(data, self.name, self.dtype, data.shape, self.quantization_encoding)
+
+    def read_bytes(self, part: tuple[int, ...]) -> int:
+        """Bytes to read for a part of this shape: all, where nothing is known of a file."""
+        del part
+        return self.nbytes
 
     def renamed(self, name: str) -> WeightData:
         """The same tensor under another name, as unread as it was."""
@@ -69,6 +89,27 @@ class WeightData:
 
     def to_buffer(self) -> mx.array:
         return self.data
+
+
+@dataclass(eq=False)
+class StoredWeight(WeightData):
+    """A tensor as a file has it, whose parts can be read without the rest.
+
+    info: where it lies. dtype may be another than the file's: a cast of what is read.
+    """
+
+    info: TensorInfo = field(kw_only=True)
+
+    def part(self, axis: int, spans: Sequence[tuple[int, int]]) -> WeightData:
+        """As WeightData.part; only these elements are read."""
+        data = read_part(self.info, axis, spans).to_mx()
+        stored = WeightData(data, self.name, self.info.dtype, data.shape)
+        weight = stored.astype(self.dtype)
+        mx.eval(weight.data)
+        return replace(weight, quantization_encoding=self.quantization_encoding)
+
+    def read_bytes(self, part: tuple[int, ...]) -> int:
+        return math.prod(part) * self.info.dtype.size_in_bytes
 
 
 Tensors = Mapping[str, WeightData]
@@ -152,7 +193,7 @@ class _Files:
         self._arrays: dict[Path, dict[str, mx.array]] = {}
 
     def weight(self, info: TensorInfo) -> WeightData:
-        return WeightData(self._array(info), info.name, info.dtype, info.shape)
+        return StoredWeight(self._array(info), info.name, info.dtype, info.shape, info=info)
 
     def _array(self, info: TensorInfo) -> mx.array:
         """The tensor, unread: MLX opens the file and reads when the array is evaluated.

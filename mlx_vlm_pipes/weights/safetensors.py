@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -53,12 +53,14 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One header entry."""
+    """One header entry. offset: where its data begin in the file, in bytes; 0 where only a whole
+    tensor can be read."""
 
     name: str
     dtype: DType
     shape: tuple[int, ...]
     path: Path
+    offset: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -83,11 +85,12 @@ def read_safetensors_header(path: str | Path) -> Header:
     """
     path = Path(path)
     try:
-        _check_length(path)
+        end, tensors = 8 + _checked_length(path), {}
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}  # MLX writes null
-            names = file.offset_keys()
-            tensors = {name: _checked_info(name, file.get_slice(name), path) for name in names}
+            for name in file.offset_keys():  # without a gap between two, or it would be refused
+                tensors[name] = info = _checked_info(name, file.get_slice(name), path, end)
+                end += info.nbytes
     except OSError as error:
         raise WeightsError(f"{path}: cannot be read ({error.strerror or error})") from None
     except SafetensorError as error:
@@ -95,17 +98,17 @@ def read_safetensors_header(path: str | Path) -> Header:
     return Header(path, tensors, metadata)
 
 
-def _checked_info(name: str, form: Any, path: Path) -> TensorInfo:
+def _checked_info(name: str, form: Any, path: Path, offset: int) -> TensorInfo:
     """One tensor of a header that safetensors accepted, as MLX can hold it."""
     dtype, shape = form.get_dtype(), form.get_shape()
     fault = _form_fault(dtype, shape)
     if fault is not None:
         raise WeightsError(f"{path}: tensor '{clip(name)}': {fault}")
-    return TensorInfo(name, DTYPES[dtype], tuple(shape), path)
+    return TensorInfo(name, DTYPES[dtype], tuple(shape), path, offset)
 
 
-def _check_length(path: Path) -> None:
-    """Refuse a header length that cannot be true, or that is too much to read."""
+def _checked_length(path: Path) -> int:
+    """Bytes of the header. Refuses what cannot be true, or is too much to read."""
     with path.open("rb") as file:
         file_bytes = file.seek(0, 2)
         file.seek(0)
@@ -120,6 +123,7 @@ def _check_length(path: Path) -> None:
             f"{path}: header of {length} bytes in a file of {file_bytes}"
             f" (limit {MAX_HEADER_BYTES}); not a safetensors file, or cut short"
         )
+    return length
 
 
 def _fault(path: Path, said: str) -> str:
@@ -186,6 +190,9 @@ def _are_counts(value: Any, max_length: int, max_value: int) -> TypeGuard[list[i
     )
 
 
+_HELD = {DType.bfloat16: "uint16", DType.float8_e4m3fn: "uint8"}  # what numpy has no type for
+
+
 @dataclass(frozen=True, eq=False)
 class HostArray:
     """An evaluated array in the host's memory, in order; bfloat16 as uint16, which numpy has.
@@ -213,6 +220,19 @@ class HostArray:
         """A copy, on the calling thread's device."""
         array = mx.array(self.data)
         return array.view(mx.bfloat16) if self.dtype is DType.bfloat16 else array
+
+
+def read_part(info: TensorInfo, axis: int, spans: Sequence[tuple[int, int]]) -> HostArray:
+    """Elements begin..end-1 of an axis of a stored tensor, of each span in turn; no others are
+    read. fp8 comes as bytes. Raises: WeightsError if the file cannot be read."""
+    held = _HELD.get(info.dtype) or info.dtype.name
+    try:
+        stored = np.memmap(info.path, held, "r", info.offset, info.shape)
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{info.path}: cannot be read ({clip(error)})") from None
+    before = (slice(None),) * axis
+    parts = [stored[(*before, slice(*span))] for span in spans]
+    return HostArray(info.dtype, np.ascontiguousarray(np.concatenate(parts, axis)))
 
 
 def write_file(path: Path, tensors: Mapping[str, mx.array]) -> None:

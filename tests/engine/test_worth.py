@@ -7,6 +7,7 @@ import pytest
 from mlx_vlm_pipes.engine.worth import Size, Worth
 
 EIGHT: Size = (1, 8, False)
+FOUR: Size = (1, 4, False)
 
 
 def run(worth: Worth, tokens: int, cost: float, kept: float, hoped: float) -> tuple[float, int]:
@@ -28,7 +29,10 @@ def test_nothing_is_drafted_before_plain_steps_are_timed() -> None:
     for _ in range(2):
         assert not worth.gain(EIGHT, 7)
         worth.note_plain(1, 1.0)
-    assert worth.gain(EIGHT, 7) == 4  # by what it is taken to cost, twice a plain step
+    assert worth.gain(EIGHT, 7) == 2  # by what it is taken to cost, half a plain step a token
+    assert worth.gain(FOUR, 2) > worth.gain(EIGHT, 4)  # the narrow one is tried first
+    worth.note(FOUR, 4, 1.1)
+    assert worth.gain(EIGHT, 7) > worth.gain(FOUR, 3) > 3
     assert not worth.gain((2, 8, False), 14)  # two rows have not been timed
 
 
@@ -64,5 +68,5 @@ def test_the_size_that_gives_most_tokens_for_its_time_is_preferred() -> None:
     for _ in range(5):
         worth.note_plain(1, 1.0)
         worth.note(EIGHT, 8, 4.0)
-        worth.note((1, 4, False), 4, 1.2)
-    assert worth.gain((1, 4, False), 3) > worth.gain(EIGHT, 7) > 0
+        worth.note(FOUR, 4, 1.2)
+    assert worth.gain(FOUR, 3) > worth.gain(EIGHT, 7) > 0

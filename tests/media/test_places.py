@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from PIL import Image
 from mlx_vlm_pipes import load
 from mlx_vlm_pipes.errors import InputError
 from mlx_vlm_pipes.facts import Coordinates
+from mlx_vlm_pipes.generate import main
 from mlx_vlm_pipes.media.places import Places, marked_places
 from mlx_vlm_pipes.media.records import MediaRecord, Tiles
 from tests.fixtures_helper import FIXTURES
@@ -29,7 +31,7 @@ SCHEMA = {
         "box/n": {"anyOf": [MARKED, {"type": "null"}]},
         "tree": {
             "properties": {
-                "at": {**POINT, "x-coordinates": "source", "x-image": 1},
+                "at": {**POINT, "x-coordinates": "source", "x-image": -1},
                 "in": {"type": "array", "items": {"$ref": "#/$defs/tree"}},
             }
         },
@@ -88,8 +90,10 @@ BARE = {**BOX, "x-coordinates": "source"}
     [
         ({**BOX, "x-coordinates": "model"}, [PIXELS], 'expected "source"'),
         (BARE, [], "no picture"),
+        ({**BARE, "description": "x" * 70_000}, [PIXELS], "at most 65536"),
         (BARE, [PIXELS, OTHER], "say which"),
         ({**BARE, "x-image": 2}, [PIXELS, OTHER], "0 to 1"),
+        ({**BARE, "x-image": -3}, [PIXELS, OTHER], "-1 for the last"),
         ({**BARE, "x-image": True}, [PIXELS, OTHER], "0 to 1"),
         (BARE, [FRACTIONS], "family"),
         ({"type": "integer", "x-coordinates": "source"}, [PIXELS], "minItems"),
@@ -128,3 +132,19 @@ def test_an_answer_of_qwen2_5_vl_is_parsed_in_pixels() -> None:
             _ = cut.parsed
         with pytest.raises(InputError, match="say which"):
             pipe.generate("Where?", [picture, picture], **asked)
+
+
+def test_the_command_prints_pixels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    schema, picture, model = tmp_path / "box.json", tmp_path / "a.png", FIXTURES / "qwen25vl"
+    schema.write_text(json.dumps(BARE))
+    Image.new("RGB", (300, 200), "red").save(picture)
+    asked = {"schema": BARE, "temperature": 1.0, "seed": 3, "max_tokens": 200}
+    with load(model) as pipe:
+        own = pipe.generate("Where?", picture, **asked)
+    flags = f"--model {model} --image {picture} --schema {schema} --temperature 1 --seed 3"
+    for more in ([], ["--json"]):
+        words = [*flags.split(), "--max-tokens", "200", "--quiet", "--prompt", "Where?", *more]
+        assert main(words) == 0
+        printed = json.loads(capsys.readouterr().out)
+        assert (json.loads(printed["text"]) if more else printed) == own.parsed
+    assert json.loads(own.text) != own.parsed

@@ -14,15 +14,28 @@ from mlx_vlm_pipes import load
 from mlx_vlm_pipes.server.app import Server
 from mlx_vlm_pipes.server.models import Models
 from mlx_vlm_pipes.server.settings import ServerSettings
+from tests.fixtures_helper import FIXTURES
 from tests.server.driving import call, running
 
 CASES = 100
 TOOL = {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {}}}
-SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+BOX = {"type": "array", "items": {"type": "integer"}, "minItems": 2, "maxItems": 2}
+PLACE = {**BOX, "x-coordinates": "source", "x-image": 0}
+SCHEMA = {
+    "type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"],
+    "$defs": {"b": {"anyOf": [{"prefixItems": [{"type": "number"}]}, {"$ref": "#/$defs/b"}]}},
+}  # fmt: skip
+SEEN = {**SCHEMA, "properties": {"a": {"$ref": "#/$defs/b"}, "c": PLACE}}
+PNG = (  # one grey pixel
+    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNoAAAAggCB"
+    "d81ytgAAAABJRU5ErkJggg=="
+)
 PARTS = [
     {"type": "text", "text": "Who?"},
-    {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA", "detail": "low"}},
+    {"type": "image_url", "image_url": {"url": PNG, "detail": "low"}},
 ]
+GREY = {"type": "base64", "media_type": "image/png", "data": PNG.partition(",")[2]}
+FILES = [{"type": "file", "file": {"filename": "a.png", "file_data": PNG}}, {"image": PNG}]
 TURNS = [{"role": "user", "content": PARTS[:1]}, {"role": "assistant", "content": "A."}]
 USER = {"role": "user", "content": [*PARTS[:1], {"type": "input_text", "text": "b"}]}
 CALLED = {"type": "function", "id": "c", "function": {"name": "f", "arguments": "{}"}}
@@ -33,29 +46,40 @@ BODIES: dict[str, dict[str, Any]] = {
         "stop": ["x"], "logit_bias": {"5": 1.0}, "logprobs": True, "top_logprobs": 2,
         "stream": False, "response_format": {
             "type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}},
-        "tools": [], "metadata": {"a": 1}, "chat_template_kwargs": {"a": 1},
+        "tools": [], "metadata": {"a": 1}, "chat_template_kwargs": {},
+        "reasoning_effort": "low", "thinking_budget": None,
     },
     "/v1/completions": {
         "prompt": ["a"], "max_tokens": 2, "echo": True, "logprobs": 1, "stop": "x", "n": 1,
-        "guided_regex": "[ab]+", "presence_penalty": 0.1, "stop_token_ids": [3], "min_tokens": 0,
+        "presence_penalty": 0.1, "stop_token_ids": [3], "min_tokens": 0,
     },
     "/v1/responses": {
         "input": [USER, {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
-                  {"type": "function_call_output", "call_id": "c", "output": "x"}, TURNS[0]],
+                  {"type": "function_call_output", "call_id": "c", "output": [
+                      {"type": "input_image", "image_url": PNG}]}, TURNS[0]],
         "instructions": "S", "max_output_tokens": 2, "temperature": 0.5, "store": True,
         "text": {"format": {"type": "json_schema", "name": "x", "schema": SCHEMA}},
-        "previous_response_id": None, "metadata": {"a": [1]}, "reasoning": {"effort": None},
-        "tools": [{"type": "function", **TOOL}], "tool_choice": "none",
+        "previous_response_id": None, "metadata": {"a": [1]},
+        "reasoning": {"effort": "low", "summary": "auto"},
+        "tools": [{"type": "function", **TOOL, "parameters": SEEN}], "tool_choice": "none",
     },
     "/v1/messages": {
         "messages": [*TURNS, {"role": "user", "content": [
-            {"type": "tool_result", "tool_use_id": "c", "content": PARTS[:1]},
-            {"type": "image", "source": {"type": "base64", "media_type": "a/b", "data": "AA"}},
+            {"type": "tool_result", "tool_use_id": "c", "content": [*PARTS[:1], {
+                "type": "document", "source": {"type": "text", "data": "A"}}]},
+            {"type": "image", "source": GREY},
         ]}], "system": [{"type": "text", "text": "S"}], "max_tokens": 2, "stop_sequences": ["x"],
-        "tool_choice": {"type": "none"}, "thinking": {"type": "disabled"},
+        "tool_choice": {"type": "none", "disable_parallel_tool_use": True},
+        "thinking": {"type": "disabled", "budget_tokens": 5},
+        "output_config": {"format": {"type": "json_schema", "schema": SCHEMA}, "effort": "low"},
         "tools": [{"name": "f", "input_schema": SCHEMA}],
     },
     "/v1/messages/count_tokens": {"messages": TURNS, "system": "S"},
+    "/v1/chat/completions?": {
+        "messages": [{"role": "user", "content": [FILES[1], "Where?"]}], "max_tokens": 2,
+        "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": SEEN}},
+    },
+    "/v1/plan?": {"messages": [{"role": "tool", "content": FILES}]},
     "/v1/plan": {"messages": [TURNS[0], {"role": "assistant", "tool_calls": [CALLED]}]},
 }  # fmt: skip
 
@@ -103,10 +127,12 @@ def broken(body: dict[str, Any], rng: random.Random) -> dict[str, Any]:
 
 def test_nothing_that_is_sent_is_a_500(caplog: pytest.LogCaptureFixture) -> None:
     rng, paths = random.Random(13), list(BODIES)
-    with load() as pipe:
+    with load(FIXTURES / "qwen25vl") as pipe:
         models = Models({"shapes": lambda: pipe})
         models.load(models.first)
         with running(Server(models, ServerSettings(max_tokens=4))) as port:
+            for path, body in BODIES.items():
+                assert call(port, path, body).status == 200, path  # each is whole before it breaks
             for i in range(CASES):
                 path = paths[i % len(paths)]
                 body = broken(BODIES[path], rng)
@@ -116,6 +142,7 @@ def test_nothing_that_is_sent_is_a_500(caplog: pytest.LogCaptureFixture) -> None
                     raw = raw.replace(f'"@{levels}@"', nested)
                 reply = call(port, path, raw.encode())
                 assert reply.status in (200, 400, 404), (i, path, raw[:2000], reply.body)
+                assert b"internal_error" not in reply.body, (i, path, raw[:2000])
                 if reply.status != 200:
                     assert reply.error["message"]
     assert not caplog.records

@@ -1,59 +1,22 @@
-"""The clients that others wrote, against a server of ours."""
+"""The clients of OpenAI and Anthropic against a server of ours."""
 
 from __future__ import annotations
 
 import asyncio
-import base64
 import json
-import shutil
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mlx_vlm_pipes import load
-from mlx_vlm_pipes.loading import BUNDLED
-from mlx_vlm_pipes.pipeline import Pipeline
-from mlx_vlm_pipes.server.app import Server
-from mlx_vlm_pipes.server.models import Models
-from mlx_vlm_pipes.server.settings import ServerSettings
-from tests.server.driving import running
-from tests.server.test_tools import TEMPLATE
+from tests.clients.conftest import ASK, CHAT, CITIES, ENCODED, WHO
 
 pytestmark = pytest.mark.slow  # their imports alone take seconds
-IMAGE = (Path(__file__).parents[2] / "examples" / "images" / "shapes.png").read_bytes()
-ENCODED = base64.b64encode(IMAGE).decode()
-ASK = "Describe the picture."
-URL = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{ENCODED}"}}
-CHAT: Any = [{"role": "user", "content": [URL, {"type": "text", "text": ASK}]}]
-CITY = {"type": "object", "properties": {"city": {"enum": ["Bonn", "Ulm"]}}, "required": ["city"]}
-SCHEMA = {**CITY, "additionalProperties": False}
-WHO: Any = [{"role": "user", "content": "Who?"}]
-
-
-@pytest.fixture(scope="module")
-def pipe() -> Iterator[Pipeline]:
-    with load() as pipe:
-        yield pipe
-
-
-@pytest.fixture(scope="module")
-def answer(pipe: Pipeline) -> str:
-    return pipe.generate(ASK, [IMAGE]).text.strip()
-
-
-@pytest.fixture(scope="module")
-def port(pipe: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
-    folder = tmp_path_factory.mktemp("model") / "tools"
-    shutil.copytree(BUNDLED, folder)
-    (folder / "chat_template.json").unlink(missing_ok=True)
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
-    with load(folder) as calling:
-        models = Models({"shapes": lambda: pipe, "calling": lambda: calling})
-        models.load(models.first)
-        with running(Server(models, ServerSettings())) as port:
-            yield port
+SCHEMA = {
+    "type": "object",
+    "properties": {"city": {"enum": list(CITIES)}},
+    "required": ["city"],
+    "additionalProperties": False,
+}
 
 
 def test_openai_chats(port: int, answer: str) -> None:
@@ -68,7 +31,7 @@ def test_openai_chats(port: int, answer: str) -> None:
     told = client.chat.completions.create(
         model="shapes", messages=WHO, max_tokens=60, response_format=form
     )
-    assert json.loads(told.choices[0].message.content)["city"] in ("Bonn", "Ulm")
+    assert json.loads(told.choices[0].message.content)["city"] in CITIES
     with pytest.raises(openai.NotFoundError) as caught:
         client.chat.completions.create(model="none", messages=WHO)
     assert caught.value.code == "model_not_found"
@@ -84,7 +47,7 @@ def test_openai_calls_tools_and_goes_on_from_responses(port: int) -> None:
     ) as stream:
         choice = stream.get_final_completion().choices[0]
     assert choice.finish_reason == "tool_calls"
-    assert json.loads(choice.message.tool_calls[0].function.arguments)["city"] in ("Bonn", "Ulm")
+    assert json.loads(choice.message.tool_calls[0].function.arguments)["city"] in CITIES
     first = client.responses.create(model="shapes", input="Who?", max_output_tokens=8)
     more = {"previous_response_id": first.id, "max_output_tokens": 8}
     with client.responses.stream(model="shapes", input="And then?", **more) as stream:
@@ -119,6 +82,6 @@ def test_anthropic_chats_and_calls_tools(port: int, answer: str) -> None:
     forced: Any = {"tools": [tool], "tool_choice": {"type": "tool", "name": "weather"}}
     told = client.messages.create(model="calling", messages=WHO, max_tokens=200, **forced)
     assert told.stop_reason == "tool_use"
-    assert told.content[-1].input["city"] in ("Bonn", "Ulm")
+    assert told.content[-1].input["city"] in CITIES
     with pytest.raises(anthropic.BadRequestError):
         client.messages.create(model="shapes", messages=[], max_tokens=1)
