@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 SHARED = "You look at pictures of shapes and say what they show, one after another. " * 12
-START_S, ANSWER_S = 120, 300
+START_S, ANSWER_S, RETRY_S = 120, 300, 0.05
 BUNDLED = Path(__file__).parents[1] / "mlx_vlm_pipes" / "assets" / "tiny-idefics3"
 OURS = "ours"
 
@@ -131,26 +131,43 @@ def request_body(number: int, model: str, tokens: int, *, pictures: bool) -> dic
 
 
 def ask(port: int, body: bytes) -> Answer:
-    """Raises: OSError, HTTPException, and RuntimeError with what the server said."""
-    begun, first, text, used = time.perf_counter(), None, [], 0
-    with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=ANSWER_S)) as connection:
-        connection.request(
-            "POST", "/v1/chat/completions", body, {"Content-Type": "application/json"}
-        )
-        reply = connection.getresponse()
-        if reply.status != 200:
-            raise RuntimeError(f"HTTP {reply.status}: {reply.read(160)!r}")
-        for line in reply:
-            if not line.startswith(b"data: {"):
+    """Its time runs from the first try: mlx-lm's server listens with a queue of five, and of a
+    burst the others are reset before they are heard.
+
+    Raises: OSError, HTTPException, and RuntimeError with what the server said.
+    """
+    begun = time.perf_counter()
+    while True:
+        with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=ANSWER_S)) as connection:
+            try:
+                connection.request(
+                    "POST", "/v1/chat/completions", body, {"Content-Type": "application/json"}
+                )
+                reply = connection.getresponse()
+            except (ConnectionResetError, ConnectionRefusedError, BrokenPipeError):
+                if time.perf_counter() - begun > ANSWER_S:
+                    raise
+                time.sleep(RETRY_S)
                 continue
-            event = json.loads(line[6:])
-            if "error" in event:
-                raise RuntimeError(f"in the stream: {str(event['error'])[:160]}")
-            for choice in event.get("choices") or ():
-                piece = choice.get("delta", {}).get("content") or ""
-                first = time.perf_counter() - begun if first is None and piece else first
-                text.append(piece)
-            used = (event.get("usage") or {}).get("completion_tokens") or used
+            return _read(reply, begun)
+
+
+def _read(reply: http.client.HTTPResponse, begun: float) -> Answer:
+    """A stream to its end. Raises: as `ask`."""
+    first, text, used = None, [], 0
+    if reply.status != 200:
+        raise RuntimeError(f"HTTP {reply.status}: {reply.read(160)!r}")
+    for line in reply:
+        if not line.startswith(b"data: {"):
+            continue
+        event = json.loads(line[6:])
+        if "error" in event:
+            raise RuntimeError(f"in the stream: {str(event['error'])[:160]}")
+        for choice in event.get("choices") or ():
+            piece = choice.get("delta", {}).get("content") or ""
+            first = time.perf_counter() - begun if first is None and piece else first
+            text.append(piece)
+        used = (event.get("usage") or {}).get("completion_tokens") or used
     if first is None:
         raise RuntimeError("no text came")
     return Answer("".join(text).strip(), used, first)

@@ -21,6 +21,9 @@ from mlx_vlm_pipes.speech import THINK, THOUGHT
 
 # JSON may be spread over lines and indented, but a small model would go on with spaces for ever.
 JSON_OPTIONS = {"whitespace_pattern": r"(\n {0,16}| )?"}
+# A number alone has no bracket after it, and a model would rather end the line than the answer: it
+# goes on with digits for ever where it may not.
+LINE = 'start: value "\\n"?\nvalue: %json {}'
 MAX_SOURCE = 64 * 1024  # characters
 SOURCES = ("schema", "regex", "grammar")
 MOST_KEPT = 16  # compiled forms: n answers have one, and so have the requests of many a client
@@ -100,21 +103,32 @@ class Grammars:
 
     def _made(self, name: str, written: str) -> Grammar:
         """Raises: as `make`."""
+        start = self._matcher(name, name, written)
+        schema: Any = json.loads(written) if name == "schema" else None
+        if _may_be_a_number(schema):
+            own = schema.get("x-guidance")
+            told = {**(own if isinstance(own, Mapping) else {}), **JSON_OPTIONS}
+            line = LINE.format(json.dumps({**schema, "x-guidance": told}))
+            start = self._matcher(name, "grammar", line)
+        return Grammar(start, self._size, name)
+
+    def _matcher(self, param: str, kind: str, written: str) -> Any:
+        """Of one kind of SOURCES, compiled. Raises: InputError about that parameter."""
         matcher = _library().LLMatcher
         try:
-            if name == "schema":
+            if kind == "schema":
                 text = matcher.grammar_from_json_schema(written, overrides=JSON_OPTIONS)
             else:
-                make = matcher.grammar_from_regex if name == "regex" else matcher.grammar_from_lark
+                make = matcher.grammar_from_regex if kind == "regex" else matcher.grammar_from_lark
                 text = make(written)
         except ValueError as error:
-            raise InputError(f"{name}: {clip(error, 300)}", param=name) from None
+            raise InputError(f"{param}: {clip(error, 300)}", param=param) from None
         start = matcher(self._known_tokens(), text, log_level=0)
         if not start.is_error():
             start.compute_bitmask()  # here, not where others' answers would wait for it
         if start.is_error():
-            raise InputError(f"{name}: {_reason(start)}", param=name)
-        return Grammar(start, self._size, name)
+            raise InputError(f"{param}: {_reason(start)}", param=param)
+        return start
 
     def _known_tokens(self) -> Any:
         with self._lock:
@@ -226,6 +240,14 @@ def _bits(tokens: Sequence[int], vocab_size: int) -> np.ndarray:
     flags = np.zeros(-(-vocab_size // 32) * 32, np.uint8)
     flags[list(tokens)] = 1
     return np.packbits(flags, bitorder="little").view(np.uint32)
+
+
+def _may_be_a_number(schema: Any) -> bool:
+    """Whether the whole answer may be one."""
+    if not isinstance(schema, Mapping) or "enum" in schema or "const" in schema:
+        return False
+    kinds = schema.get("type", "number")
+    return "number" in kinds or "integer" in kinds
 
 
 def _reason(matcher: Any) -> str:

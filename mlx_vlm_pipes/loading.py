@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_vlm_pipes import __version__
-from mlx_vlm_pipes.command import RANK_LOST, USER_MISTAKE
+from mlx_vlm_pipes.command import RANK_LOST, USER_MISTAKE, ignoring_interrupts
 from mlx_vlm_pipes.config import KVCacheConfig, ModelConfig, PipelineConfig
 from mlx_vlm_pipes.contexts import TextContext
 from mlx_vlm_pipes.distributed.launch import join_group
@@ -43,7 +44,7 @@ from mlx_vlm_pipes.gguf.header import is_gguf, only_gguf
 from mlx_vlm_pipes.hf_config import HuggingFaceConfig, read_config
 from mlx_vlm_pipes.hub.download import download, is_hub_name
 from mlx_vlm_pipes.interfaces import InferenceSession, PipelineModelWithKVCache, ReturnLogits
-from mlx_vlm_pipes.launcher import launched_rank, launched_size
+from mlx_vlm_pipes.launcher import is_follower, launched_rank, launched_size
 from mlx_vlm_pipes.options import Option, unfit
 from mlx_vlm_pipes.paths import is_there, user_path
 from mlx_vlm_pipes.pipeline import Pipeline
@@ -235,7 +236,7 @@ def open_together(asked: Asked, distributed: str | mx.distributed.Group) -> Pipe
     Raises: as `load`.
     """
     worker = OwnerThread(asked.options.device)
-    team = None
+    ranks, team = ALONE, None
     try:
         ranks = worker.call(lambda: join_group(distributed))
         if not ranks.are_many:
@@ -249,12 +250,14 @@ def open_together(asked: Asked, distributed: str | mx.distributed.Group) -> Pipe
         engine = Engine(worker, model, asked.engine, team=team)
         if ranks.is_first:
             return Pipeline(model, own.processor, engine, has_bars=asked.has_bars)
-        engine.follow()
+        with ignoring_interrupts():
+            engine.follow()
     except BaseException as error:
         if team is not None:
-            team.close()
+            team.leave(error)
         worker.stop()
-        if team is None or team.ranks.is_first or not isinstance(error, PipesError):
+        is_silent = is_follower() or not ranks.is_first
+        if not is_silent or not isinstance(error, PipesError):
             raise
         raise _last_word(error) from None
     engine.close()
@@ -287,10 +290,10 @@ def _last_word(error: PipesError) -> SystemExit:
 
     It waits for that, since a launcher ends all ranks once one has failed.
     """
+    if isinstance(error, RanksDiffer) and sys.__stderr__ is not None:
+        sys.__stderr__.write(f"error: {error}\n")
     time.sleep(LAST_WORD_S)
-    if isinstance(error, RankLost):
-        return SystemExit(RANK_LOST)
-    return SystemExit(f"error: {error}" if isinstance(error, RanksDiffer) else USER_MISTAKE)
+    return SystemExit(RANK_LOST if isinstance(error, RankLost) else USER_MISTAKE)
 
 
 def _found_with_facts(asked: Asked) -> tuple[_Opened, dict[str, Any]]:

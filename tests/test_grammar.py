@@ -87,6 +87,26 @@ def test_a_form_that_is_over_ends_the_answer(pipe: Pipeline) -> None:
     assert "".join(chunk.text for chunk in pipe.stream(ASKED, regex="ab")) == "ab"
 
 
+def test_a_number_alone_may_end_its_line(pipe: Pipeline) -> None:
+    """A model that wants a line's end after its number would go on with digits for ever."""
+    newline, digit = pipe.tokenizer.encode("\n1", add_special_tokens=False)
+    for schema in ({"anyOf": [{"type": "integer"}, {"type": "null"}]}, {"type": "integer"}):
+        row = pipe.grammars.make({"schema": {**schema, "x-guidance": 5}}).start()
+        assert not is_allowed(row, newline)
+        row.accept(digit)
+        assert is_allowed(row, newline)
+        row.accept(newline)
+        assert not is_allowed(row, digit)
+        assert not is_allowed(row, newline)
+    row = pipe.grammars.make({"schema": {"enum": [1, 2]}}).start()
+    row.accept(digit)
+    assert not is_allowed(row, newline)
+
+
+def is_allowed(row: Any, token: int) -> bool:
+    return bool(row.allowed()[token // 32] >> (token % 32) & 1)
+
+
 def test_processors_cannot_bring_back_what_does_not_fit(pipe: Pipeline) -> None:
     def lift(tokens: Any, logits: Any) -> Any:
         return logits * 0 + 5

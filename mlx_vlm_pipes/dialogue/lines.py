@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 from mlx_vlm_pipes.command import say
+from mlx_vlm_pipes.launcher import launched_size
 from mlx_vlm_pipes.paths import user_path
 
 QUOTES = '"""'
@@ -27,8 +28,9 @@ class Lines:
 
     def __init__(self, commands: Sequence[str]) -> None:
         self._commands = commands
-        self.is_terminal = sys.stdin is not None and sys.stdin.isatty()
-        self._readline = _find_readline() if self.is_terminal else None
+        has_terminal = sys.stdin is not None and sys.stdin.isatty()
+        self.is_terminal = has_terminal or launched_size() > 1  # mlx.launch hands lines on
+        self._readline = _find_readline() if has_terminal else None
         if isinstance(sys.stdin, io.TextIOWrapper):
             sys.stdin.reconfigure(errors="replace")
 

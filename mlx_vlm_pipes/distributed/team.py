@@ -110,6 +110,14 @@ class Team:
                         "ranks need the same"
                     )
 
+    def leave(self, error: BaseException) -> None:
+        """The end by an error: one that all ranks have agreed on, or this one's own."""
+        if isinstance(error, PipesError) and not isinstance(error, RankLost):
+            self.close()
+            return
+        own = RankLost(f"rank {self.ranks.rank} has ended: {_line(error)}")
+        self.watchdog.fail(error if isinstance(error, RankLost) else own)
+
     @contextlib.contextmanager
     def _naming_the_lost(self) -> Iterator[None]:
         """A connection that the watchdog has cut says why."""
@@ -209,7 +217,7 @@ def _read(channel: Channel) -> Any:
         raise RankLost(f"{channel.peer} has sent what is no message ({error})") from None
 
 
-def _line(error: Exception) -> str:
+def _line(error: BaseException) -> str:
     if isinstance(error, PipesError):
         return " ".join(str(error).split())
     return f"{type(error).__name__}: {' '.join(str(error).split())}"

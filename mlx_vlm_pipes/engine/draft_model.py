@@ -20,9 +20,10 @@ from mlx_vlm_pipes.contexts import TextContext
 from mlx_vlm_pipes.engine.batch_sampler import BatchSampler
 from mlx_vlm_pipes.engine.caches import prefix_keys
 from mlx_vlm_pipes.engine.drafts import LEAST_KEPT, Drafts
+from mlx_vlm_pipes.engine.pace import Pace
 from mlx_vlm_pipes.engine.requests import Job, new_job
 from mlx_vlm_pipes.engine.slices import SliceRow, run_slice
-from mlx_vlm_pipes.engine.state import EngineConfig, EngineState
+from mlx_vlm_pipes.engine.state import MIN_SLICE, EngineConfig, EngineState
 from mlx_vlm_pipes.engine.text import NoText
 from mlx_vlm_pipes.interfaces import Phase, PipelineModelWithKVCache
 from mlx_vlm_pipes.kv_cache import KVCache, cache_inputs, increment_cache_lengths
@@ -98,7 +99,7 @@ class DraftModel:
         self._sampler = BatchSampler(is_gpu=drafter.model.kv_params.devices[0].is_gpu())
         self._vocab_size = vocab_size
         self._open: set[ModelDrafts] = set()
-        self.slices = 0
+        self.slices, self._pace = 0, Pace()
 
     def rows(self, most: int | None) -> ModelDrafts:
         """The drafts of a new request."""
@@ -121,13 +122,18 @@ class DraftModel:
         self._open.clear()
         self.state.cache = KVCache(self.model.kv_params)
 
-    def draft(self, jobs: Sequence[tuple[Job, ModelDrafts]], count: int) -> dict[Job, list[int]]:
+    def draft(
+        self, jobs: Sequence[tuple[Job, ModelDrafts]], count: int, *, others_wait: bool
+    ) -> dict[Job, list[int]]:
         """Up to `count` tokens to run behind those of each job. None yet where it has to read on:
-        then it reads a slice; and where a row is too long for it."""
+        then it reads a slice; and where a row is too long for it.
+
+        others_wait: whether other rows wait for a slice, which makes it smaller.
+        """
         rows = [(job, drafts) for job, drafts in jobs if self._follow(job, drafts, count)]
         far = [drafts for _, drafts in rows if _gap(drafts) > BEHIND[-1]]
         if far:
-            self._read_slice(far)
+            self._read_slice(far, self._slice_room() if others_wait else None)
         ready = [(job, drafts) for job, drafts in rows if _gap(drafts) <= BEHIND[-1]]
         widest = max((_gap(drafts) for _, drafts in ready), default=0)
         width = next(size for size in BEHIND if size >= widest)
@@ -178,10 +184,16 @@ class DraftModel:
         own.held = self.state.row_from_prefix(own)
         return own
 
-    def _read_slice(self, far: Sequence[ModelDrafts]) -> None:
+    def _slice_room(self) -> int:
+        """Tokens of a slice that takes the others no longer than one of prefill."""
+        config = self.state.config
+        fitting = self._pace.fitting(config.running_wait_ms / 1000)
+        return int(min(config.running_chunk, max(MIN_SLICE, fitting)))
+
+    def _read_slice(self, far: Sequence[ModelDrafts], most: int | None) -> None:
         """One slice of what rows have yet to read; at least one token stays for the draft."""
-        config, rows = self.state.config, []
-        room = config.prefill_chunk if len(self._open) == 1 else config.running_chunk
+        begun, rows = self.state.clock(), list[Job]()
+        room = whole = self.state.config.prefill_chunk if most is None else most
         for drafts in far:
             size = min(room, _gap(drafts) - 1)
             if size < 1:
@@ -194,6 +206,7 @@ class DraftModel:
         mx.eval([array for own in rows for array in own.row.arrays()])
         for own in rows:
             own.context.tokens.advance_chunk()
+        self._pace.note(whole - room, self.state.clock() - begun)
         self.slices += 1
 
     def _run(

@@ -67,8 +67,8 @@ def follow(team: Team, scheduler: Scheduler) -> None:
                 return
             else:
                 raise RankLost(f"rank 0 has announced {said!r}, which this rank does not know")
-    except RankLost as error:
-        team.watchdog.fail(error)
+    except BaseException as error:
+        team.leave(error if isinstance(error, RankLost) else RuntimeError(repr(error)))
         raise
 
 

@@ -140,19 +140,23 @@ class Verify:
                 found[job] = job.drafts.draft(job.context.tokens.all, rooms[job])
             elif isinstance(job.drafts, ModelDrafts) and rooms[job] > 0:
                 asking.append((job, job.drafts))
-        made = self._drafted_by_model(asking, rooms)
+        made = self._drafted_by_model(asking, rooms, others_wait=len(jobs) > 1)
         found |= {job: own[: rooms[job]] for job, own in made.items()}
         return [(found.get(job, []), job in forced) for job in jobs]
 
     def _drafted_by_model(
-        self, asking: Sequence[tuple[Job, ModelDrafts]], rooms: Mapping[Job, int]
+        self,
+        asking: Sequence[tuple[Job, ModelDrafts]],
+        rooms: Mapping[Job, int],
+        *,
+        others_wait: bool,
     ) -> dict[Job, list[int]]:
         """What goes wrong with it (memory) is a warning: no answer needs it."""
         if self._model is None or not asking:
             return {}
         most = {job: min(rooms[job], drafts.most) for job, drafts in asking}
         try:
-            made = self._model.draft(asking, max(most.values()))
+            made = self._model.draft(asking, max(most.values()), others_wait=others_wait)
         except Exception as error:
             warnings.warn(f"nothing is drafted: {error}", RuntimeWarning, stacklevel=2)
             self._model.drop()

@@ -94,7 +94,7 @@ class OwnerThread:
         with self._wake:
             self._stopping = True
             self._wake.notify()
-        if threading.current_thread() is not self._thread:
+        if threading.current_thread() is not self._thread and self._failure is None:
             self._thread.join(timeout=10)
 
     def abandon(self, error: PipesError) -> None:

@@ -17,6 +17,7 @@ from mlx_vlm_pipes.facts import Coordinates
 from mlx_vlm_pipes.media.records import FAR, MediaRecord
 
 MARK, IMAGE = "x-coordinates", "x-image"
+MAX_CHARACTERS = 64 * 1024  # of a schema, which is looked through for each array of an answer
 NUMBER = frozenset("-+.eE0123456789")
 Node = Mapping[str, Any]  # a schema within the schema
 
@@ -49,8 +50,13 @@ def marked_places(schema: Node, media: Sequence[MediaRecord]) -> Places | None:
     Raises: InputError for a mark that cannot be followed: on another value than an array of 2 or 4
     numbers, without a picture or without saying which, and for a model that writes no places.
     """
-    if MARK not in json.dumps(schema):
+    written = json.dumps(schema)
+    if MARK not in written:
         return None
+    if len(written) > MAX_CHARACTERS:
+        raise _refusal(
+            f"{MARK} in a schema of {len(written)} characters; expected at most {MAX_CHARACTERS}"
+        )
     nodes = _all_nodes(schema)
     marked = [node for node in nodes if MARK in node]
     for node in marked:

@@ -15,10 +15,12 @@ from starlette.requests import Request
 
 from mlx_vlm_pipes.engine.requests import Chunk, Handle
 from mlx_vlm_pipes.errors import ContextTooLong
+from mlx_vlm_pipes.media.places import Places
 from mlx_vlm_pipes.pipeline import Pipeline, Prompt
 from mlx_vlm_pipes.processing.messages import part_kind
 from mlx_vlm_pipes.processing.types import ProcessedPrompt
 from mlx_vlm_pipes.server.events import disconnected
+from mlx_vlm_pipes.server.placed import marked_tools
 from mlx_vlm_pipes.server.settings import ServerSettings
 
 T = TypeVar("T")
@@ -43,11 +45,12 @@ class Question:
 class Answers:
     """The handles of a question, in order: all answers to the first prompt, then the next.
 
-    prompts: as they were read, one for each.
+    prompts: as they were read, one for each. calls: places in the arguments of calls, by function.
     """
 
     prompts: list[ProcessedPrompt] = field(default_factory=list)
     handles: list[Handle] = field(default_factory=list)
+    calls: Mapping[str, Places] = field(default_factory=dict)
     is_closed: bool = False
 
     def add(self, prompt: ProcessedPrompt, handles: list[Handle]) -> None:
@@ -111,6 +114,7 @@ def _submit(pipe: Pipeline, question: Question, settings: ServerSettings, answer
         if answers.is_closed:
             return
         kept = question.keep_tokens
+        answers.calls = marked_tools(question.reading.get("tools", ()), prompt.media)
         answers.add(prompt, pipe.submit_n(prompt, question.n, keep_tokens=kept, **options))
 
 

@@ -23,6 +23,7 @@ from mlx_vlm_pipes.server.fields import (
 )
 from mlx_vlm_pipes.server.forms import FORM_PARAMS, read_form
 from mlx_vlm_pipes.server.media import allowed_messages
+from mlx_vlm_pipes.server.placed import Placed
 from mlx_vlm_pipes.server.settings import ServerSettings
 from mlx_vlm_pipes.server.thinking import add_effort
 from mlx_vlm_pipes.server.told import (
@@ -64,9 +65,9 @@ class Form:
 
     def begun(self, answers: Answers) -> list[Told]:
         """The answers to the first prompt, of which nothing has come yet."""
-        prompt, places = answers.prompts[0].text, answers.handles[0].places
+        prompt, places = answers.prompts[0], answers.handles[0].places
         return [
-            Told(self.manner.speech(prompt), places=None if places is None else places.reader())
+            Told(self.manner.speech(prompt.text), places=Placed(places, answers.calls))
             for _ in range(self.n)
         ]
 

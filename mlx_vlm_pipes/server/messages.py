@@ -14,15 +14,17 @@ from mlx_vlm_pipes.server.answers import Answers, Question
 from mlx_vlm_pipes.server.chat import Chat, Form, chat_question
 from mlx_vlm_pipes.server.errors import ApiError, bad_request
 from mlx_vlm_pipes.server.events import event
-from mlx_vlm_pipes.server.fields import OWN, option_values, refuse_unknown, switch
+from mlx_vlm_pipes.server.fields import OWN, Given, option_values, refuse_unknown, switch
+from mlx_vlm_pipes.server.forms import schema_of
 from mlx_vlm_pipes.server.settings import ServerSettings
-from mlx_vlm_pipes.server.thinking import add_thinking
+from mlx_vlm_pipes.server.thinking import add_effort, add_thinking
 from mlx_vlm_pipes.server.told import Told
 from mlx_vlm_pipes.server.tools import forced_calls, manner, read_tools
 from mlx_vlm_pipes.speech import Kind, Piece
 
 KNOWN = frozenset({
     "messages", "model", "stream", "system", "tools", "tool_choice", "thinking",
+    "output_config", "cache_control", "inference_geo",  # the last two change nothing here
 })  # fmt: skip
 # What Anthropic's clients call our options.
 NAMES = {**{name: name for name in OWN}, "stop_sequences": "stop"}
@@ -48,6 +50,7 @@ def read_prompt(
     """As read_messages, for a request that need not say how long its answer may be."""
     given = option_values(body, NAMES)
     add_thinking(given, body.get("thinking"), "thinking", tokenizer)
+    _add_output(given, body, tokenizer)
     chat: dict[str, Any] = {}
     if body.get("tools"):
         chat["tools"] = [_tool(tool) for tool in _list(body["tools"], "tools")]
@@ -57,6 +60,23 @@ def read_prompt(
     form = Form(switch(body, "stream"), manner(tokenizer, tools))
     asked = Chat(_messages(body), PROMPT, tools, forced_calls(chat, tools, tokenizer))
     return chat_question(asked, given, form, settings), form
+
+
+def _add_output(given: Given, body: Mapping[str, Any], tokenizer: Tokenizer) -> None:
+    """output_config: the form of the answer, and the effort of thinking where that is asked for.
+
+    Raises: ApiError 400 for anything else in it.
+    """
+    config = body.get("output_config")
+    if config is None:
+        return
+    if not isinstance(config, Mapping) or not config.keys() <= {"format", "effort"}:
+        raise bad_request("output_config: expected format and effort", "output_config")
+    if config.get("format") is not None:
+        given.add("output_config", **schema_of(config["format"], "output_config"))
+    thinking = body.get("thinking")
+    if isinstance(thinking, Mapping) and thinking.get("type") != "disabled":
+        add_effort(given, config.get("effort"), "output_config", tokenizer)
 
 
 def _messages(body: Mapping[str, Any]) -> list[dict[str, Any]]:

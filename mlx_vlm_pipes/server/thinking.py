@@ -20,6 +20,7 @@ SWITCH, EFFORT = "enable_thinking", "reasoning_effort"
 # Tokens of reasoning; None: no bound. Those of low and medium are litellm's.
 BUDGETS: dict[str, int | None] = {
     "none": 0, "minimal": 0, "low": 1024, "medium": 2048, "high": None, "xhigh": None,
+    "max": None,
 }  # fmt: skip
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mlx_vlm_pipes.engine.requests import Chunk, Timings, Usage
-from mlx_vlm_pipes.media.places import PlaceReader
 from mlx_vlm_pipes.processing.tokenizer import Tokenizer
+from mlx_vlm_pipes.server.placed import Placed
 from mlx_vlm_pipes.speech import Kind, Piece, Speech
 
 
@@ -42,12 +42,12 @@ class Told:
 
     speech: what takes its text apart. is_trimmed: leave out spaces before its first word, which
     some models write in every chat, in streams and in whole answers alike. places: takes marked
-    numbers of its text to pixels of the picture. calls: ids, names and JSON texts of the arguments.
+    numbers to pixels of the picture. calls: ids, names and JSON texts of the arguments.
     """
 
     speech: Speech = field(default_factory=Speech)
     is_trimmed: bool = True
-    places: PlaceReader | None = None
+    places: Placed | None = None
     reasoning: str = ""
     calls: list[Call] = field(default_factory=list)
     text: str = ""
@@ -64,7 +64,7 @@ class Told:
         if chunk.finish_reason is not None:
             pieces += self.speech.finish()
         if self.places is not None:
-            pieces = _placed(pieces, self.places, is_last=chunk.finish_reason is not None)
+            pieces = self.places.add(pieces, is_last=chunk.finish_reason is not None)
         if is_first:
             pieces = _trimmed(pieces)
         for piece in pieces:
@@ -89,17 +89,6 @@ class Told:
             self.calls.append(Call(f"call_{uuid.uuid4().hex[:24]}", piece.text))
         else:
             self.calls[piece.call].arguments += piece.text
-
-
-def _placed(pieces: list[Piece], places: PlaceReader, *, is_last: bool) -> list[Piece]:
-    """With marked numbers of the text as pixels."""
-    out = [
-        replace(piece, text=places.add(piece.text)) if piece.kind is Kind.TEXT else piece
-        for piece in pieces
-    ]
-    if is_last:
-        out.append(Piece(Kind.TEXT, places.finish()))
-    return [piece for piece in out if piece.text or piece.kind is Kind.CALL]
 
 
 def _trimmed(pieces: list[Piece]) -> list[Piece]:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlx_vlm_pipes.grammar import JSON_OPTIONS
-from mlx_vlm_pipes.media.places import MARK
 from mlx_vlm_pipes.processing.tokenizer import Tokenizer
 from mlx_vlm_pipes.server.errors import bad_request
 from mlx_vlm_pipes.speech import THINK, CallForm, Speech, call_form
@@ -59,9 +58,8 @@ def read_tools(body: Mapping[str, Any]) -> list[dict[str, Any]]:
             raise bad_request(
                 'tools: expected {"type": "function", "function": {"name": ...}}', "tools"
             )
-        if MARK in json.dumps(function):
-            message = f"tools: {MARK} is for response_format; arguments are told as written"
-            raise bad_request(message, "tools")
+        if not isinstance(function.get("parameters") or {}, Mapping):
+            raise bad_request("tools: the parameters of a function are no JSON schema", "tools")
     choice = body.get("tool_choice")
     if choice is not None and choice != "none" and not tools:
         raise bad_request("tool_choice without tools has no meaning", "tool_choice")

@@ -10,6 +10,7 @@ import pytest
 from mlx_vlm_pipes import load
 from tests.distributed.answers import answers
 from tests.distributed.started import Started
+from tests.fixtures_helper import FIXTURES
 
 
 def test_two_ranks_answer_as_one_process(tmp_path: Path) -> None:
@@ -26,3 +27,18 @@ def test_two_ranks_answer_as_one_process(tmp_path: Path) -> None:
     assert first == second
     assert cleared[0] == cleared[1] != first
     assert found == alone
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "model"), [(2, []), (3, [str(FIXTURES / "llama-sharded")])])
+def test_schedulers_are_in_the_same_state(size: int, model: list[str], tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    arguments = ["-m", "tests.distributed.random_requests", str(report), "200", *model]
+    with Started(size, arguments, tmp_path) as ranks:
+        assert ranks.ends(500) == [0] * size, ranks.err(0) + ranks.err(1)
+    found = json.loads(report.read_text())
+    assert len(found["ends"]) == 200
+    assert {"cancelled", "stop", "length", "of a request's own"} <= set(found["ends"])
+    assert found["kept"] > 0
+    assert all(len(set(digests)) == 1 for digests in found["digests"])
+    assert len({digests[0] for digests in found["digests"]}) > 10

@@ -10,6 +10,7 @@ import pytest
 from mlx_vlm_pipes import Pipeline, load
 from mlx_vlm_pipes.engine.worth import Worth
 from mlx_vlm_pipes.errors import InputError
+from mlx_vlm_pipes.grammar import Thought
 from tests.engine.drafting import always_worth, same
 
 pytest.importorskip("llguidance")
@@ -76,6 +77,21 @@ def test_they_are_not_run_where_that_takes_longer(
     _, answer = steps(pipe, **ASKED)
     same(plain, answer)
     assert answer.usage.drafted_tokens == 0
+
+
+def test_nothing_is_forced_while_an_answer_thinks_or_may_begin_to(pipe: Pipeline) -> None:
+    form = pipe.grammars.compile("regex", "yes, of course")
+    ahead = form.start().forced()
+    assert "".join(pipe.tokenizer.decode([token]) for token in ahead) == "yes, of course"
+    close, ends = 5, [2]
+    thinking = Thought(None, close, None, form.start(), ends=ends, vocab_size=pipe.model.vocab_size)
+    assert thinking.forced() == []
+    thinking.accept(close)
+    assert thinking.forced() == ahead
+    may_think = Thought(4, close, None, form.start(), ends=ends, vocab_size=pipe.model.vocab_size)
+    assert may_think.forced() == []
+    may_think.accept(ahead[0])
+    assert may_think.forced() == ahead[1:]
 
 
 def test_what_the_options_forbid_still_ends_that_request(

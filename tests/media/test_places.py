@@ -90,6 +90,7 @@ BARE = {**BOX, "x-coordinates": "source"}
     [
         ({**BOX, "x-coordinates": "model"}, [PIXELS], 'expected "source"'),
         (BARE, [], "no picture"),
+        ({**BARE, "description": "x" * 70_000}, [PIXELS], "at most 65536"),
         (BARE, [PIXELS, OTHER], "say which"),
         ({**BARE, "x-image": 2}, [PIXELS, OTHER], "0 to 1"),
         ({**BARE, "x-image": -3}, [PIXELS, OTHER], "-1 for the last"),

@@ -182,6 +182,10 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("messages", message(tools=[{"name": "f"}]), "tools"),
     ("messages", message(tool_choice={"type": []}), "tool_choice"),
     ("messages", message(modalities=["audio"]), "modalities"),
+    ("messages", message(output_config={"format": {"type": "json_schema"}}), "output_config"),
+    ("messages", message(output_config={"format": [5]}), "output_config"),
+    ("messages", message(output_config={"format": FROG}), "output_config"),
+    ("messages", message(output_config={"colour": 1}), "output_config"),
     ("messages", message(max_completion_tokens=5), "max_completion_tokens"),
     ("messages", message(max_tokens=5000), "messages"),
     ("messages", message(adapter="mine"), "adapter"),
@@ -210,6 +214,14 @@ def test_a_mistake_is_a_400_that_names_it(
     reply = call(port, f"/v1/{path}", body)
     assert (reply.status, reply.error["param"]) == (400, param), reply.body
     assert (reply.json.get("type") == "error") == (path == "messages")
+
+
+def test_a_message_in_a_form(port: int) -> None:
+    schema = {"type": "array", "items": {"enum": ["red", "blue"]}, "minItems": 2, "maxItems": 2}
+    form = {"type": "json_schema", "schema": schema}
+    asked = message(output_config={"format": form}, max_tokens=100, cache_control={"type": "x"})
+    told = call(port, "/v1/messages", asked).json
+    assert set(json.loads(told["content"][0]["text"])) <= {"red", "blue"}
 
 
 def test_a_dialects_own_name_stands_in_the_sentence(port: int) -> None:

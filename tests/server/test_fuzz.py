@@ -61,7 +61,7 @@ BODIES: dict[str, dict[str, Any]] = {
         "text": {"format": {"type": "json_schema", "name": "x", "schema": SCHEMA}},
         "previous_response_id": None, "metadata": {"a": [1]},
         "reasoning": {"effort": "low", "summary": "auto"},
-        "tools": [{"type": "function", **TOOL}], "tool_choice": "none",
+        "tools": [{"type": "function", **TOOL, "parameters": SEEN}], "tool_choice": "none",
     },
     "/v1/messages": {
         "messages": [*TURNS, {"role": "user", "content": [
@@ -71,6 +71,7 @@ BODIES: dict[str, dict[str, Any]] = {
         ]}], "system": [{"type": "text", "text": "S"}], "max_tokens": 2, "stop_sequences": ["x"],
         "tool_choice": {"type": "none", "disable_parallel_tool_use": True},
         "thinking": {"type": "disabled", "budget_tokens": 5},
+        "output_config": {"format": {"type": "json_schema", "schema": SCHEMA}, "effort": "low"},
         "tools": [{"name": "f", "input_schema": SCHEMA}],
     },
     "/v1/messages/count_tokens": {"messages": TURNS, "system": "S"},

@@ -81,6 +81,14 @@ def test_anthropics_thinking(template: str, thinking: dict[str, Any], told: Read
     assert read("messages", {"thinking": thinking}, template) == told
 
 
+def test_anthropics_effort_is_of_the_thinking_that_is_asked_for() -> None:
+    effort = {"output_config": {"effort": "low"}}
+    assert read("messages", effort, SWITCHED) == (None, None)
+    assert read("messages", {**effort, "thinking": {"type": "adaptive"}}, SWITCHED) == (True, 1024)
+    enabled = {"type": "enabled", "budget_tokens": 50}
+    assert read("messages", {**effort, "thinking": enabled}, SWITCHED) == (True, 50)
+
+
 @pytest.mark.parametrize(
     ("path", "body", "param", "template"),
     [

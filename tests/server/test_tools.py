@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,11 +14,13 @@ from mlx_vlm_pipes import load
 from mlx_vlm_pipes.engine.requests import Chunk, Handle, Timings, Usage
 from mlx_vlm_pipes.loading import BUNDLED
 from mlx_vlm_pipes.pipeline import Pipeline
+from mlx_vlm_pipes.processing.types import ProcessedPrompt
 from mlx_vlm_pipes.server.app import Server
 from mlx_vlm_pipes.server.models import Models
 from mlx_vlm_pipes.server.settings import ServerSettings
 from mlx_vlm_pipes.server.tools import call_grammar
 from mlx_vlm_pipes.speech import FORMS, Kind, Speech
+from tests.media.test_places import PIXELS
 from tests.server.driving import call, running
 
 CHAT = "/v1/chat/completions"
@@ -93,6 +96,39 @@ def test_a_call_is_told_whole_and_in_parts(port: int, says: Callable[[str], None
     assert events[-1]["choices"][0]["finish_reason"] == "tool_calls"
 
 
+def test_places_in_arguments_are_told_in_pixels(
+    pipe: Pipeline, port: int, says: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A record of another family's is lent to the bundled model, which has no coordinates."""
+    encode, seen = pipe.encode, [PIXELS]
+
+    def lent(*arguments: Any, **options: Any) -> ProcessedPrompt:
+        return replace(encode(*arguments, **options), media=list(seen))
+
+    monkeypatch.setattr(pipe, "encode", lent)
+    point = {"type": "array", "items": {"type": "integer"}, "minItems": 2, "maxItems": 2}
+    marked = {"type": "object", "properties": {"at": {**point, "x-coordinates": "source"}}}
+    click = {"type": "function", "function": {"name": "click", "parameters": marked}}
+    body = asked(tools=[click, WEATHER])
+    written, told = '{"at": [125, 50], "raw": [125, 50]}', '{"at": [500, 250], "raw": [125, 50]}'
+    calls = f'{{"name": "click", "arguments": {written}}}'
+    plain = '{"name": "weather", "arguments": {"at": [1, 2]}}'
+    says(f"[1, 2]<tool_call>\n{calls}\n</tool_call><tool_call>\n{plain}\n</tool_call>")
+    message = call(port, CHAT, body).json["choices"][0]["message"]
+    made = [one["function"]["arguments"] for one in message["tool_calls"]]
+    assert (message["content"], made) == ("[1, 2]", [told, '{"at": [1, 2]}'])
+    events = call(port, CHAT, {**body, "stream": True}).events
+    parts = [p for e in events for p in e["choices"][0]["delta"].get("tool_calls", [])]
+    first = [part["function"]["arguments"] for part in parts if part["index"] == 0]
+    assert "".join(first) == told
+    says(f"<tool_call>\n{calls[: calls.index('50') + 1]}")  # cut within the second number
+    message = call(port, CHAT, body).json["choices"][0]["message"]
+    assert message["tool_calls"][0]["function"]["arguments"] == '{"at": [500, 25'
+    seen.clear()
+    refused = call(port, CHAT, asked(tools=[click]))
+    assert (refused.status, refused.error["param"]) == (400, "tools")
+
+
 def test_without_tools_the_same_answer_is_text(port: int, says: Callable[[str], None]) -> None:
     says(ANSWER)
     for more in ({}, {"tools": [WEATHER], "tool_choice": "none"}):
@@ -159,6 +195,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"tools": "weather"}, "tools"),
     ({"tools": [{"type": "web_search"}]}, "tools"),
     ({"tools": [{"function": {"name": "f", "parameters": {"x-coordinates": "source"}}}]}, "tools"),
+    ({"tools": [{"function": {"name": "f", "parameters": 5}}]}, "tools"),
     ({"tool_choice": "auto"}, "tool_choice"),
     ({"tools": [WEATHER], "tool_choice": "always"}, "tool_choice"),
     ({"tools": [WEATHER], "tool_choice": {"function": {"name": "x"}}}, "tool_choice"),

@@ -54,7 +54,7 @@ class _Told:
     """The server, and what it is asked for."""
 
     def __init__(self) -> None:
-        self.pipe = load(progress=False)
+        self.pipe = load(dtype="float32", progress=False)  # MLX multiplies these fastest on a CPU
         models = Models({"shapes": lambda: self.pipe})
         models.load(models.first)
         state = self.pipe.engine.scheduler.state
