@@ -80,7 +80,7 @@ class Watchdog:
             listener(error)
 
     def _say(self, word: bytes) -> None:
-        for channel in self._peers.values():
+        for channel in list(self._peers.values()):  # the other thread takes out who says good-bye
             with contextlib.suppress(RankLost):
                 channel.send(word)
 

@@ -72,3 +72,27 @@ def test_what_one_rank_has_met_all_are_told(monkeypatch: pytest.MonkeyPatch) -> 
     late: list[RankLost] = []
     watched.first.tell(late.append)  # who asks later hears it at once
     assert late == watched.errors
+
+
+def test_two_ranks_say_farewell_at_once() -> None:
+    """The watching thread hears one while the closing one still tells all."""
+    (a, b), heard = socket.socketpair(), threading.Event()
+    other_end = Channel(b, "rank 0", b"b", b"a")
+
+    class Crossing(Channel):
+        def send(self, message: bytes = b"") -> None:
+            super().send(message)
+            if message:
+                other_end.send(message)
+                assert heard.wait(5)
+                time.sleep(0.05)
+
+        def receive(self) -> bytes:
+            message = super().receive()
+            if message:
+                heard.set()
+            return message
+
+    first = Watchdog({1: Crossing(a, "rank 1", b"a", b"b")}, lambda: None)
+    first.start()
+    first.close()
