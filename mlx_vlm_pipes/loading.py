@@ -26,7 +26,7 @@ from mlx_vlm_pipes.dtypes import Device, DeviceRef, DeviceSpec, DType, default_d
 from mlx_vlm_pipes.encoding import COMPUTE_TYPES, dominant_type
 from mlx_vlm_pipes.engine.draft_model import Drafter
 from mlx_vlm_pipes.engine.engine import Engine
-from mlx_vlm_pipes.engine.identity import files_digest, values_digest
+from mlx_vlm_pipes.engine.identity import adapters_digest, files_digest, values_digest
 from mlx_vlm_pipes.engine.state import EngineConfig
 from mlx_vlm_pipes.engine.worker import OwnerThread
 from mlx_vlm_pipes.errors import (
@@ -280,7 +280,8 @@ def _loaded_together(
         if team.ranks.is_first:
             own.processor  # noqa: B018  # what is wrong with it is said before the weights are read
         with bar(is_on=asked.has_bars) as watch:
-            return worker.call(lambda: own.load(asked.options, watch))
+            room, folder, config, options = own.room, own.folder, own.config, asked.options
+            return worker.call(lambda: _load_own(room, folder, config, options, watch))
 
     return own, team.together(load_part)
 
@@ -304,6 +305,7 @@ def _found_with_facts(asked: Asked) -> tuple[_Opened, dict[str, Any]]:
         "mlx": version("mlx"),
         "the digest of config.json": values_digest(found.config.to_dict()),
         "the digest of the weight files": files_digest(find_weight_files(found.folder)),
+        "the digest of the adapters": adapters_digest(options.lora),
         "dtype": options.dtype,
         "device": options.device.label,
         "max_length": options.max_length,

@@ -66,6 +66,7 @@ NOT_RUN = (
     r"(MLX_VLM_PIPES_TEST_DEVICE=gpu )?pytest", r"mkdocs (build --strict|serve)",
     r"export [A-Z_0-9]+=\S+",
     r"python (-m )?(tools|tests|benchmarks)\S+.*", r"python -m mlx_vlm_pipes.check --device.*",
+    r"mlx\.launch .*",  # tests/distributed
     r"llm .*", r"echo .* > \S+", r".* --host 0\.0\.0\.0 .*",
     r"python -m mlx_vlm\.\w+ .*",  # another package's; test_other_packages_answer_as_shown
 )  # fmt: skip

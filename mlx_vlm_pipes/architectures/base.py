@@ -272,7 +272,7 @@ class VisionLanguageModel(
         Lazy, but for several ranks: their first one encodes for all. Raises: there what it raises,
         and MediaError on the others.
         """
-        if not self.ranks.are_many:
+        if not self.ranks.are_many or not images:
             return self._encode(images)
         encode = (lambda: mx.concatenate(self._encode(images))) if self.ranks.is_first else None
         rows = shared_rows(self.ranks, encode)

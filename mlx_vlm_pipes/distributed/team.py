@@ -18,7 +18,7 @@ from mlx_vlm_pipes.distributed.codec import Malformed, pack, unpack
 from mlx_vlm_pipes.distributed.handshake import Door, Purpose, knock, listen
 from mlx_vlm_pipes.distributed.launch import SECRET, first_addresses, is_local
 from mlx_vlm_pipes.distributed.watchdog import Watchdog, end_process
-from mlx_vlm_pipes.errors import PipesError, RankLost, RanksDiffer, shown
+from mlx_vlm_pipes.errors import PipesError, RankLost, RanksDiffer, one_line, shown
 from mlx_vlm_pipes.ranks import Ranks
 
 MEET_S = 30.0  # for all connections, once MLX has brought the ranks together
@@ -148,24 +148,27 @@ def meet(ranks: Ranks, end: Callable[[], None] = end_process) -> Team:
             "for each model"
         )
     _MET.append(ranks.size)
+    channels, failure = None, None
     alarm = threading.Timer(2 * MEET_S, end)  # who dies now would leave MLX waiting for ever
     alarm.daemon = True
     alarm.start()
     try:
-        channels, failure = None, None
         door = _open_door(ranks) if ranks.is_first else None
         card = _shared_card(ranks, {} if door is None else door[1])
         try:
             channels = door[0].wait(MEET_S) if door is not None else _knock(ranks, card)
         except RanksDiffer as error:
             failure = error
-        here = np.array(mx.distributed.all_sum(mx.array([int(failure is None)]), group=ranks.group))
+        here = ranks.total(int(failure is None))
+    except RuntimeError as error:  # MLX's: another rank has ended meanwhile
+        said = f"rank {ranks.rank} lost the others while they met ({one_line(error)})"
+        raise failure or RanksDiffer(f"{said}; see what they say") from None
     finally:
         alarm.cancel()
     if failure is not None or channels is None:
         raise failure or RanksDiffer("the ranks have not met")
-    if int(here[0]) < ranks.size:
-        raise RanksDiffer(f"{ranks.size - int(here[0])} of {ranks.size} ranks could not join")
+    if here < ranks.size:
+        raise RanksDiffer(f"{ranks.size - here} of {ranks.size} ranks could not join")
     by_purpose = {
         purpose: {rank: channel for (rank, own), channel in channels.items() if own is purpose}
         for purpose in Purpose

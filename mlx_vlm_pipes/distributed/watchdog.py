@@ -19,7 +19,7 @@ from mlx_vlm_pipes.command import RANK_LOST
 from mlx_vlm_pipes.distributed.channel import Channel
 from mlx_vlm_pipes.errors import RankLost
 
-BEAT_S, SILENCE_S = 1.0, 6.0
+BEAT_S, SILENCE_S = 1.0, 7.0
 GRACE_S = 2.0  # from the failure of all requests to the end of the process
 _BYE, _LOST = b"bye", b"lost "
 

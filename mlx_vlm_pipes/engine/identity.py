@@ -16,6 +16,7 @@ import numpy as np
 
 from mlx_vlm_pipes.errors import PrefixError, clip
 from mlx_vlm_pipes.interfaces import PipelineModelWithKVCache
+from mlx_vlm_pipes.quantization import LoRAConfig
 from mlx_vlm_pipes.weights import split_lora_path
 
 SAMPLES = 256  # elements of each tensor
@@ -89,7 +90,7 @@ def adapter_digest(model: PipelineModelWithKVCache, name: str) -> str:
     lora = model.pipeline_config.lora
     paths = dict(split_lora_path(entry) for entry in (lora.lora_paths if lora else ()))
     folder, state = paths[name], hashlib.sha256()
-    files = sorted(path for path in folder.glob("adapter*") if path.is_file())
+    files = _adapter_files(folder)
     if not files:
         raise PrefixError(f"{clip(folder)}: the files of the adapter '{clip(name)}' are gone")
     try:
@@ -101,6 +102,17 @@ def adapter_digest(model: PipelineModelWithKVCache, name: str) -> str:
             f"{clip(folder)}: the adapter cannot be read ({error.strerror})"
         ) from None
     return state.hexdigest()
+
+
+def adapters_digest(lora: LoRAConfig | None) -> str:
+    """What names all adapters that are to be loaded, wherever their files lie."""
+    named = {} if lora is None else dict(split_lora_path(entry) for entry in lora.lora_paths)
+    parts = [f"{name} {files_digest(_adapter_files(folder))}" for name, folder in named.items()]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _adapter_files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("adapter*") if path.is_file())
 
 
 def _update(state: Any, path: Path) -> None:

@@ -42,13 +42,13 @@ class Prefill:
         for pace, own in zip(self._paces, seconds, strict=True):
             pace.seconds_per_unit = own
 
-    def advance(self, *, others_wait: bool) -> list[Job]:
+    def advance(self, *, running: int) -> list[Job]:
         """One bounded slice of work; returns the jobs that decode from now on.
 
-        others_wait: whether running requests wait for it, which makes it smaller.
+        running: how many requests wait for it, which makes it smaller.
         """
         begun = self._state.clock()
-        wait_s = self._state.config.running_wait_ms / 1000 if others_wait else None
+        wait_s = self._wait_s(running) if running else None
         order, missing = self._order(), self._missing_images()
         for job in self.jobs:
             job.note(len(missing.get(job, ())))
@@ -58,10 +58,17 @@ class Prefill:
         else:
             ready = [job for job in order if job not in missing]
             tokens, started = self._run_slice(ready, wait_s)
-        if others_wait:
+        if running:
             seconds = self._state.clock() - begun
             self._state.note_slice(tokens=tokens, images=images, seconds=seconds)
         return started
+
+    def _wait_s(self, running: int) -> float:
+        """How long running requests may wait for a slice: longer, where more prompts wait than run.
+
+        Of a burst the first would else run nearly alone, with a small slice behind each token.
+        """
+        return self._state.config.running_wait_ms / 1000 * max(1.0, len(self.jobs) / running)
 
     def _order(self) -> list[Job]:
         """Who comes first: the oldest, or each second time a job that is much shorter.

@@ -306,7 +306,7 @@ class Scheduler:
     def _advance_prefill(self) -> None:
         if self.running:
             self._decode.settle()
-        self.running.extend(self._prefill.advance(others_wait=bool(self.running)))
+        self.running.extend(self._prefill.advance(running=len(self.running)))
 
     def _advance_decode(self) -> None:
         try:

@@ -8,7 +8,6 @@ are tried again for a hundredth of the time that plain steps have taken since.
 
 from __future__ import annotations
 
-import statistics
 from collections import deque
 
 SAMPLES = 5  # of a kind of step, the latest: their median counts
@@ -16,6 +15,7 @@ ENOUGH = 2  # before plain steps are believed: the first may have compiled somet
 UNTIMED = 0.5  # plain steps for each token of a row in a step over drafts, before it is timed,
 WIDER = 1.5  # or steps over half the tokens, where these are
 SPENT = 0.01  # share of plain steps' time that trials may cost
+WIDEST = 8  # tokens of a row in such a step
 MOST_LOST = 20.0  # plain steps: what is held against drafts
 
 Size = tuple[int, int, bool]  # rows, tokens of each; whether a smaller model drafts for some
@@ -26,18 +26,19 @@ class Worth:
 
     def __init__(self) -> None:
         self._samples: dict[Size, deque[float]] = {}
+        self._usual: dict[Size, float] = {}  # seconds, the samples' medians
         self._lost = 0.0  # seconds; below 0: what a trial may cost
 
     def note_plain(self, rows: int, seconds: float) -> None:
         """A step over one token of each row has taken so long."""
         self._note((rows, 1, False), seconds)
-        dearest = max(self._seconds(size, seconds) for size in (*self._samples, (rows, 8, False)))
+        dearest = max(seconds * UNTIMED * WIDEST, max(self._usual.values()))
         self._lost = max(self._lost - SPENT * seconds, -dearest)
 
     def note(self, size: Size, tokens: int, seconds: float) -> None:
         """A step over drafts has given so many tokens in all."""
         self._note(size, seconds)
-        plain = self._median((size[0], 1, False))
+        plain = self._usual.get((size[0], 1, False))
         if plain is not None:
             own = self._seconds(size, plain)
             lost = max(self._lost, 0.0) + own - plain * tokens / size[0]
@@ -49,7 +50,7 @@ class Worth:
         expected: drafted tokens that will be kept, of all rows.
         """
         rows = size[0]
-        plain = self._median((rows, 1, False))
+        plain = self._usual.get((rows, 1, False))
         if plain is None or len(self._samples[(rows, 1, False)]) < ENOUGH:
             return 0.0
         own, instead = self._seconds(size, plain), plain * (1 + expected / rows)
@@ -59,13 +60,11 @@ class Worth:
         """Of a step over drafts; a guess, where it has not been timed. The narrow one is guessed to
         be cheap, so that it comes first: its trial costs less."""
         rows, width, by_model = size
-        narrower = self._median((rows, width // 2, by_model))
+        narrower = self._usual.get((rows, width // 2, by_model))
         guessed = plain * UNTIMED * width if narrower is None else WIDER * narrower
-        return self._median(size) or guessed
+        return self._usual.get(size, guessed)
 
     def _note(self, size: Size, seconds: float) -> None:
-        self._samples.setdefault(size, deque(maxlen=SAMPLES)).append(seconds)
-
-    def _median(self, size: Size) -> float | None:
-        known = self._samples.get(size)
-        return statistics.median(known) if known else None
+        samples = self._samples.setdefault(size, deque(maxlen=SAMPLES))
+        samples.append(seconds)
+        self._usual[size] = sorted(samples)[len(samples) // 2]

@@ -78,8 +78,9 @@ class Tokenizer:
                 f"a text of {len(text)} characters; this tokenizer takes at most "
                 f"{int(MAX_GROWN_CHARACTERS / self._growth)}"
             )
-        try:
-            return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        try:  # a batch, as other threads run beside it: one text would keep Python's lock
+            batch = self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+            return batch[0].ids
         except BaseException as error:
             reason = _reason(error)
             raise InputError(f"the text cannot be tokenized: {reason}") from error

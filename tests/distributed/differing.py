@@ -57,14 +57,14 @@ def main(how: str, folder: str) -> int:
 
     team.MEET_S = 2.0
     if how == "loading":
-        load_model = loading.load_model
+        load_model = loading._load_own
 
         def slowly(*arguments: object) -> object:
             put("loading\n")
             time.sleep(60)
             return load_model(*arguments)
 
-        loading.load_model = slowly
+        loading._load_own = slowly
     return generate.main([*options, "--prompt", "a", "--raw", "--max-tokens", "3"])
 
 

@@ -26,7 +26,7 @@ SAID = {
 @pytest.mark.parametrize("how", SAID)
 def test_one_line_on_every_rank(how: str, tmp_path: Path) -> None:
     with Started(2, ["-m", "tests.distributed.differing", how, str(tmp_path)], tmp_path) as ranks:
-        assert ranks.ends(60) == [USER_MISTAKE] * 2
+        assert ranks.ends(60) == [USER_MISTAKE] * 2, ranks.err(0) + ranks.err(1)
         for rank in range(2):
             (line,) = ranks.err(rank).splitlines()
             assert line.startswith("error: ")

@@ -2,6 +2,8 @@
 
 import json
 import random
+import threading
+import time
 
 import pytest
 from tokenizers import Regex, decoders, models, pre_tokenizers
@@ -95,6 +97,18 @@ def test_a_pattern_that_never_ends_gives_up(tmp_path) -> None:
     tokenizer.backend.add_tokens([text])
     with pytest.raises(ProcessorError, match=r"the decoder fails .*retry-limit"):
         tokenizer.decode([tokenizer.require_token_id(text)])
+
+
+def test_others_run_while_a_long_text_is_read(tmp_path) -> None:
+    """The signs of life between ranks, and a server's other requests."""
+    tokenizer = Tokenizer(make_folder(tmp_path, [], {}))
+    reader = threading.Thread(target=tokenizer.encode, args=[TEXT * 20_000])
+    reader.start()
+    turns = 0
+    while reader.is_alive():
+        time.sleep(0.001)
+        turns += 1
+    assert turns > 30
 
 
 def test_text_model_refuses_pictures(tmp_path) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlx_vlm_pipes.config import KVCacheConfig
 from mlx_vlm_pipes.contexts import TextAndVisionContext, TextContext, TokenBuffer
 from mlx_vlm_pipes.errors import PipesError
 from mlx_vlm_pipes.hf_config import read_config
@@ -28,6 +29,8 @@ from mlx_vlm_pipes.ranks import Ranks
 from mlx_vlm_pipes.registry import find_room
 from tests.fixtures_helper import arguments, reference
 from tests.ranks.launched import joined, report
+
+LARGE_VOCABULARY = parallel.LARGE_VOCABULARY
 
 
 @dataclass
@@ -45,6 +48,7 @@ class Job:
     banned: int | None = None
     large_vocabulary: int | None = None
     dtype: str = "float32"
+    kv_bits: int | None = None
     tower_fails: bool = False  # in the end, on rank 0
     adapters: list[str] = field(default_factory=list)
     adapter: str = ""
@@ -58,7 +62,12 @@ class Rank:
         config = read_config(folder)
         room = find_room(config)
         self.room, self.folder, self.config = room, folder, config
-        options = LoadOptions(dtype=job.dtype, ranks=ranks, lora=lora_config(job.adapters or None))
+        options = LoadOptions(
+            dtype=job.dtype,
+            kv_cache=KVCacheConfig(bits=job.kv_bits),
+            lora=lora_config(job.adapters or None),
+            ranks=ranks,
+        )
         self.model: PipelineModelWithKVCache = load_model(room, folder, config, options)
         self.job = job
 
@@ -144,8 +153,7 @@ def failing_tower(rank: Rank, fixture: Path) -> str:
 
 def run(job: Job, ranks: Ranks) -> dict[str, Any]:
     """What a rank holds and has read, and its answers; or why it was refused."""
-    if job.large_vocabulary is not None:
-        parallel.LARGE_VOCABULARY = job.large_vocabulary
+    parallel.LARGE_VOCABULARY = job.large_vocabulary or LARGE_VOCABULARY
     before = mx.get_active_memory()
     mx.reset_peak_memory()
     try:

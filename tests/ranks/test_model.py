@@ -97,9 +97,10 @@ def test_packed_weights_are_cut_in_whole_groups(tmp_path: Path) -> None:
     for form in [*(set(MLX_FORMATS) - {"coarse"}), "gptq", "awq", "int8"]:
         folder = pack(plain, tmp_path / form, form)
         jobs.append(Job(str(folder), prompts=IDS, large_vocabulary=100))
+    jobs.append(Job(str(plain), prompts=IDS, kv_bits=8))
     jobs.append(Job(str(write_case(tmp_path / "q4.gguf", "llama-tied", "Q4_0")), prompts=IDS))
     for job, ranks in zip(jobs, ask(jobs, 2, tmp_path), strict=True):
-        alone = run(Job(job.folder, prompts=IDS), ALONE)
+        alone = run(replace(job, large_vocabulary=None), ALONE)
         assert [rank.get("refused") for rank in ranks] == [None, None], job.folder
         want = np.array(alone["last"])
         for rank in ranks:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import mlx.core as mx
@@ -10,14 +11,16 @@ import numpy as np
 import pytest
 
 from mlx_vlm_pipes.config import KVCacheConfig
+from mlx_vlm_pipes.contexts import TextContext, TokenBuffer
 from mlx_vlm_pipes.dtypes import DeviceRef, DType
 from mlx_vlm_pipes.errors import ConfigError
 from mlx_vlm_pipes.hf_config import read_config
 from mlx_vlm_pipes.interfaces import PipelineModelWithKVCache
+from mlx_vlm_pipes.kv_cache import KVCache, cache_inputs, increment_cache_lengths
 from mlx_vlm_pipes.loading import LoadOptions, load_model
 from mlx_vlm_pipes.ranks import Ranks, shares
 from mlx_vlm_pipes.registry import find_room
-from mlx_vlm_pipes.weights import load_weights
+from mlx_vlm_pipes.weights import WeightData, load_weights
 from tests.engine.models import VOCAB, write_llama
 from tests.fixtures_helper import FIXTURES
 from tests.ranks.variants import pack
@@ -62,6 +65,49 @@ def test_a_rank_reads_and_holds_its_parts_alone(plain: Path, rank: int, heads: i
     assert model.kv_params.shape_per_block == [2, 8, 128, heads, 64]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["affine4", "gptq", "int8"])
+def test_what_is_repacked_or_expanded_is_let_go(plain: Path, form: str, tmp_path: Path) -> None:
+    folder = pack(plain, tmp_path / "packed", form)
+    gc.collect()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    model = part_of(folder, 1, 2)
+    active, peak = mx.get_active_memory() - before, mx.get_peak_memory() - before
+    assert model.weight_bytes <= active <= 1.02 * model.weight_bytes
+    assert peak <= active + 3 * 4 * 512 * 768  # codes, scales and floats of the largest
+
+
+@dataclass(frozen=True)
+class Counting(Ranks):
+    """Ranks that note the shape of everything that is summed."""
+
+    shapes: list[tuple[int, ...]] = field(default_factory=list)
+
+    def sum(self, x: mx.array) -> mx.array:
+        self.shapes.append(x.shape)
+        return x
+
+
+def test_a_step_has_two_sums_a_layer(plain: Path) -> None:
+    ranks = Counting(0, 2)
+    config = read_config(plain)
+    options = LoadOptions(dtype="float32", compile=False, ranks=ranks)
+    model = load_model(find_room(config), plain, config, options)
+    cache = KVCache(model.kv_params)
+    view = cache_inputs(cache, [cache.new_row()])
+    context = TextContext(tokens=TokenBuffer(np.arange(5)), max_length=64)
+    ranks.shapes.clear()
+    inputs = model.prepare_initial_token_inputs([[context]], view)
+    model.execute(inputs)
+    # the last layer's half behind the attention is of the token that is asked for
+    assert ranks.shapes == [(5, 512)] * 14 + [(1, 512)] * 2
+    increment_cache_lengths(view, [5])
+    ranks.shapes.clear()
+    model.execute(model.prepare_next_token_inputs(mx.array([7]), inputs))
+    assert ranks.shapes == [(1, 512)] * 16
+
+
 def test_parts_of_a_stored_tensor_are_the_files(tmp_path: Path) -> None:
     """Odd offsets, bfloat16, several spans, a cast: nothing of the rest is held."""
     numbers = mx.array(np.random.default_rng(0).normal(size=(300, 70)), dtype=mx.bfloat16)
@@ -78,8 +124,6 @@ def test_parts_of_a_stored_tensor_are_the_files(tmp_path: Path) -> None:
 
 
 def test_a_part_of_a_computed_tensor_lets_go_of_the_rest() -> None:
-    from mlx_vlm_pipes.weights import WeightData
-
     before = mx.get_active_memory()
     whole = WeightData.from_array(mx.random.normal((1000, 1000)) * 2, "x")
     part = whole.part(0, [(0, 100)])

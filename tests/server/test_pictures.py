@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import io
 import json
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from PIL import Image
 
 from mlx_vlm_pipes import load
 from mlx_vlm_pipes.pipeline import Pipeline
+from mlx_vlm_pipes.processing import pdf
 from mlx_vlm_pipes.processing.types import ProcessedPrompt
 from tests.fixtures_helper import FIXTURES
 from tests.server.driving import call, running
@@ -152,7 +154,12 @@ def test_a_template_that_shows_no_pictures_of_tools_says_so() -> None:
     assert "shows no images in messages of the role tool" in refused.error["message"]
 
 
-def test_a_pdf_is_as_many_pictures_as_it_has_pages(port: int, read: list[ProcessedPrompt]) -> None:
+def test_a_pdf_is_as_many_pictures_as_it_has_pages(
+    port: int, read: list[ProcessedPrompt], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = pdf._run
+    drawn = functools.cache(lambda data, number: run(data, number, 60.0))  # each page once
+    monkeypatch.setattr(pdf, "_run", lambda data, number, _: drawn(data, number))
     source = encoded(RED, "PDF", save_all=True, append_images=[BLUE])
     url = f"data:application/pdf;base64,{source}"
     document = {"type": "base64", "media_type": "application/pdf", "data": source}
