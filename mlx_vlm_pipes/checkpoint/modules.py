@@ -94,8 +94,7 @@ def fill(module: nn.Module, state: dict[str, WeightData]) -> None:
 def quantize_like(module: nn.Module, state: Mapping[str, WeightData]) -> None:
     """Make packed modules of those that are packed in `state`."""
     if isinstance(state, StateDict) and state.quantization is not None:
-        shapes = {name: weight.shape for name, weight in state.items()}
-        quantize_modules(module, shapes, state.quantization, prefix=state.prefix)
+        quantize_modules(module, state.shapes, state.quantization, prefix=state.prefix)
 
 
 def load_decoder(

@@ -63,6 +63,10 @@ class StateDict(dict[str, WeightData]):
         self.layout = layout
         self.prefix = prefix
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: weight.shape for name, weight in self.items()}
+
     def keep(self, names: Collection[str]) -> None:
         """Forget all tensors but these."""
         for name in [name for name in self if name not in names]:

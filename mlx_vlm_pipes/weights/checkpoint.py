@@ -73,9 +73,9 @@ class WeightData:
         mx.eval(data)
         return WeightData(data, self.name, self.dtype, data.shape, self.quantization_encoding)
 
-    def read_bytes(self, part: tuple[int, ...]) -> int:
+    def read_bytes(self, shape: tuple[int, ...]) -> int:
         """Bytes to read for a part of this shape: all, where nothing is known of a file."""
-        del part
+        del shape
         return self.nbytes
 
     def renamed(self, name: str) -> WeightData:
@@ -108,8 +108,8 @@ class StoredWeight(WeightData):
         mx.eval(weight.data)
         return replace(weight, quantization_encoding=self.quantization_encoding)
 
-    def read_bytes(self, part: tuple[int, ...]) -> int:
-        return math.prod(part) * self.info.dtype.size_in_bytes
+    def read_bytes(self, shape: tuple[int, ...]) -> int:
+        return math.prod(shape) * self.info.dtype.size_in_bytes
 
 
 Tensors = Mapping[str, WeightData]
