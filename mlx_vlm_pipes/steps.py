@@ -73,7 +73,8 @@ class StepMode:
 class ModelInputs:
     """What one step reads. A room's inputs add their own fields.
 
-    hidden_states: of a target model, for a draft model; there is none here, and they are refused.
+    hidden_states: of a target model, for a draft model that reads them; none is run here, and
+    they are refused.
     """
 
     kv_cache_inputs: KVCacheInputs | None = None
