@@ -15,6 +15,7 @@ from mlx_vlm_pipes.arguments import (
 )
 from mlx_vlm_pipes.command import new_parser, put, put_json, run_command, say
 from mlx_vlm_pipes.errors import InputError
+from mlx_vlm_pipes.launcher import launched_size
 from mlx_vlm_pipes.options import Option
 from mlx_vlm_pipes.progress import bar
 
@@ -71,6 +72,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
+    if launched_size() > 1 and _words(args.pictures):
+        # its stopwatch runs the tower between two steps, of which other ranks know nothing
+        raise InputError("--pictures: not with several ranks; give --pictures none")
     grid = _grid(args)
     from mlx_vlm_pipes.speed.plot import draw, plot_path
 

@@ -19,10 +19,26 @@ HANDLES = {"idle": 0, "prefill": 3, "answer": 3}
 
 def longer_llama(folder: Path) -> Path:
     """A fixture that takes prompts and answers which last longer than the test."""
-    shutil.copytree(FIXTURES / "llama-tied", folder)
+    shutil.copytree(FIXTURES / "llama-sharded", folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 16384}))
     return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("rank", range(3))
+def test_one_of_three_takes_both_others_with_it(
+    rank: int, how: signal.Signals, tmp_path: Path
+) -> None:
+    arguments = ["-m", "tests.distributed.lost", str(longer_llama(tmp_path / "model")), "answer"]
+    with Started(3, arguments, tmp_path) as ranks:
+        ranks.wait_for("answer")
+        ranks.processes[rank].send_signal(how)
+        others = [process for i, process in enumerate(ranks.processes) if i != rank]
+        assert [other.wait(timeout=15) for other in others] == [RANK_LOST] * 2
+        if rank:
+            assert ranks.out(0).count(f"rank {rank} has ") == HANDLES["answer"] + 1
 
 
 @pytest.mark.slow
