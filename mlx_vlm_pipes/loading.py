@@ -20,7 +20,7 @@ from mlx_vlm_pipes import __version__
 from mlx_vlm_pipes.command import RANK_LOST, USER_MISTAKE, ignoring_interrupts
 from mlx_vlm_pipes.config import KVCacheConfig, ModelConfig, PipelineConfig
 from mlx_vlm_pipes.contexts import TextContext
-from mlx_vlm_pipes.distributed.launch import join_group
+from mlx_vlm_pipes.distributed.joining import join_group
 from mlx_vlm_pipes.distributed.team import Team, meet
 from mlx_vlm_pipes.dtypes import Device, DeviceRef, DeviceSpec, DType, default_device
 from mlx_vlm_pipes.encoding import COMPUTE_TYPES, dominant_type

@@ -95,14 +95,14 @@ class StateDict(dict[str, WeightData]):
         )
 
 
-def part(state: Mapping[str, WeightData], prefix: str) -> StateDict:
+def below(state: Mapping[str, WeightData], prefix: str) -> StateDict:
     """The tensors below a prefix, named relative to it."""
     return (state if isinstance(state, StateDict) else StateDict(state)).below(prefix)
 
 
 def tower_state(state: StateDict, prefix: str) -> StateDict:
     """The vision tower's tensors, named as its modules name them; prefix may be empty."""
-    return part(state, prefix) if prefix else state.without(LANGUAGE)
+    return below(state, prefix) if prefix else state.without(LANGUAGE)
 
 
 def expanded_scales(huggingface_config: Any, state: Mapping[str, WeightData]) -> QuantConfig | None:

@@ -75,6 +75,7 @@ class ModelDrafts(Drafts):
         self._wait, self._pause, self._share = self._pause, 2 * self._pause, LEAST_KEPT
 
     def watch(self, tokens: np.ndarray) -> None:
+        """As `Drafts.watch`: a pause gets shorter, and more is hoped of the next draft."""
         del tokens
         self._wait = max(0, self._wait - 1)
         self._share += HOPE * (1 - self._share)

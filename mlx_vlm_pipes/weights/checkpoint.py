@@ -109,6 +109,7 @@ class StoredWeight(WeightData):
         return replace(weight, quantization_encoding=self.quantization_encoding)
 
     def read_bytes(self, shape: tuple[int, ...]) -> int:
+        """Bytes of the file that a part of this shape is."""
         return math.prod(shape) * self.info.dtype.size_in_bytes
 
 
@@ -209,7 +210,7 @@ class _Files:
         return self._arrays[info.path].pop(info.name)
 
 
-class StoredPart(Weights):
+class StoredTree(Weights):
     """A tensor, or all tensors below a name."""
 
     def __init__(self, files: StoredTensors, name: str) -> None:
@@ -235,7 +236,7 @@ class StoredPart(Weights):
 
     def items(self) -> Iterator[tuple[str, Weights]]:
         for name in self.infos():
-            yield name, StoredPart(self._files, name)
+            yield name, StoredTree(self._files, name)
 
     def exists(self) -> bool:
         return self._name in self._files.infos
@@ -247,10 +248,10 @@ class StoredPart(Weights):
         return self._files.weight(info)
 
     def child(self, key: str) -> Weights:
-        return StoredPart(self._files, f"{self._name}.{key}" if self._name else key)
+        return StoredTree(self._files, f"{self._name}.{key}" if self._name else key)
 
 
-class SafetensorWeights(StoredPart):
+class SafetensorWeights(StoredTree):
     """One or more safetensors files, checked, then handed to MLX, which reads lazily.
 
     Raises: WeightsError for a damaged file, a dtype that MLX cannot load, or a tensor that two
