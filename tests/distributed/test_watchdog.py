@@ -72,3 +72,25 @@ def test_what_one_rank_has_met_all_are_told(monkeypatch: pytest.MonkeyPatch) -> 
     late: list[RankLost] = []
     watched.first.tell(late.append)  # who asks later hears it at once
     assert late == watched.errors
+
+
+def test_a_rank_that_leaves_while_the_others_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 2 says farewell between rank 0's words to rank 1 and to rank 2."""
+    monkeypatch.setattr(watchdog, "BEAT_S", 5.0)  # the watching thread waits for words meanwhile
+    (a, b), (c, d) = socket.socketpair(), socket.socketpair()
+    second = Channel(d, "rank 0", b"d", b"c")
+
+    class Slow(Channel):
+        def send(self, message: bytes = b"") -> None:
+            super().send(message)
+            if message:
+                second.send(b"bye")
+                time.sleep(0.3)
+
+    peers = {1: Slow(a, "rank 1", b"a", b"b"), 2: Channel(c, "rank 2", b"c", b"d")}
+    first = Watchdog(peers, lambda: None)
+    first.start()
+    time.sleep(0.2)
+    first.close()
+    assert first.lost is None
+    b.close()
