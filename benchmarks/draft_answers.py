@@ -7,7 +7,7 @@ itself as drafts, of which each fifth token is wrong: so nearly all tokens come 
 several. The prompts are drawn with a seed; half of them ask for something to be repeated or
 changed. Drafts are run whatever they take. Where two answers part, the log-probabilities of the
 two tokens there are told: steps over one token and over several round differently, by about 1e-4.
-Without --model SmolLM2-135M-Instruct in the folder where tests/test_real_checkpoint.py keeps it.
+Without --model what tools/real_checkpoint.py fetches, which is packed in 4 bits.
 With the reference BLAS it takes hours.
 """
 

@@ -2,8 +2,11 @@
 
     python benchmarks/lookup.py [--model M] [--draft D] [--rounds 3] [--tokens 160] [--batch 1]
 
-Needs a text model that can copy; without --model SmolLM2-135M-Instruct in the folder where
-tests/test_real_checkpoint.py keeps it. With --draft that model drafts, else prompt and answer are
+Needs a text model that can copy; without --model what tools/real_checkpoint.py fetches. That is
+packed in 4 bits, and a CPU takes nearly as long for each token of a step over packed weights;
+floats, which docs/performance.md speaks of, are written by
+    python -m mlx_vlm_pipes.convert --model GGUF --out FLOATS --dequantize --dtype float32
+With --draft that model drafts, else prompt and answer are
 looked up. The last prompt asks for JSON with long keys, whose forced tokens are drafts. Says too
 whether the tokens were the same. How much a step over several tokens costs here decides much:
 LD_PRELOAD=libopenblas.so.0 is another device than MLX's own wheel.

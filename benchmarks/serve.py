@@ -1,7 +1,7 @@
 """A server under load beside those of mlx-vlm and mlx-lm, on one checkpoint.
 
-    python benchmarks/serve.py [--vision FOLDER] [--text FOLDER] [--rounds 5] [--clients 32]
-        [--requests 64] [--tokens 32]
+    python benchmarks/serve.py [--vision FOLDER] [--text FOLDER] [--only PART] [--rounds 3]
+        [--clients 32] [--requests 64] [--tokens 32]
 
 Two parts. Pictures and text on a vision checkpoint (the bundled one), beside mlx-vlm as it comes
 and with its prefix cache (APC_ENABLED=1); text alone on a language model (not run without --text),

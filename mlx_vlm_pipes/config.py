@@ -352,7 +352,7 @@ class RuntimeConfig:
 class PipelineConfig:
     """Everything a pipeline model is built from.
 
-    draft_model and speculative: nothing here decodes speculatively, any but None is refused.
+    draft_model and speculative: any but None is refused; `load(draft=)` takes a draft model.
     """
 
     model: ModelConfig

@@ -214,7 +214,7 @@ class ImageMetadata:
 
 
 class Constraint(Protocol):
-    """What an answer may go on with (grammar.Constraint)."""
+    """What an answer may go on with (grammar.FormConstraint, grammar.Thought)."""
 
     def allowed(self) -> np.ndarray:
         """uint32 [ceil(V / 32)]: a bit for each token that may come next, the lowest first."""

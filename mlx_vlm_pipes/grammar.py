@@ -43,7 +43,7 @@ class Grammars:
         self._tokens: Any = None
         self._compiled: OrderedDict[tuple[str, str], Grammar] = OrderedDict()  # used last: at last
 
-    def constraint(self, given: Mapping[str, Any], prompt: str) -> Constraint | Thought | None:
+    def constraint(self, given: Mapping[str, Any], prompt: str) -> FormConstraint | Thought | None:
         """What the options of a request ask of its answer; None where they ask nothing.
 
         prompt: its text, which may have opened the answer's reasoning: the form begins behind it.
@@ -149,9 +149,9 @@ class Grammar:
     vocab_size: int
     name: str
 
-    def start(self) -> Constraint:
+    def start(self) -> FormConstraint:
         """For one answer."""
-        return Constraint(self.matcher.deep_copy(), self.vocab_size, self.name)
+        return FormConstraint(self.matcher.deep_copy(), self.vocab_size, self.name)
 
 
 class Thought:
@@ -167,7 +167,7 @@ class Thought:
         begin: int | None,
         close: int,
         budget: int | None,
-        form: Constraint | None,
+        form: FormConstraint | None,
         *,
         ends: Sequence[int],
         vocab_size: int,
@@ -179,7 +179,7 @@ class Thought:
         self._thoughts = whole if form is None else whole & ~_bits(ends, vocab_size)
 
     def allowed(self) -> np.ndarray:
-        """As `Constraint.allowed`."""
+        """As `FormConstraint.allowed`."""
         if self._left is not None:
             return self._thoughts if self._left > 0 else _bits([self._close], self._size)
         if self._form is None:
@@ -188,7 +188,7 @@ class Thought:
         return self._form.allowed() | _bits(begin, self._size)
 
     def accept(self, token: int) -> None:
-        """As `Constraint.accept`."""
+        """As `FormConstraint.accept`."""
         if self._left is not None:
             self._left = None if token == self._close else self._left - 1
         elif token == self._begin:
@@ -198,13 +198,13 @@ class Thought:
         self._begin = None  # an answer thinks once, at its beginning
 
     def forced(self) -> list[int]:
-        """As `Constraint.forced`; none while it thinks, or may begin to."""
+        """As `FormConstraint.forced`; none while it thinks, or may begin to."""
         is_form = self._left is None and self._begin is None
         return self._form.forced() if is_form and self._form is not None else []
 
 
-class Constraint:
-    """One answer on its way through a form."""
+class FormConstraint:
+    """One answer on its way through a form (`contexts.Constraint`)."""
 
     def __init__(self, matcher: Any, vocab_size: int, name: str) -> None:
         self._matcher, self._words, self._name = matcher, -(-vocab_size // 32), name

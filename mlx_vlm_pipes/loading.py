@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -20,7 +20,7 @@ from mlx_vlm_pipes import __version__
 from mlx_vlm_pipes.command import RANK_LOST, USER_MISTAKE, ignoring_interrupts
 from mlx_vlm_pipes.config import KVCacheConfig, ModelConfig, PipelineConfig
 from mlx_vlm_pipes.contexts import TextContext
-from mlx_vlm_pipes.distributed.launch import join_group
+from mlx_vlm_pipes.distributed.joining import join_group
 from mlx_vlm_pipes.distributed.team import Team, meet
 from mlx_vlm_pipes.dtypes import Device, DeviceRef, DeviceSpec, DType, default_device
 from mlx_vlm_pipes.encoding import COMPUTE_TYPES, dominant_type
@@ -57,10 +57,7 @@ from mlx_vlm_pipes.ranks import ALONE, Ranks
 from mlx_vlm_pipes.registry import Room, find_room
 from mlx_vlm_pipes.weights import Weights, find_weight_files, load_weights
 
-if TYPE_CHECKING:
-    from mlx_vlm_pipes.processing.base import TextProcessor
-
-LAST_WORD_S = 1.0
+LAST_WORD_S = 1.0  # for rank 0 to say what is wrong, before another rank ends
 BUNDLED = Path(__file__).parent / "assets" / "tiny-idefics3"
 
 
@@ -86,15 +83,17 @@ def load(  # noqa: PLR0913  # the options a user may say, all but one by keyword
     "gpu"; adapter a LoRA folder, or several (`name=folder`), of which each request names one
     (one that changes the vision tower too is loaded alone and merged there: no request can leave
     it out); draft a smaller checkpoint with the same tokenizer, which drafts tokens for this one;
-    max_length in tokens; kv_bits 8 or 4 quantises the KV cache; vision_config_overrides
-    wins over config.json (InternVL: max_dynamic_patch, min_dynamic_patch, tiles of a picture);
+    max_length in tokens; kv_bits 8 or 4 quantises the KV cache; engine its limits, None for those
+    of the device's memory; compile whether its step is; vision_config_overrides wins over
+    config.json (InternVL: max_dynamic_patch, min_dynamic_patch, tiles of a picture);
     progress whether slow work (a download, weights, pictures, long prompts, batches) shows a bar
     while it lasts, None for on a terminal and in a notebook; distributed "auto" runs the model
     together with the other processes that mlx.launch has started, or with those of a group.
     Rank 0 gets the pipeline. The others serve it in here until it closes and then exit.
-    Raises: CheckpointError, one line saying what is wrong with the checkpoint; InputError for an
-    argument of a wrong type or out of its bounds; RanksDiffer on all ranks where these do not meet
-    or have not the same; SystemExit, with 0, on all but the first at the end.
+    Raises: CheckpointError, one line saying what is wrong with the checkpoint, or with the draft
+    model beside it; InputError for an argument of a wrong type or out of its bounds; RanksDiffer on
+    all ranks where these do not meet or have not the same; SystemExit on all but the first: with 0
+    at the end, with 2 or 70 where they cannot run or one has gone.
     """
     _require_kinds(path, adapter, engine, vision_config_overrides)
     _require_path("draft", draft)
@@ -103,14 +102,14 @@ def load(  # noqa: PLR0913  # the options a user may say, all but one by keyword
     overrides, cache = dict(vision_config_overrides or {}), KVCacheConfig(bits=kv_bits)
     chosen, lora = select_device(device), lora_config(adapter)
     options = LoadOptions(dtype, chosen, max_length, cache, compile, lora, overrides)
-    asked = Asked(path, draft, _REVISION.read(revision), options, engine, has_bars)
+    asked = _Asked(path, draft, _REVISION.read(revision), options, engine, has_bars)
     if distributed is not None:
-        return open_together(asked, distributed)
-    warn_of_ranks()
-    return open_alone(asked)
+        return _open_together(asked, distributed)
+    _warn_of_ranks()
+    return _open_alone(asked)
 
 
-def open_alone(asked: Asked) -> Pipeline:
+def _open_alone(asked: _Asked) -> Pipeline:
     """The pipeline of one process. Raises: as `load`."""
     own, other = asked.find(), asked.find_draft()
     if other is not None:
@@ -208,7 +207,7 @@ class LoadOptions:
 
 
 @dataclass(frozen=True)
-class Asked:
+class _Asked:
     """What `load` was asked for, checked."""
 
     path: str | Path | None
@@ -230,7 +229,7 @@ class Asked:
         return _Opened.of(resolve_folder(self.draft, progress=self.has_bars), {})
 
 
-def open_together(asked: Asked, distributed: str | mx.distributed.Group) -> Pipeline:
+def _open_together(asked: _Asked, distributed: str | mx.distributed.Group) -> Pipeline:
     """The pipeline of several ranks, on the first; the others do as it does until it closes.
 
     Raises: as `load`.
@@ -241,7 +240,7 @@ def open_together(asked: Asked, distributed: str | mx.distributed.Group) -> Pipe
         ranks = worker.call(lambda: join_group(distributed))
         if not ranks.are_many:
             worker.stop()
-            return open_alone(asked)
+            return _open_alone(asked)
         team = worker.call(lambda: meet(ranks))
         team.watchdog.tell(worker.abandon)
         options = replace(asked.options, ranks=ranks)
@@ -265,7 +264,7 @@ def open_together(asked: Asked, distributed: str | mx.distributed.Group) -> Pipe
 
 
 def _loaded_together(
-    asked: Asked, worker: OwnerThread, team: Team
+    asked: _Asked, worker: OwnerThread, team: Team
 ) -> tuple[_Opened, PipelineModelWithKVCache]:
     """The checkpoint and this rank's part of the model, once all ranks have found the same.
 
@@ -297,7 +296,7 @@ def _last_word(error: PipesError) -> SystemExit:
     return SystemExit(RANK_LOST if isinstance(error, RankLost) else USER_MISTAKE)
 
 
-def _found_with_facts(asked: Asked) -> tuple[_Opened, dict[str, Any]]:
+def _found_with_facts(asked: _Asked) -> tuple[_Opened, dict[str, Any]]:
     """The checkpoint, and all that must be the same on all ranks, by name. Raises: as `load`."""
     found, options = asked.find(), asked.options
     facts = {
@@ -317,7 +316,7 @@ def _found_with_facts(asked: Asked) -> tuple[_Opened, dict[str, Any]]:
     return found, facts
 
 
-def warn_of_ranks() -> None:
+def _warn_of_ranks() -> None:
     """Say once, on rank 0, that the launcher's processes run a model each."""
     if launched_rank() == 0 and launched_size() > 1:
         warnings.warn(

@@ -39,7 +39,8 @@ class InferenceSession:
 
     devices: a model's must be among them; empty means any. watch: is told of the weights as they
     are read; expected_bytes: how many there will be, loaded_bytes: how many there are. ranks: the
-    processes that a model is cut for; each loads its own part. read_bytes: what was read of files.
+    processes that a model is cut for; each loads its own part. read_bytes: what such a rank has
+    read of files for its decoder.
     """
 
     devices: Sequence[Device] = ()

@@ -73,7 +73,8 @@ class StepMode:
 class ModelInputs:
     """What one step reads. A room's inputs add their own fields.
 
-    hidden_states: of a target model, for a draft model; there is none here, and they are refused.
+    hidden_states: of a target model, for a draft model that reads them; none is run here, and
+    they are refused.
     """
 
     kv_cache_inputs: KVCacheInputs | None = None
@@ -193,7 +194,7 @@ def require_inputs(inputs: ModelInputs, kind: type[InputsT]) -> InputsT:
     """
     own = require_kind(inputs, kind)
     if own.hidden_states is not None:
-        raise InputError("hidden_states are for draft models, which are not run; leave them None")
+        raise InputError("hidden_states: no draft model that reads them is run; leave them None")
     if own.kv_cache_inputs is None:
         raise ConfigError(f"{kind.__name__} without kv_cache_inputs; pass the cache of this batch")
     return own

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from mlx_vlm_pipes import SamplingParams
+from mlx_vlm_pipes.engine.drafts import MOST
 from mlx_vlm_pipes.errors import InputError
 from mlx_vlm_pipes.options import (
     OPTIONS,
@@ -35,6 +36,7 @@ def test_defaults() -> None:
     assert dataclasses.asdict(SamplingParams()) == DOCUMENTED
     request = {**DOCUMENTED, "temperature": 0.0, "max_new_tokens": 256}
     assert dataclasses.asdict(sampling_params({})) == request
+    assert OPTIONS["num_draft_tokens"].high == MOST
     prompt = PromptRequest("Hello")
     assert {name: vars(prompt)[name] for name in PROMPT_OPTIONS} == {
         "raw": False, "system": None, "fps": 2.0, "min_pixels": None, "max_pixels": None,

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import mlx.nn as nn
 
-from mlx_vlm_pipes.checkpoint.state import LANGUAGE, StateDict, part, tower_state
+from mlx_vlm_pipes.checkpoint.state import LANGUAGE, StateDict, below, tower_state
 from mlx_vlm_pipes.config import PipelineConfig
 from mlx_vlm_pipes.hf_config import AutoConfig
 from mlx_vlm_pipes.interfaces import ReturnHiddenStates, ReturnLogits
@@ -36,7 +36,7 @@ class Checkpoint:
     @property
     def text(self) -> StateDict:
         """The decoder's tensors, named relative to it."""
-        return part(self.state, LANGUAGE)
+        return below(self.state, LANGUAGE)
 
     def tower(self, prefix: str) -> StateDict:
         """The others, named relative to `prefix`, which may be empty."""

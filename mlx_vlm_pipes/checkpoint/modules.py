@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten
 
 from mlx_vlm_pipes.checkpoint.blueprint import Checkpoint, blueprint
 from mlx_vlm_pipes.checkpoint.sharding import keep_own_part
-from mlx_vlm_pipes.checkpoint.state import LANGUAGE, StateDict, part, tower_state
+from mlx_vlm_pipes.checkpoint.state import LANGUAGE, StateDict, below, tower_state
 from mlx_vlm_pipes.checkpoint.tie import HEAD, settle_head
 from mlx_vlm_pipes.config import PipelineConfig
 from mlx_vlm_pipes.interfaces import InferenceSession, Model
@@ -41,7 +41,7 @@ def expected_shapes(model_class: Any, pipeline_config: PipelineConfig, state: St
     Raises: CheckpointError as loading does, for what keeps the modules from being built.
     """
     tower, decoder_config = blueprint(model_class, Checkpoint(pipeline_config, state))
-    text = part(state, LANGUAGE)
+    text = below(state, LANGUAGE)
     if f"{HEAD}.weight" in text:
         decoder_config = replace(decoder_config, tie_word_embeddings=False)
     decoder = DenseDecoder(decoder_config)
@@ -94,8 +94,7 @@ def fill(module: nn.Module, state: dict[str, WeightData]) -> None:
 def quantize_like(module: nn.Module, state: Mapping[str, WeightData]) -> None:
     """Make packed modules of those that are packed in `state`."""
     if isinstance(state, StateDict) and state.quantization is not None:
-        shapes = {name: weight.shape for name, weight in state.items()}
-        quantize_modules(module, shapes, state.quantization, prefix=state.prefix)
+        quantize_modules(module, state.shapes, state.quantization, prefix=state.prefix)
 
 
 def load_decoder(

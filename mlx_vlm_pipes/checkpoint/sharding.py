@@ -16,12 +16,8 @@ from mlx_vlm_pipes.ranks import Ranks
 from mlx_vlm_pipes.weights import LoRAAdapter
 
 
-def _shapes(state: StateDict) -> dict[str, tuple[int, ...]]:
-    return {name: weight.shape for name, weight in state.items()}
-
-
 def _cuts(config: DecoderConfig, state: StateDict, ranks: Ranks) -> Cuts:
-    return Cuts(config, decoder_shares(config, _shapes(state), ranks.size), ranks.rank)
+    return Cuts(config, decoder_shares(config, state.shapes, ranks.size), ranks.rank)
 
 
 @dataclass(frozen=True)
@@ -35,7 +31,7 @@ class OwnPart:
 
 def own_part(config: DecoderConfig, state: StateDict, rank: int, size: int) -> OwnPart:
     """From names and shapes alone. Raises: ConfigError where a decoder cannot be cut so."""
-    parts = decoder_shares(config, _shapes(state), size)
+    parts = decoder_shares(config, state.shapes, size)
     cuts, held, read = Cuts(config, parts, rank), 0, 0
     for name, weight in state.items():
         cut = cuts.of(name)
@@ -70,7 +66,7 @@ def keep_own_part(
     read. Returns: the rank's own config. Raises: ConfigError where the decoder cannot be cut for
     so many ranks.
     """
-    parts = decoder_shares(config, _shapes(state), ranks.size)
+    parts = decoder_shares(config, state.shapes, ranks.size)
     cuts = Cuts(config, parts, ranks.rank)
     state.loras = [own_lora(lora, cuts) for lora in state.loras]
     for name in list(state):

@@ -63,6 +63,10 @@ class StateDict(dict[str, WeightData]):
         self.layout = layout
         self.prefix = prefix
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: weight.shape for name, weight in self.items()}
+
     def keep(self, names: Collection[str]) -> None:
         """Forget all tensors but these."""
         for name in [name for name in self if name not in names]:
@@ -91,14 +95,14 @@ class StateDict(dict[str, WeightData]):
         )
 
 
-def part(state: Mapping[str, WeightData], prefix: str) -> StateDict:
+def below(state: Mapping[str, WeightData], prefix: str) -> StateDict:
     """The tensors below a prefix, named relative to it."""
     return (state if isinstance(state, StateDict) else StateDict(state)).below(prefix)
 
 
 def tower_state(state: StateDict, prefix: str) -> StateDict:
     """The vision tower's tensors, named as its modules name them; prefix may be empty."""
-    return part(state, prefix) if prefix else state.without(LANGUAGE)
+    return below(state, prefix) if prefix else state.without(LANGUAGE)
 
 
 def expanded_scales(huggingface_config: Any, state: Mapping[str, WeightData]) -> QuantConfig | None:

@@ -16,7 +16,7 @@ import numpy as np
 from mlx_vlm_pipes.distributed.channel import Channel
 from mlx_vlm_pipes.distributed.codec import Malformed, pack, unpack
 from mlx_vlm_pipes.distributed.handshake import Door, Purpose, knock, listen
-from mlx_vlm_pipes.distributed.launch import SECRET, first_addresses, is_local
+from mlx_vlm_pipes.distributed.joining import SECRET, first_addresses, is_local
 from mlx_vlm_pipes.distributed.watchdog import Watchdog, end_process
 from mlx_vlm_pipes.errors import PipesError, RankLost, RanksDiffer, one_line, shown
 from mlx_vlm_pipes.ranks import Ranks

@@ -80,7 +80,7 @@ class Watchdog:
             listener(error)
 
     def _say(self, word: bytes) -> None:
-        for channel in list(self._peers.values()):  # the other thread takes out who says good-bye
+        for channel in self._peers.values():
             with contextlib.suppress(RankLost):
                 channel.send(word)
 
@@ -93,7 +93,7 @@ class Watchdog:
                 next_beat = now + BEAT_S
             ready = select.select(list(self._peers.values()), [], [], max(0, next_beat - now))[0]
             try:
-                for rank, channel in list(self._peers.items()):
+                for rank, channel in self._peers.items():
                     if channel in ready:
                         self._hear(rank, channel)
                     else:  # what has come is read before anybody is called silent
@@ -106,7 +106,8 @@ class Watchdog:
         word = channel.receive()
         self._heard[rank] = time.monotonic()
         if word == _BYE:
-            del self._peers[rank]
+            # another dict: `_say` may be on its way through this one, on another thread
+            self._peers = {r: peer for r, peer in self._peers.items() if r != rank}
         elif word.startswith(_LOST):
             raise RankLost(word[len(_LOST) :].decode(errors="replace"))
 

@@ -41,8 +41,7 @@ def examine_ranks(room: Room, tensors: Tensors, size: int, checkup: Checkup) -> 
                 kv_token_bytes=params.bytes_per_token * own.kv_heads // config.num_kv_heads,
             )
         )
-    shapes = {name: weight.shape for name, weight in text.items()}
-    parts = decoder_shares(config, shapes, size)
+    parts = decoder_shares(config, text.shapes, size)
     sent = traffic(config, parts, stored_dtype(text, "embed_tokens").size_in_bytes)
     largest = max(weight.nbytes for weight in tensors.state.values())
     checkup.ranks = RanksPlan(ranks, config.num_kv_heads, largest, **asdict(sent))

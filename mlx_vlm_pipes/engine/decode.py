@@ -58,7 +58,7 @@ class Decode:
         """
         flight = self._flight
         if flight is not None:
-            self._flight = self._follow(flight)
+            self._flight = self._launch_behind(flight)
             self._read(flight)
             if self._flight is not None and self._flight.sampled is None:
                 self._sample(self._flight)
@@ -100,7 +100,7 @@ class Decode:
         """Forget all jobs and the step in flight."""
         self.jobs, self._flight = [], None
 
-    def _follow(self, flight: Flight) -> Flight | None:
+    def _launch_behind(self, flight: Flight) -> Flight | None:
         """The step after `flight`, from its unread tokens; None where rows are to change."""
         if flight.jobs != self.jobs:
             return None

@@ -35,9 +35,9 @@ HOPE = 0.02  # how much more is expected of the next draft with each token that 
 
 @dataclass(frozen=True)
 class Drafter:
-    """A model that drafts for another one.
+    """A loaded model that may draft for another one; `DraftModel` is what runs it.
 
-    new_context: of so many prompt tokens, for this model. name: for people.
+    new_context: of prompt tokens int64 [n], for this model. name: for people.
     """
 
     model: PipelineModelWithKVCache
@@ -52,8 +52,6 @@ class ModelDrafts(Drafts):
     this job knows. drafted: the last draft; all of it but its last token is cached for the job.
     After drafts of which too little was right, the row waits, each time twice as long.
     """
-
-    by_model = True
 
     def __init__(self, model: DraftModel, most: int | None) -> None:
         super().__init__(most, share=1.0)
@@ -77,6 +75,7 @@ class ModelDrafts(Drafts):
         self._wait, self._pause, self._share = self._pause, 2 * self._pause, LEAST_KEPT
 
     def watch(self, tokens: np.ndarray) -> None:
+        """As `Drafts.watch`: a pause gets shorter, and more is hoped of the next draft."""
         del tokens
         self._wait = max(0, self._wait - 1)
         self._share += HOPE * (1 - self._share)
@@ -93,7 +92,7 @@ class DraftModel:
     """
 
     def __init__(self, drafter: Drafter, config: EngineConfig, vocab_size: int) -> None:
-        self.model, self.name = drafter.model, drafter.name
+        self.model = drafter.model
         self.state = EngineState(drafter.model, config)
         self._new_context = drafter.new_context
         self._sampler = BatchSampler(is_gpu=drafter.model.kv_params.devices[0].is_gpu())
@@ -101,8 +100,8 @@ class DraftModel:
         self._open: set[ModelDrafts] = set()
         self.slices, self._pace = 0, Pace()
 
-    def rows(self, most: int | None) -> ModelDrafts:
-        """The drafts of a new request."""
+    def new_drafts(self, most: int | None) -> ModelDrafts:
+        """The drafts of a new request. most: tokens of each."""
         return ModelDrafts(self, most)
 
     def close(self, drafts: ModelDrafts, *, is_kept: bool) -> None:
@@ -130,7 +129,7 @@ class DraftModel:
 
         others_wait: whether other rows wait for a slice, which makes it smaller.
         """
-        rows = [(job, drafts) for job, drafts in jobs if self._follow(job, drafts, count)]
+        rows = [(job, drafts) for job, drafts in jobs if self._catch_up(job, drafts, count)]
         far = [drafts for _, drafts in rows if _gap(drafts) > BEHIND[-1]]
         if far:
             self._read_slice(far, self._slice_room() if others_wait else None)
@@ -145,8 +144,8 @@ class DraftModel:
             drafts.drafted = own
         return {job: own for (job, _), own in zip(ready, tokens, strict=True)}
 
-    def _follow(self, job: Job, drafts: ModelDrafts, count: int) -> bool:
-        """Take a row as far as its job has come; False where the model cannot follow."""
+    def _catch_up(self, job: Job, drafts: ModelDrafts, count: int) -> bool:
+        """Take a row as far as its job has come; False where the model cannot go so far."""
         tokens, model = job.context.tokens, self.model
         longest = min(model.max_seq_len, model.cache_break_length or model.max_seq_len)
         new = tokens[drafts.seen :]

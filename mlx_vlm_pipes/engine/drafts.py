@@ -6,15 +6,14 @@ from abc import ABC, abstractmethod
 
 import numpy as np
 
-MOST = 7  # tokens of a draft: with the one before it, a step over eight
+WIDEST = 8  # tokens of a row in a step over drafts
+MOST = WIDEST - 1  # of a draft: the row's last token comes before it
 LEAST_KEPT = 0.2  # share of drafted tokens that must be kept: below, a step over eight loses
 RECENT = 0.5  # the last draft's weight in that share
 
 
 class Drafts(ABC):
     """One row's drafts. most: tokens of each."""
-
-    by_model = False  # whether a smaller model makes them
 
     def __init__(self, most: int | None = None, share: float = 0.0) -> None:
         self.most = MOST if most is None else most

@@ -210,8 +210,9 @@ class Engine:
         Raises: InputError with several ranks, where another model is beside them.
         """
         if self.team is not None:
-            require_alone(self.team if parts > 1 or others_bytes else None, "several models")
-            return
+            if parts > 1 or others_bytes:
+                require_alone(self.team, "several models")
+            return  # the limits are those of the smallest rank
 
         def limit() -> None:
             others = others_bytes + self._drafter_bytes

@@ -57,8 +57,9 @@ class Step:
     paces: Paces | None = None
 
 
-class Form:
-    """Stands for the form of an answer on ranks that choose no tokens."""
+class OthersConstraint:
+    """Stands for the form of an answer on ranks that choose no tokens: that there is one decides
+    when a step's tokens are chosen (`decode.Flight`)."""
 
     def allowed(self) -> np.ndarray:
         raise RuntimeError("rank 0 alone chooses tokens")
@@ -153,7 +154,7 @@ def followed_context(said: Mapping[str, Any], classes: Mapping[str, type]) -> Te
             temperature=0.0, max_new_tokens=most, min_new_tokens=least, ignore_eos=ignores
         ),
     )
-    context.constraint = Form() if said["has_form"] else None
+    context.constraint = OthersConstraint() if said["has_form"] else None
     return context
 
 

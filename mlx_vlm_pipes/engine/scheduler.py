@@ -109,7 +109,7 @@ class Scheduler:
         require_room(self.state, context, new_tokens, scored=context.log_probabilities_echo)
         job = new_job(context, decoder, self.vocab_size, keys, capacity)
         if self.draft_model is not None and context.speculative == "draft":
-            job.drafts = self.draft_model.rows(context.num_draft_tokens)
+            job.drafts = self.draft_model.new_drafts(context.num_draft_tokens)
         return self._queue(job)
 
     def submit_logits(self, context: TextContext) -> tuple[Handle, PromptLogits]:

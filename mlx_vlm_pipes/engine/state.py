@@ -139,12 +139,11 @@ class EngineState:
     beside: a smaller model that drafts for this one, whose weights and cache need memory too.
     """
 
-    beside: PipelineModelWithKVCache | None = None
-
     def __init__(
         self, model: PipelineModelWithKVCache, config: EngineConfig, ranks: Ranks = ALONE
     ) -> None:
         self.model, self.config, self.ranks = model, config, ranks
+        self.beside: PipelineModelWithKVCache | None = None
         self.cache = KVCache(model.kv_params)
         self.prefixes = PrefixCache(config.prefix_bytes if config.enable_prefix_caching else 0)
         self.images = ImageCache(config.image_bytes)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from mlx_vlm_pipes.engine.draft_model import DraftModel, ModelDrafts
+from mlx_vlm_pipes.engine.drafts import WIDEST
 from mlx_vlm_pipes.engine.lookup import Lookup
 from mlx_vlm_pipes.engine.requests import Job
 from mlx_vlm_pipes.engine.results import Results
@@ -24,7 +25,10 @@ from mlx_vlm_pipes.engine.worth import Size, Worth
 from mlx_vlm_pipes.interfaces import Phase
 from mlx_vlm_pipes.kv_cache import cache_inputs, capacity_bucket
 
-WIDTHS = (8, 4)  # tokens of each row in such a step: few sizes, so that few are compiled
+WIDTHS = (
+    WIDEST,
+    WIDEST // 2,
+)  # tokens of each row in such a step: few sizes, so that few are compiled
 MOST_TOKENS = 64  # of all rows
 
 
@@ -123,7 +127,7 @@ class Verify:
 
     def _size(self, jobs: Sequence[Job], width: int) -> Size:
         by_model = any(
-            job.drafts is not None and job.drafts.by_model and job.drafts.is_on and not job.forced
+            isinstance(job.drafts, ModelDrafts) and job.drafts.is_on and not job.forced
             for job in jobs
         )
         return len(jobs), width, by_model

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections import deque
 
+from mlx_vlm_pipes.engine.drafts import WIDEST
+
 SAMPLES = 5  # of a kind of step, the latest: their median counts
 ENOUGH = 2  # before plain steps are believed: the first may have compiled something
 UNTIMED = 0.5  # plain steps for each token of a row in a step over drafts, before it is timed,
 WIDER = 1.5  # or steps over half the tokens, where these are
 SPENT = 0.01  # share of plain steps' time that trials may cost
-WIDEST = 8  # tokens of a row in such a step
 MOST_LOST = 20.0  # plain steps: what is held against drafts
 
 Size = tuple[int, int, bool]  # rows, tokens of each; whether a smaller model drafts for some
@@ -26,7 +27,7 @@ class Worth:
 
     def __init__(self) -> None:
         self._samples: dict[Size, deque[float]] = {}
-        self._usual: dict[Size, float] = {}  # seconds, the samples' medians
+        self._usual: dict[Size, float] = {}  # seconds: medians, of two in the middle the larger
         self._lost = 0.0  # seconds; below 0: what a trial may cost
 
     def note_plain(self, rows: int, seconds: float) -> None:

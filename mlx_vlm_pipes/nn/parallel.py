@@ -1,4 +1,5 @@
-"""How a decoder is cut among ranks: whole heads, whole quantisation groups, rows of the head.
+"""How a decoder is cut among ranks: whole heads, whole quantisation groups, rows of the head; how
+the vision rows of rank 0, which alone has the tower, reach the others.
 
 Queries, keys, values, gate and up are cut by outputs, the two projections behind them by inputs:
 what a rank computes between them is its own, and one sum behind each makes it everybody's.
@@ -23,6 +24,7 @@ LARGE_VOCABULARY = 32768  # from here on, each rank has its rows of the head
 ALIGNED = 32  # columns of the MLP that go together where nobody notices who gets some more
 Spans = Sequence[tuple[int, int]]
 Shapes = Mapping[str, tuple[int, ...]]
+_ROW_TYPES = (mx.float32, mx.float16, mx.bfloat16)  # of vision rows, by the number that is told
 
 
 @dataclass(frozen=True)
@@ -173,9 +175,6 @@ class Cuts:
 
 def _moved(span: tuple[int, int], by: int) -> tuple[int, int]:
     return span[0] + by, span[1] + by
-
-
-_ROW_TYPES = (mx.float32, mx.float16, mx.bfloat16)
 
 
 def shared_rows(ranks: Ranks, encode: Callable[[], mx.array] | None) -> mx.array:

@@ -206,27 +206,27 @@ class Server:
 
 async def _chat(server: Server, request: Request) -> Response:
     def read(body: dict[str, Any], model: Model, pipe: Pipeline) -> Asked:
-        question, form = read_chat(body, pipe.tokenizer, server.settings)
-        answer = ChatAnswer(model.name, form, pipe.tokenizer)
-        return Asked(pipe, question, answer, form.stream)
+        question, telling = read_chat(body, pipe.tokenizer, server.settings)
+        answer = ChatAnswer(model.name, telling, pipe.tokenizer)
+        return Asked(pipe, question, answer, telling.stream)
 
     return await server.respond(request, read)
 
 
 async def _completion(server: Server, request: Request) -> Response:
     def read(body: dict[str, Any], model: Model, pipe: Pipeline) -> Asked:
-        question, form, echoed = read_completion(body)
-        answer = TextAnswer(model.name, form, pipe.tokenizer, echoed, question.n)
-        return Asked(pipe, question, answer, form.stream)
+        question, telling, echoed = read_completion(body)
+        answer = TextAnswer(model.name, telling, pipe.tokenizer, echoed, question.n)
+        return Asked(pipe, question, answer, telling.stream)
 
     return await server.respond(request, read)
 
 
 async def _messages(server: Server, request: Request) -> Response:
     def read(body: dict[str, Any], model: Model, pipe: Pipeline) -> Asked:
-        question, form = read_messages(body, pipe.tokenizer, server.settings)
-        answer = MessageAnswer(model.name, form, tuple(body.get("stop_sequences") or ()))
-        return Asked(pipe, question, answer, form.stream)
+        question, telling = read_messages(body, pipe.tokenizer, server.settings)
+        answer = MessageAnswer(model.name, telling, tuple(body.get("stop_sequences") or ()))
+        return Asked(pipe, question, answer, telling.stream)
 
     return await server.respond(request, read)
 
@@ -234,9 +234,9 @@ async def _messages(server: Server, request: Request) -> Response:
 async def _respond(server: Server, request: Request) -> Response:
     def read(body: dict[str, Any], model: Model, pipe: Pipeline) -> Asked:
         asked = read_response(body, server.store, pipe.tokenizer, server.settings)
-        question, form, messages = asked
-        answer = ResponseAnswer(model.name, form, body, messages, server.store)
-        return Asked(pipe, question, answer, form.stream)
+        question, telling, messages = asked
+        answer = ResponseAnswer(model.name, telling, body, messages, server.store)
+        return Asked(pipe, question, answer, telling.stream)
 
     return await server.respond(request, read)
 

@@ -42,18 +42,13 @@ KNOWN = frozenset({
     "messages", "model", "stream", "stream_options", "n", "logprobs", "top_logprobs",
     "tools", "tool_choice", "chat_template_kwargs", "reasoning_effort", *FORM_PARAMS,
 })  # fmt: skip
-READING = (
-    "chat_template_kwargs",
-    "fps",
-    "num_frames",
-    "min_pixels",
-    "max_pixels",
-)  # options of how a prompt is read
+# options of how a prompt is read
+READING = ("chat_template_kwargs", "fps", "num_frames", "min_pixels", "max_pixels")
 MAX_TOP = 20
 
 
 @dataclass(frozen=True)
-class Form:
+class Telling:
     """How an answer is to be told. n: how many there are; top: rivals of each token, None for no
     scores at all; manner: how its text is taken apart."""
 
@@ -74,11 +69,11 @@ class Form:
 
 def read_chat(
     body: Mapping[str, Any], tokenizer: Tokenizer, settings: ServerSettings
-) -> tuple[Question, Form]:
+) -> tuple[Question, Telling]:
     """Raises: ApiError 400 naming the parameter that is wrong."""
     refuse_unknown(body, KNOWN)
     tools = read_tools(body)
-    form = Form(
+    telling = Telling(
         switch(body, "stream"),
         manner(tokenizer, tools),
         wants_usage(body),
@@ -90,7 +85,7 @@ def read_chat(
     add_effort(given, body.get("reasoning_effort"), "reasoning_effort", tokenizer)
     forced = forced_calls(body, tools, tokenizer)
     chat = Chat(body.get("messages"), PROMPT, tools, forced)
-    return chat_question(chat, given, form, settings), form
+    return chat_question(chat, given, telling, settings), telling
 
 
 @dataclass(frozen=True)
@@ -104,7 +99,7 @@ class Chat:
     forced: str | None
 
 
-def chat_question(chat: Chat, given: Given, form: Form, settings: ServerSettings) -> Question:
+def chat_question(chat: Chat, given: Given, telling: Telling, settings: ServerSettings) -> Question:
     """Raises: ApiError 400 for messages that are no list, and for two forms of the answer."""
     messages, options = chat.messages, dict(given.values)
     if not isinstance(messages, list) or not messages:
@@ -116,14 +111,14 @@ def chat_question(chat: Chat, given: Given, form: Form, settings: ServerSettings
     reading = {name: options.pop(name) for name in READING if name in options}
     if chat.tools:
         reading["tools"] = chat.tools
-    if form.top is not None:
-        options["logprobs"] = max(form.top, 1)
+    if telling.top is not None:
+        options["logprobs"] = max(telling.top, 1)
     return Question(
         lambda: [allowed_messages(messages, settings, chat.param)],
         options,
         reading,
-        form.n,
-        form.manner.calls.tokens if form.manner.calls is not None else (),
+        telling.n,
+        telling.manner.calls.tokens if telling.manner.calls is not None else (),
         {"prompt": chat.param, "grammar": "tool_choice", **given.params},
     )
 
@@ -158,7 +153,7 @@ class ChatAnswer:
     """The objects of one answer to a client."""
 
     model: str
-    form: Form
+    telling: Telling
     tokenizer: Tokenizer
     prefix: str = "chatcmpl-"
 
@@ -168,20 +163,20 @@ class ChatAnswer:
 
     async def whole(self, answers: Answers) -> dict[str, Any]:
         """A chat.completion object."""
-        self.told = self.form.begun(answers)
+        self.told = self.telling.begun(answers)
         async for index, chunk in answers.pieces():
             self.told[index].add(chunk)
         return {
             **self._head("chat.completion"),
             "choices": [self._choice(index, told) for index, told in enumerate(self.told)],
-            "usage": usage_of(self.told, self.form.n),
+            "usage": usage_of(self.told, self.telling.n),
             "timings": timings_of(self.told),
         }
 
     async def streamed(self, answers: Answers) -> AsyncIterator[bytes]:
         """chat.completion.chunk events and [DONE]."""
-        self.told = self.form.begun(answers)
-        for index in range(self.form.n):
+        self.told = self.telling.begun(answers)
+        for index in range(self.telling.n):
             yield self._chunk(index, {"role": "assistant", "content": None})
         async for index, chunk in answers.pieces():
             told = self.told[index]
@@ -193,11 +188,11 @@ class ChatAnswer:
                 yield self._chunk(index, delta, scores if i == 0 else None)
             if chunk.finish_reason is not None:
                 yield self._chunk(index, {}, None, told.openai_reason)
-        if self.form.with_usage:
+        if self.telling.with_usage:
             yield event({
                 **self._head("chat.completion.chunk"),
                 "choices": [],
-                "usage": usage_of(self.told, self.form.n),
+                "usage": usage_of(self.told, self.telling.n),
                 "timings": timings_of(self.told),
             })  # fmt: skip
         yield event("[DONE]")
@@ -240,13 +235,13 @@ class ChatAnswer:
         reason: str | None = None,
     ) -> bytes:
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
-        usage = {"usage": None} if self.form.with_usage else {}
+        usage = {"usage": None} if self.telling.with_usage else {}
         return event({**self._head("chat.completion.chunk"), "choices": [choice], **usage})
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self._id, "object": kind, "created": self._created, "model": self.model}
 
     def _scores(self, scores: list[Score]) -> dict[str, Any] | None:
-        if self.form.top is None or not scores:
+        if self.telling.top is None or not scores:
             return None
-        return chat_logprobs(scores, self.form.top, self.tokenizer)
+        return chat_logprobs(scores, self.telling.top, self.tokenizer)

@@ -10,7 +10,7 @@ from typing import Any
 
 from mlx_vlm_pipes.processing.tokenizer import Tokenizer
 from mlx_vlm_pipes.server.answers import Answers, Question
-from mlx_vlm_pipes.server.chat import Form, wants_usage
+from mlx_vlm_pipes.server.chat import Telling, wants_usage
 from mlx_vlm_pipes.server.errors import ApiError, bad_request
 from mlx_vlm_pipes.server.events import event
 from mlx_vlm_pipes.server.fields import MAX_N, count, option_values, refuse_unknown, switch
@@ -30,8 +30,9 @@ MAX_PROMPTS = 128
 MAX_TOP = 5
 
 
-def read_completion(body: Mapping[str, Any]) -> tuple[Question, Form, list[str]]:
-    """The question, its form (n counts the answers to all prompts) and what stands before each.
+def read_completion(body: Mapping[str, Any]) -> tuple[Question, Telling, list[str]]:
+    """The question, how it is told (n counts the answers to all prompts) and what stands before
+    each.
 
     Raises: ApiError 400 naming the parameter that is wrong.
     """
@@ -52,11 +53,11 @@ def read_completion(body: Mapping[str, Any]) -> tuple[Question, Form, list[str]]
     given = option_values(body)
     if top is not None:
         given.values["logprobs"] = max(top, 1)
-    form = Form(switch(body, "stream"), Manner(), wants_usage(body), n * len(prompts), top)
+    telling = Telling(switch(body, "stream"), Manner(), wants_usage(body), n * len(prompts), top)
     echoed = [text if is_echoed else "" for text in prompts for _ in range(n)]
     params = {"prompt": PROMPT, **given.params}
     question = Question(lambda: prompts, given.values, {"raw": True}, n, params=params)
-    return question, form, echoed
+    return question, telling, echoed
 
 
 @dataclass
@@ -64,14 +65,14 @@ class TextAnswer:
     """The objects of one answer to a client. per_prompt: answers to each prompt."""
 
     model: str
-    form: Form
+    telling: Telling
     tokenizer: Tokenizer
     echoed: list[str]
     per_prompt: int
 
     def __post_init__(self) -> None:
         self._id, self._created = "cmpl-" + uuid.uuid4().hex, int(time.time())
-        self.told = [Told(is_trimmed=False) for _ in range(self.form.n)]
+        self.told = [Told(is_trimmed=False) for _ in range(self.telling.n)]
         self._offsets = [len(text) for text in self.echoed]  # where the next token's text begins
 
     async def whole(self, answers: Answers) -> dict[str, Any]:
@@ -94,7 +95,7 @@ class TextAnswer:
             scores = scores_of(chunk)
             if text or scores or chunk.finish_reason:
                 yield self._event([self._choice(index, text, scores, chunk.finish_reason)])
-        if self.form.with_usage:
+        if self.telling.with_usage:
             yield event({**self._head(), "choices": [], **self._figures()})
         yield event("[DONE]")
 
@@ -103,16 +104,16 @@ class TextAnswer:
         return event(error.body())
 
     def _event(self, choices: list[dict[str, Any]]) -> bytes:
-        usage = {"usage": None} if self.form.with_usage else {}
+        usage = {"usage": None} if self.telling.with_usage else {}
         return event({**self._head(), "choices": choices, **usage})
 
     def _choice(
         self, index: int, text: str, scores: list[Score], reason: str | None
     ) -> dict[str, Any]:
         logprobs = None
-        if self.form.top is not None and scores:
+        if self.telling.top is not None and scores:
             offset = self._offsets[index]
-            logprobs = text_logprobs(scores, self.form.top, self.tokenizer, offset)
+            logprobs = text_logprobs(scores, self.telling.top, self.tokenizer, offset)
             self._offsets[index] += sum(map(len, logprobs["tokens"]))
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
 

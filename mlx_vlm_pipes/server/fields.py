@@ -69,11 +69,13 @@ def read(option: Option, value: object) -> Any:
 
 
 def switch(body: Mapping[str, Any], param: str) -> bool:
+    """A parameter that is true or false; false where it is not given. Raises: as `read`."""
     value = body.get(param)
     return value is not None and read(Option("", name=param, kind=bool), value)
 
 
 def count(body: Mapping[str, Any], param: str, *, low: int, high: int) -> int | None:
+    """A whole number within bounds; None where it is not given. Raises: as `read`."""
     value = body.get(param)
     if value is None:
         return None

@@ -11,7 +11,7 @@ from typing import Any
 from mlx_vlm_pipes.errors import shown
 from mlx_vlm_pipes.processing.tokenizer import Tokenizer
 from mlx_vlm_pipes.server.answers import Answers, Question
-from mlx_vlm_pipes.server.chat import Chat, Form, chat_question
+from mlx_vlm_pipes.server.chat import Chat, Telling, chat_question
 from mlx_vlm_pipes.server.errors import ApiError, bad_request
 from mlx_vlm_pipes.server.events import event
 from mlx_vlm_pipes.server.fields import OWN, Given, option_values, refuse_unknown, switch
@@ -34,7 +34,7 @@ CHOICES = {"auto": "auto", "none": "none", "any": "required"}
 
 def read_messages(
     body: Mapping[str, Any], tokenizer: Tokenizer, settings: ServerSettings
-) -> tuple[Question, Form]:
+) -> tuple[Question, Telling]:
     """Raises: ApiError 400 naming Anthropic's parameter that is wrong."""
     refuse_unknown(body, KNOWN, NAMES)
     if body.get("max_tokens") is None:
@@ -46,7 +46,7 @@ def read_messages(
 
 def read_prompt(
     body: Mapping[str, Any], tokenizer: Tokenizer, settings: ServerSettings
-) -> tuple[Question, Form]:
+) -> tuple[Question, Telling]:
     """As read_messages, for a request that need not say how long its answer may be."""
     given = option_values(body, NAMES)
     add_thinking(given, body.get("thinking"), "thinking", tokenizer)
@@ -57,9 +57,9 @@ def read_prompt(
     if body.get("tool_choice") is not None:
         chat |= _choice(body["tool_choice"])
     tools = read_tools(chat)
-    form = Form(switch(body, "stream"), manner(tokenizer, tools))
+    telling = Telling(switch(body, "stream"), manner(tokenizer, tools))
     asked = Chat(_messages(body), PROMPT, tools, forced_calls(chat, tools, tokenizer))
-    return chat_question(asked, given, form, settings), form
+    return chat_question(asked, given, telling, settings), telling
 
 
 def _add_output(given: Given, body: Mapping[str, Any], tokenizer: Tokenizer) -> None:
@@ -190,7 +190,7 @@ class MessageAnswer:
     """The objects of one answer to a client of Anthropic's."""
 
     model: str
-    form: Form
+    telling: Telling
     stops: tuple[str, ...]
     told: list[Told] = field(default_factory=list)
 
@@ -200,7 +200,7 @@ class MessageAnswer:
 
     async def whole(self, answers: Answers) -> dict[str, Any]:
         """A message object."""
-        self.told = self.form.begun(answers)
+        self.told = self.telling.begun(answers)
         (told,) = self.told
         async for _, chunk in answers.pieces():
             told.add(chunk)
@@ -212,7 +212,7 @@ class MessageAnswer:
 
     async def streamed(self, answers: Answers) -> AsyncIterator[bytes]:
         """message_start, the blocks as they come, message_delta, message_stop."""
-        self.told = self.form.begun(answers)
+        self.told = self.telling.begun(answers)
         (told,) = self.told
         prompt = {"input_tokens": len(answers.prompts[0].input_ids), "output_tokens": 0}
         begun = {**self._head([], prompt), "stop_reason": None, "stop_sequence": None}

@@ -12,7 +12,7 @@ from typing import Any
 from mlx_vlm_pipes.errors import shown
 from mlx_vlm_pipes.processing.tokenizer import Tokenizer
 from mlx_vlm_pipes.server.answers import Answers, Question
-from mlx_vlm_pipes.server.chat import Chat, Form, chat_question
+from mlx_vlm_pipes.server.chat import Chat, Telling, chat_question
 from mlx_vlm_pipes.server.errors import ApiError, bad_request
 from mlx_vlm_pipes.server.events import event
 from mlx_vlm_pipes.server.fields import OWN, option_values, refuse_unknown, switch
@@ -71,7 +71,7 @@ class Store:
 
 def read_response(
     body: Mapping[str, Any], store: Store, tokenizer: Tokenizer, settings: ServerSettings
-) -> tuple[Question, Form, Messages]:
+) -> tuple[Question, Telling, Messages]:
     """The question, how it is told, and its messages without the instructions.
 
     Raises: ApiError 400 naming the parameter that is wrong, 404 for a previous response that is
@@ -95,10 +95,10 @@ def read_response(
     add_effort(given, _effort(body), "reasoning", tokenizer)
     chat = _tools(body)
     tools = read_tools(chat)
-    form = Form(switch(body, "stream"), manner(tokenizer, tools))
+    telling = Telling(switch(body, "stream"), manner(tokenizer, tools))
     forced = forced_calls(chat, tools, tokenizer)
     asked = Chat([*system, *messages], PROMPT, tools, forced)
-    return chat_question(asked, given, form, settings), form, messages
+    return chat_question(asked, given, telling, settings), telling, messages
 
 
 def _refuse_modes(body: Mapping[str, Any]) -> None:
@@ -191,7 +191,7 @@ class ResponseAnswer:
     """The objects of one answer, and what is kept of it."""
 
     model: str
-    form: Form
+    telling: Telling
     body: Mapping[str, Any]
     messages: Messages
     store: Store
@@ -204,7 +204,7 @@ class ResponseAnswer:
 
     async def whole(self, answers: Answers) -> dict[str, Any]:
         """A response object."""
-        self.told = self.form.begun(answers)
+        self.told = self.telling.begun(answers)
         (told,) = self.told
         async for _, chunk in answers.pieces():
             for piece in told.add(chunk):
@@ -216,7 +216,7 @@ class ResponseAnswer:
 
     async def streamed(self, answers: Answers) -> AsyncIterator[bytes]:
         """response.created, the items as they come, response.completed or .incomplete."""
-        self.told = self.form.begun(answers)
+        self.told = self.telling.begun(answers)
         (told,) = self.told
         yield self._event("response.created", response=self._head("in_progress"))
         yield self._event("response.in_progress", response=self._head("in_progress"))

@@ -73,9 +73,9 @@ class WeightData:
         mx.eval(data)
         return WeightData(data, self.name, self.dtype, data.shape, self.quantization_encoding)
 
-    def read_bytes(self, part: tuple[int, ...]) -> int:
+    def read_bytes(self, shape: tuple[int, ...]) -> int:
         """Bytes to read for a part of this shape: all, where nothing is known of a file."""
-        del part
+        del shape
         return self.nbytes
 
     def renamed(self, name: str) -> WeightData:
@@ -108,8 +108,9 @@ class StoredWeight(WeightData):
         mx.eval(weight.data)
         return replace(weight, quantization_encoding=self.quantization_encoding)
 
-    def read_bytes(self, part: tuple[int, ...]) -> int:
-        return math.prod(part) * self.info.dtype.size_in_bytes
+    def read_bytes(self, shape: tuple[int, ...]) -> int:
+        """Bytes of the file that a part of this shape is."""
+        return math.prod(shape) * self.info.dtype.size_in_bytes
 
 
 Tensors = Mapping[str, WeightData]
@@ -209,7 +210,7 @@ class _Files:
         return self._arrays[info.path].pop(info.name)
 
 
-class StoredPart(Weights):
+class StoredTree(Weights):
     """A tensor, or all tensors below a name."""
 
     def __init__(self, files: StoredTensors, name: str) -> None:
@@ -235,7 +236,7 @@ class StoredPart(Weights):
 
     def items(self) -> Iterator[tuple[str, Weights]]:
         for name in self.infos():
-            yield name, StoredPart(self._files, name)
+            yield name, StoredTree(self._files, name)
 
     def exists(self) -> bool:
         return self._name in self._files.infos
@@ -247,10 +248,10 @@ class StoredPart(Weights):
         return self._files.weight(info)
 
     def child(self, key: str) -> Weights:
-        return StoredPart(self._files, f"{self._name}.{key}" if self._name else key)
+        return StoredTree(self._files, f"{self._name}.{key}" if self._name else key)
 
 
-class SafetensorWeights(StoredPart):
+class SafetensorWeights(StoredTree):
     """One or more safetensors files, checked, then handed to MLX, which reads lazily.
 
     Raises: WeightsError for a damaged file, a dtype that MLX cannot load, or a tensor that two

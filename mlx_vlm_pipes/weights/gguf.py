@@ -26,7 +26,7 @@ from mlx_vlm_pipes.errors import UnsupportedModel, WeightsError, clip
 from mlx_vlm_pipes.gguf.config import GROUP_SIZE, PACKED_BITS, is_packed, rotary_heads
 from mlx_vlm_pipes.gguf.header import BLOCK_SIZES, GGUFHeader, TensorEntry, read_gguf
 from mlx_vlm_pipes.quantization import QuantizationEncoding
-from mlx_vlm_pipes.weights.checkpoint import StoredPart, WeightData
+from mlx_vlm_pipes.weights.checkpoint import StoredTree, WeightData
 from mlx_vlm_pipes.weights.safetensors import Header, TensorInfo
 
 _PLAIN = {"F32": DType.float32, "F16": DType.float16, "BF16": DType.bfloat16}
@@ -83,7 +83,7 @@ class _GGUFTensors:
         return UnreadWeight(read, info.name, info.dtype, info.shape, encoding)
 
 
-class GGUFWeights(StoredPart):
+class GGUFWeights(StoredTree):
     """One GGUF file of the Llama family.
 
     Raises: WeightsError for a damaged file, UnsupportedModel for what is not read.

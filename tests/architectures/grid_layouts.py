@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_vlm_pipes.architectures.grid_config import GridTowerConfig
-from mlx_vlm_pipes.checkpoint.state import part
+from mlx_vlm_pipes.checkpoint.state import below
 from mlx_vlm_pipes.weights import WeightData, adapt, detect_layout, parameter_shapes
 from mlx_vlm_pipes.weights.layout import Layout
 
@@ -43,8 +43,8 @@ def check_layout(
     if name != "canonical":
         assert layout.name == name
     once = adapt(weights, layout, config.transforms(), file_format="pt")
-    assert set(part(once, "vision_model.")) == set(parameter_shapes(tower))
-    assert set(part(once, "language_model.")) == {
+    assert set(below(once, "vision_model.")) == set(parameter_shapes(tower))
+    assert set(below(once, "language_model.")) == {
         "embed_tokens.weight", "layers.0.self_attn.q_proj.bias", "norm.weight", "lm_head.weight",
     }  # fmt: skip
     matrix = once["vision_model.patch_embed.proj.weight"].data

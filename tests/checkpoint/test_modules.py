@@ -7,7 +7,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_vlm_pipes.checkpoint.canonical import canonical, unpack
-from mlx_vlm_pipes.checkpoint.state import LANGUAGE, part
+from mlx_vlm_pipes.checkpoint.state import LANGUAGE, below
 from mlx_vlm_pipes.conversion import ConvertOptions, convert
 from mlx_vlm_pipes.hf_config import read_config
 from mlx_vlm_pipes.quantization import LoRAConfig
@@ -24,7 +24,7 @@ def stored(folder: Path) -> dict[str, mx.array]:
     config = read_config(folder)
     unpacked = unpack(load_weights(find_weight_files(folder)), config)
     state = canonical(unpacked, find_room(config).weight_adapters().LAYOUTS)
-    return {name: weight.data for name, weight in part(state, LANGUAGE).items()}
+    return {name: weight.data for name, weight in below(state, LANGUAGE).items()}
 
 
 def require_same(found: dict[str, mx.array], expected: dict[str, mx.array]) -> None:

@@ -6,17 +6,18 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.ranks.launched import ROOT, free_ports
+ROOT = Path(__file__).parents[2]
 
 
 class Started:
-    """Ranks that run `python -m module arguments`, and what each has written."""
+    """Ranks that run Python with these arguments, and what each has written."""
 
     def __init__(
         self, size: int, arguments: Sequence[str], folder: Path, env: dict[str, str] | None = None
@@ -64,3 +65,13 @@ class Started:
 
     def _log(self, rank: int, kind: str) -> Path:
         return self.folder / f"rank{rank}.{kind}"
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for listening in sockets:
+        listening.bind(("127.0.0.1", 0))
+    ports = [listening.getsockname()[1] for listening in sockets]
+    for listening in sockets:
+        listening.close()
+    return ports

@@ -5,7 +5,7 @@ import pytest
 
 from mlx_vlm_pipes.architectures.qwen3_vl.vision_model import VisionModel
 from mlx_vlm_pipes.architectures.qwen3_vl.weight_adapters import LAYOUTS
-from mlx_vlm_pipes.checkpoint.state import part
+from mlx_vlm_pipes.checkpoint.state import below
 from mlx_vlm_pipes.weights import WeightData, adapt, detect_layout, map_names, parameter_shapes
 from tests.architectures.qwen3_vl.test_vision_model import tiny_config
 
@@ -37,8 +37,8 @@ def test_layouts(name: str) -> None:
     if name != "canonical":
         assert layout.name == name
     once = adapt(weights, layout, tiny_config().transforms(), file_format="pt")
-    assert set(part(once, "vision_model.")) == set(parameter_shapes(VisionModel(tiny_config())))
-    assert set(part(once, "language_model.")) == {*NAMES, "lm_head.weight"}
+    assert set(below(once, "vision_model.")) == set(parameter_shapes(VisionModel(tiny_config())))
+    assert set(below(once, "language_model.")) == {*NAMES, "lm_head.weight"}
     matrix = once["vision_model.patch_embed.proj.weight"].data
     assert mx.array_equal(matrix, CONV.reshape(16, 24))
     twice = adapt(once, layout, tiny_config().transforms(), file_format="pt")
