@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from mlx_vlm_pipes.dtypes import Device, DeviceRef
-from mlx_vlm_pipes.errors import ConfigError
+from mlx_vlm_pipes.errors import ConfigError, InputError
 from mlx_vlm_pipes.session import InferenceSession
 
 _STEPS = (
@@ -17,9 +18,13 @@ _STEPS = (
 
 
 class StepsOnDevice:
-    """Subclasses load and run their steps on `device`, whatever MLX's default is."""
+    """Subclasses load and run their steps on `device`, whatever MLX's default is.
+
+    only_thread: the one that may run them; None for any.
+    """
 
     device: Device
+    only_thread: int | None = None
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
@@ -31,6 +36,11 @@ class StepsOnDevice:
 def _on_own_device(step: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(step)
     def run(self: StepsOnDevice, *arguments: Any, **named: Any) -> Any:
+        if self.only_thread not in (None, threading.get_ident()):
+            raise InputError(
+                f"{step.__name__}: not with several ranks, which must all run it; ask the pipeline "
+                "(generate, logits), or load the model in one process"
+            )
         with self.device.active():
             return step(self, *arguments, **named)
 

@@ -252,4 +252,8 @@ def test_a_prompt_cache_is_written_once_and_read_after(
     file.write_bytes(written[:100])
     assert main(["--image", SHAPES, "--prompt-cache-file", str(file)]) == 2
     assert "no whole prefix file; choose another name" in capsys.readouterr().err
+    assert main(["--image", SHAPES, "--prompt-cache", str(tmp_path / "none" / "cache")]) == 2
+    out, err = capsys.readouterr()
+    assert "there is no such folder; make it first" in err
+    assert out == ""  # said before the answer is made
     assert [path.name for path in tmp_path.iterdir()] == ["cache"]

@@ -31,6 +31,7 @@ class Flight:
     sampled: Sampled | None
     is_resized: bool  # the cache's arrays are new: the old ones are free once the step is done
     begun: float | None  # by the engine's clock; None where other work comes between
+    is_settled: bool = False  # has been waited for
 
 
 class Decode:
@@ -82,13 +83,18 @@ class Decode:
             trim_pool(self._state.cache.nbytes)
         return True
 
-    def settle(self) -> None:
-        """Wait for the step in flight, so that what comes next is not measured with it."""
-        if self._flight is None:
-            return
-        self._flight.begun = None
-        if self._flight.sampled is not None:
-            mx.eval(self._flight.sampled.tokens)
+    def settle(self) -> float | None:
+        """Wait for the step in flight, so that what comes next is not measured with it; the seconds
+        that it has taken, if they are known."""
+        flight = self._flight
+        if flight is None:
+            return None
+        begun, flight.begun = flight.begun, None
+        if flight.sampled is None:
+            return None
+        mx.eval(flight.sampled.tokens)
+        flight.is_settled, before, self._was_read = True, self._was_read, self._state.clock()
+        return None if begun is None else self._was_read - max(begun, before)
 
     def drop(self) -> None:
         """Forget all jobs and the step in flight."""
@@ -170,6 +176,8 @@ class Decode:
 
     def _note(self, flight: Flight) -> None:
         """Tell how long the step has taken: since the one before it was read, if it waited."""
+        if flight.is_settled:
+            return
         now, before = self._state.clock(), self._was_read
         self._was_read = now
         if flight.begun is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -57,6 +58,7 @@ class Engine:
             worker.idle_work = scheduler.step if team is None else lead(team, scheduler)
         worker.last_work = last_work(scheduler, team)
         if team is not None:
+            model.only_thread = worker.call(threading.get_ident)  # a step of one's own would hang
             team.watchdog.tell(scheduler.lose)
             team.watchdog.tell(worker.abandon)
         self._finalizer = weakref.finalize(self, worker.stop)

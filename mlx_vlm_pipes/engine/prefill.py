@@ -21,6 +21,9 @@ from mlx_vlm_pipes.errors import InputError, PipesError
 from mlx_vlm_pipes.log_probabilities import LogProbabilities, log_probabilities
 
 Group = Sequence[tuple[Job, int]]  # the jobs of a slice, with the number of tokens of each
+FULL_SLICE = 128  # tokens from which a slice takes its time by arithmetic, not by reading weights
+STEPS_A_SLICE = 2  # decode steps that running requests wait for a slice, where these are slow
+ROWS_A_STEP = 8  # running requests for each decode step that short prompts wait for others
 
 
 class Prefill:
@@ -29,18 +32,34 @@ class Prefill:
     def __init__(self, state: EngineState, results: Results) -> None:
         self._state, self._results = state, results
         self.jobs: list[Job] = []
-        self.turn = 0
-        self._patches, self._tokens, self._scored = self._paces = Pace(), Pace(), Pace()
+        self.turn = self._gathered = 0
+        self._patches, self._tokens, self._scored, self._steps = self._paces = (
+            Pace(), Pace(), Pace(), Pace()
+        )  # fmt: skip
 
     @property
     def paces(self) -> tuple[float | None, ...]:
-        """Seconds a patch, a token, and a token whose logits are all wanted, as measured."""
+        """Seconds a patch, a token, a token whose logits are all wanted, and a decode step, as
+        measured; of tokens without what a slice takes for any number of them."""
         return tuple(pace.seconds_per_unit for pace in self._paces)
 
     @paces.setter
     def paces(self, seconds: tuple[float | None, ...]) -> None:
         for pace, own in zip(self._paces, seconds, strict=True):
             pace.seconds_per_unit = own
+
+    def gathers(self, running: int) -> bool:
+        """Whether short prompts wait a decode step for more of them, where many requests run.
+
+        A slice of few tokens reads all the weights, as a decode step does. Where requests come and
+        go one by one, a slice of each one's own behind every step would take as long as the steps.
+        """
+        tokens = sum(job.remaining_prompt for job in self.jobs)
+        has_pictures = any(job.context.next_images for job in self.jobs)
+        self._gathered += 1
+        if has_pictures or tokens >= FULL_SLICE or self._gathered > running // ROWS_A_STEP:
+            self._gathered = 0
+        return self._gathered > 0
 
     def advance(self, *, running: int) -> list[Job]:
         """One bounded slice of work; returns the jobs that decode from now on.
@@ -63,12 +82,24 @@ class Prefill:
             self._state.note_slice(tokens=tokens, images=images, seconds=seconds)
         return started
 
-    def _wait_s(self, running: int) -> float:
-        """How long running requests may wait for a slice: longer, where more prompts wait than run.
+    def note_step(self, seconds: float | None) -> None:
+        """A decode step has taken so long, if it was measured; what comes next is chosen by it."""
+        if seconds is not None:
+            self._steps.note(1, seconds)
 
-        Of a burst the first would else run nearly alone, with a small slice behind each token.
+    @property
+    def _step_s(self) -> float:
+        return self._steps.seconds_per_unit or 0.0
+
+    def _wait_s(self, running: int) -> float:
+        """How long running requests may wait for a slice: longer, where more prompts wait than run,
+        and where their own steps take long.
+
+        Of a burst the first would else run nearly alone, with a small slice behind each token; and
+        a slice that is shorter than a step reads all weights for little.
         """
-        return self._state.config.running_wait_ms / 1000 * max(1.0, len(self.jobs) / running)
+        least = max(self._state.config.running_wait_ms / 1000, STEPS_A_SLICE * self._step_s)
+        return least * max(1.0, len(self.jobs) / running)
 
     def _order(self) -> list[Job]:
         """Who comes first: the oldest, or each second time a job that is much shorter.
@@ -150,14 +181,16 @@ class Prefill:
         """One slice of tokens; how many it had, and the jobs that decode from now on."""
         config = self._state.config
         pace = self._scored if order[0].wants_all_logits else self._tokens
-        room = config.prefill_chunk
+        room, fixed_s = config.prefill_chunk, self._step_s / 2  # the other half is its rows'
         if wait_s is not None:
-            room = int(min(config.running_chunk, max(MIN_SLICE, pace.fitting(wait_s))))
+            fitting = pace.fitting(wait_s - fixed_s)
+            room = int(min(config.running_chunk, max(MIN_SLICE, fitting)))
         group = next_group(order, room, self._state.slice_size)
         tokens = sum(size for _, size in group)
         begun = self._state.clock()
         started = self._run_or_isolate(group)
-        pace.note(tokens, self._state.clock() - begun)
+        seconds = self._state.clock() - begun
+        pace.note(tokens, max(seconds - fixed_s, seconds / 8))
         return tokens, started
 
     def _run_or_isolate(self, group: Group) -> list[Job]:

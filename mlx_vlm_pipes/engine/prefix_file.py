@@ -199,7 +199,9 @@ def is_vacant(path: Path) -> bool:
 
 
 def require_replaceable(path: Path) -> None:
-    """Raises: PrefixError where something lies that save_prefix did not write."""
+    """Raises: PrefixError where something lies that save_prefix did not write, or no folder is."""
+    if not path.parent.is_dir():
+        raise PrefixError(f"{clip(path, 200)}: there is no such folder; make it first")
     if is_vacant(path):
         return
     try:

@@ -176,7 +176,7 @@ class Scheduler:
         try:
             self._drop(leaving)
             self._admit()
-            if self.prefilling:
+            if self.prefilling and not self._prefill.gathers(len(self.running)):
                 self._advance_prefill()
         except Exception as error:  # ours, not a request's: nobody may wait for ever
             self._require_alone(error)
@@ -304,9 +304,9 @@ class Scheduler:
             self.state.remember(other)
 
     def _advance_prefill(self) -> None:
-        if self.running:
-            self._decode.settle()
+        step_s = self._decode.settle() if self.running else None
         self.running.extend(self._prefill.advance(running=len(self.running)))
+        self._prefill.note_step(step_s)  # behind the slice: other ranks have not measured the same
 
     def _advance_decode(self) -> None:
         try:

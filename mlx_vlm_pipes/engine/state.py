@@ -33,10 +33,11 @@ class EngineConfig:
     """Limits of the engine. Bytes and tokens.
 
     prefill_chunk bounds a slice of prefill while nothing decodes. While requests run, they wait
-    between two of their tokens for a slice of about running_wait_ms milliseconds, longer in
-    proportion where more prompts are read than requests run: as many tokens or pictures as the
-    slices before say, at most running_chunk tokens or image_batch pictures, at least MIN_SLICE
-    tokens or one picture.
+    between two of their tokens for a slice of about running_wait_ms milliseconds, or as long as two
+    of their own steps take, and longer in proportion where more prompts are read than requests
+    run: as many tokens or pictures as the slices before say, at most running_chunk tokens
+    or image_batch pictures, at least MIN_SLICE tokens or one picture. Short prompts wait up to a
+    step for each eight running requests, to be read together.
     enable_chunked_prefill=False: no prompt is cut, and one longer than prefill_chunk is refused.
     overlap_bytes: the next decode step is handed over while the last one runs where the cache of
     the batch has at most so many bytes, else once that is done (engine.handover).

@@ -80,7 +80,7 @@ class OwnerThread:
         future: Future[T] = Future()
         with self._wake:
             if self._failure is not None:
-                raise self._failure
+                raise self._failure.with_traceback(None)  # not that of who met it before
             if self._stopping:
                 raise EngineClosed("the pipeline is closed")
             self._calls.append((future, function))

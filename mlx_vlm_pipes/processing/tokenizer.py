@@ -81,6 +81,10 @@ class Tokenizer:
         try:  # a batch, as other threads run beside it: one text would keep Python's lock
             batch = self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
             return batch[0].ids
+        except TypeError as error:  # it takes all texts but those that UTF-8 cannot hold
+            raise InputError(
+                "the text cannot be tokenized: it holds half of a surrogate pair"
+            ) from error
         except BaseException as error:
             reason = _reason(error)
             raise InputError(f"the text cannot be tokenized: {reason}") from error

@@ -47,11 +47,14 @@ def read_completion(body: Mapping[str, Any]) -> tuple[Question, Telling, list[st
     if n * len(prompts) > MAX_N:
         raise bad_request(f"n: {n * len(prompts)} answers, expected at most {MAX_N} in all", "n")
     top = count(body, "logprobs", low=0, high=MAX_TOP)
+    is_echoed = switch(body, "echo")
+    if is_echoed and top is not None:  # who scores prompts would take their silence for zeros
+        raise bad_request("echo with logprobs: a prompt has none here; leave one out", "echo")
     given = option_values(body)
     if top is not None:
         given.values["logprobs"] = max(top, 1)
     telling = Telling(switch(body, "stream"), Manner(), wants_usage(body), n * len(prompts), top)
-    echoed = [text if switch(body, "echo") else "" for text in prompts for _ in range(n)]
+    echoed = [text if is_echoed else "" for text in prompts for _ in range(n)]
     params = {"prompt": PROMPT, **given.params}
     question = Question(lambda: prompts, given.values, {"raw": True}, n, params=params)
     return question, telling, echoed

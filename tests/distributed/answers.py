@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_vlm_pipes import Pipeline, load
+from mlx_vlm_pipes import InputError, Pipeline, load
 
 PICTURE = np.random.default_rng(0).integers(0, 255, (60, 80, 3)).astype(np.uint8)
 FORM = r"[a-d]{6}"
@@ -60,10 +60,21 @@ def quiet_bytes(pipe: Pipeline) -> float:
     return made
 
 
+def refused(pipe: Pipeline) -> str:
+    """What is said to a step of rank 0's own."""
+    context = pipe.processor.new_context(pipe.encode("a b"), max_length=pipe.max_seq_len)
+    try:
+        pipe.model.prepare_initial_token_inputs([[context]])
+    except InputError as error:
+        return str(error)
+    return ""
+
+
 def main(path: str) -> None:
     with load(distributed="auto", device="cpu") as pipe:
         found = answers(pipe)
         found["digests"] = pipe.engine.digests()
+        found["refused"] = refused(pipe)
         found["quiet bytes"] = quiet_bytes(pipe)
         pipe.engine.forget()
         found["digests"] += pipe.engine.digests()

@@ -23,6 +23,7 @@ def test_two_ranks_answer_as_one_process(tmp_path: Path) -> None:
     found = json.loads(report.read_text())
     assert found.pop("logits") == pytest.approx(alone.pop("logits"), abs=1e-5)
     assert found.pop("quiet bytes") == 20  # a length, nothing, a tag
+    assert "not with several ranks" in found.pop("refused")
     first, second, *cleared = found.pop("digests")
     assert first == second
     assert cleared[0] == cleared[1] != first

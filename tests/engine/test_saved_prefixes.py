@@ -347,7 +347,7 @@ def test_a_file_appears_whole_or_not_at_all(
     shutil.copy(IDEFICS3 / other.name, other)
     with pytest.raises(PrefixError, match="no whole prefix file; choose another name"):
         pipe.save_prefix(other, ASK)
-    with pytest.raises(InputError, match="cannot be written"):
+    with pytest.raises(PrefixError, match="there is no such folder; make it first"):
         pipe.save_prefix(tmp_path / "no folder" / "a", ASK)
 
 

@@ -32,14 +32,18 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> PipelineModelWithKVCache:
 
 
 class Slow:
-    """Seconds pass by as the model reads prompts; sizes: tokens of each slice."""
+    """Seconds pass by as the model reads prompts, and, with fixed, in each slice and decode step;
+    sizes: tokens of each slice."""
 
-    def __init__(self, model: Any, patch: pytest.MonkeyPatch, seconds_per_token: float) -> None:
+    def __init__(
+        self, model: Any, patch: pytest.MonkeyPatch, seconds_per_token: float, fixed: float = 0.0
+    ) -> None:
         self.now, self.cost = 0.0, seconds_per_token
         self.sizes: list[int] = []
         execute = model.execute
 
         def slow(inputs: Any) -> Any:
+            self.now += fixed
             if inputs.phase is Phase.PREFILL:
                 self.sizes.append(inputs.tokens.shape[0])
                 self.now += self.sizes[-1] * self.cost
@@ -79,6 +83,45 @@ def test_a_slice_takes_as_long_as_running_requests_may_wait(
         scheduler.step()
     assert max(slow.sizes[40:]) == 512
     runs.close()
+    finish(scheduler)
+
+
+def test_slices_are_worth_the_weights_that_they_read(
+    model: PipelineModelWithKVCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = Slow(model, monkeypatch, 0.004, fixed=0.150)
+    scheduler = slow.drives(new_scheduler(model, running_wait_ms=200))
+    runs = submit(scheduler, prompt_ids(30), 200)
+    scheduler.step()
+    long = submit(scheduler, prompt_ids(600, 1), 2)
+    while long not in [job.handle for job in scheduler.running]:
+        scheduler.step()
+    assert max(slow.sizes) == 36  # two steps' time, 0.3 s, are 37; 12 fit into 0.2 s
+    runs.close()
+    finish(scheduler)
+
+
+@pytest.mark.parametrize(("running", "most_slices", "most_steps"), [(16, 4, 2), (1, 12, 0)])
+def test_short_prompts_are_read_together_where_many_requests_run(
+    model: PipelineModelWithKVCache, running: int, most_slices: int, most_steps: int
+) -> None:
+    scheduler = new_scheduler(model)
+    run = [submit(scheduler, prompt_ids(8, seed), 200) for seed in range(running)]
+    while len(scheduler.running) < running:
+        scheduler.step()
+    slices, waited = 0, dict[Handle, int]()
+    for seed in range(12):
+        new = submit(scheduler, prompt_ids(8, 50 + seed), 1)
+        waited[new] = 0
+        before = scheduler.stats.prefill_tokens
+        scheduler.step()
+        slices += scheduler.stats.prefill_tokens > before
+        for job in scheduler.prefilling:
+            waited[job.handle] += 1
+    assert slices == most_slices
+    assert max(waited.values()) == most_steps
+    for handle in run:
+        handle.close()
     finish(scheduler)
 
 

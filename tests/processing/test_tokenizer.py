@@ -111,6 +111,12 @@ def test_others_run_while_a_long_text_is_read(tmp_path) -> None:
     assert turns > 30
 
 
+def test_half_a_surrogate_pair_is_one_line(tmp_path) -> None:
+    tokenizer = Tokenizer(make_folder(tmp_path, [], {}))
+    with pytest.raises(InputError, match=r"tokenized: it holds half of a surrogate pair$"):
+        tokenizer.encode("a \ud800 b")
+
+
 def test_text_model_refuses_pictures(tmp_path) -> None:
     folder = make_folder(tmp_path, [], {}, template())
     processor = Llama3Processor(folder, {"architectures": ["LlamaForCausalLM"]})

@@ -50,7 +50,7 @@ BODIES: dict[str, dict[str, Any]] = {
         "reasoning_effort": "low", "thinking_budget": None,
     },
     "/v1/completions": {
-        "prompt": ["a"], "max_tokens": 2, "echo": True, "logprobs": 1, "stop": "x", "n": 1,
+        "prompt": ["a"], "max_tokens": 2, "echo": False, "logprobs": 1, "stop": "x", "n": 1,
         "presence_penalty": 0.1, "stop_token_ids": [3], "min_tokens": 0,
     },
     "/v1/responses": {

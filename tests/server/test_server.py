@@ -137,10 +137,13 @@ def test_completions_continue_texts(pipe: Pipeline, port: int) -> None:
     assert texts == [
         p + t for p, t in zip([p for p in prompts for _ in range(2)], own, strict=True)
     ]
-    scored = call(port, "/v1/completions", {"prompt": "a large", "max_tokens": 4, "logprobs": 2})
+    asked = {"prompt": "a large", "max_tokens": 4, "logprobs": 2}
+    refused = call(port, "/v1/completions", {**asked, "echo": True})
+    assert (refused.status, refused.error["param"]) == (400, "echo")
+    scored = call(port, "/v1/completions", asked)
     scores = scored.json["choices"][0]["logprobs"]
     assert scores["text_offset"][1] == len(scores["tokens"][0])
-    asked = {"prompt": "a large", "max_tokens": 4, "logprobs": 2, "stream": True}
+    asked["stream"] = True
     parts = [
         event["choices"][0]["logprobs"] for event in call(port, "/v1/completions", asked).events
     ]
