@@ -11,6 +11,7 @@ dtype. The text is `perplexity.txt`, which nobody has trained on: this project's
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,9 @@ import numpy as np
 from mlx_vlm_pipes import load
 from mlx_vlm_pipes.contexts import TextContext, TokenBuffer
 from mlx_vlm_pipes.conversion import ConvertOptions, convert
-from tools.real_checkpoint import checkpoint_path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tools.real_checkpoint import checkpoint_path  # the path above leads there
 
 TEXT = Path(__file__).with_suffix(".txt")
 # name: (what convert is asked for, dtype to compute in)

@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
+from pathlib import Path
 from random import Random
 from typing import Any, Literal
 
@@ -19,7 +21,9 @@ from mlx_vlm_pipes.engine.requests import Handle
 from mlx_vlm_pipes.errors import InputError
 from mlx_vlm_pipes.pipeline import Pipeline
 from mlx_vlm_pipes.result import GenerationResult, collect_all
-from tools.real_checkpoint import checkpoint_path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tools.real_checkpoint import checkpoint_path  # the path above leads there
 
 ASKED = "Describe a person as JSON: name, age, city, and three hobbies."
 SCHEMA: dict[str, Any] = {
