@@ -18,12 +18,11 @@ import numpy as np
 
 from mlx_vlm_pipes.contexts import TextContext
 from mlx_vlm_pipes.engine.batch_sampler import BatchSampler
-from mlx_vlm_pipes.engine.caches import prefix_keys
 from mlx_vlm_pipes.engine.drafts import LEAST_KEPT, Drafts
 from mlx_vlm_pipes.engine.pace import Pace
 from mlx_vlm_pipes.engine.requests import Job, new_job
 from mlx_vlm_pipes.engine.slices import SliceRow, run_slice
-from mlx_vlm_pipes.engine.state import MIN_SLICE, EngineConfig, EngineState
+from mlx_vlm_pipes.engine.state import EngineConfig, EngineState
 from mlx_vlm_pipes.engine.text import NoText
 from mlx_vlm_pipes.interfaces import Phase, PipelineModelWithKVCache
 from mlx_vlm_pipes.kv_cache import KVCache, cache_inputs, increment_cache_lengths
@@ -178,16 +177,14 @@ class DraftModel:
     def _opened(self, tokens: np.ndarray, capacity: int) -> Job:
         """The model's own job for a row, with what is cached of its beginning."""
         context = self._new_context(tokens)
-        keys = prefix_keys(context, self.state.salt(context, self.state.planned_length(context)))
-        own = new_job(context, NoText(), self.model.vocab_size, keys, capacity)
+        own = new_job(context, NoText(), self.model.vocab_size, self.state.keys(context), capacity)
         own.held = self.state.row_from_prefix(own)
         return own
 
     def _slice_room(self) -> int:
         """Tokens of a slice that takes the others no longer than one of prefill."""
         config = self.state.config
-        fitting = self._pace.fitting(config.running_wait_ms / 1000)
-        return int(min(config.running_chunk, max(MIN_SLICE, fitting)))
+        return config.slice_beside_others(self._pace.fitting(config.running_wait_ms / 1000))
 
     def _read_slice(self, far: Sequence[ModelDrafts], most: int | None) -> None:
         """One slice of what rows have yet to read; at least one token stays for the draft."""

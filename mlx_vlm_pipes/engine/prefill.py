@@ -16,7 +16,7 @@ from mlx_vlm_pipes.engine.plan import picture_bytes, picture_room
 from mlx_vlm_pipes.engine.requests import Job
 from mlx_vlm_pipes.engine.results import Results
 from mlx_vlm_pipes.engine.slices import SliceRow, encode, image_key, run_slice
-from mlx_vlm_pipes.engine.state import MIN_SLICE, EngineState
+from mlx_vlm_pipes.engine.state import EngineState
 from mlx_vlm_pipes.errors import InputError, PipesError
 from mlx_vlm_pipes.log_probabilities import LogProbabilities, log_probabilities
 
@@ -32,7 +32,7 @@ class Prefill:
     def __init__(self, state: EngineState, results: Results) -> None:
         self._state, self._results = state, results
         self.jobs: list[Job] = []
-        self.turn = self._gathered = 0
+        self.turn = self.gathered = 0
         self._patches, self._tokens, self._scored, self._steps = self._paces = (
             Pace(), Pace(), Pace(), Pace()
         )  # fmt: skip
@@ -56,10 +56,10 @@ class Prefill:
         """
         tokens = sum(job.remaining_prompt for job in self.jobs)
         has_pictures = any(job.context.next_images for job in self.jobs)
-        self._gathered += 1
-        if has_pictures or tokens >= FULL_SLICE or self._gathered > running // ROWS_A_STEP:
-            self._gathered = 0
-        return self._gathered > 0
+        self.gathered += 1
+        if has_pictures or tokens >= FULL_SLICE or self.gathered > running // ROWS_A_STEP:
+            self.gathered = 0
+        return self.gathered > 0
 
     def advance(self, *, running: int) -> list[Job]:
         """One bounded slice of work; returns the jobs that decode from now on.
@@ -183,8 +183,7 @@ class Prefill:
         pace = self._scored if order[0].wants_all_logits else self._tokens
         room, fixed_s = config.prefill_chunk, self._step_s / 2  # the other half is its rows'
         if wait_s is not None:
-            fitting = pace.fitting(wait_s - fixed_s)
-            room = int(min(config.running_chunk, max(MIN_SLICE, fitting)))
+            room = config.slice_beside_others(pace.fitting(wait_s - fixed_s))
         group = next_group(order, room, self._state.slice_size)
         tokens = sum(size for _, size in group)
         begun = self._state.clock()

@@ -19,7 +19,7 @@ import numpy as np
 from mlx_vlm_pipes.config import kv_group_size
 from mlx_vlm_pipes.contexts import ImageMetadata, TextContext
 from mlx_vlm_pipes.dtypes import DType
-from mlx_vlm_pipes.engine.caches import prefix_keys, token_keys
+from mlx_vlm_pipes.engine.caches import token_keys
 from mlx_vlm_pipes.engine.identity import adapter_digest
 from mlx_vlm_pipes.engine.prefix_file import (
     CACHE,
@@ -77,7 +77,7 @@ class PrefixFiles:
         """
         require_replaceable(path)
         self._require_caching()
-        keys, owner = self._keys(context), self._owner(context)
+        keys, owner = self._state.keys(context), self._owner(context)
         row = self._worker.call(lambda: self._cached(keys))
         if row is None:
             self._require_budget(len(keys), "the prompt")
@@ -88,10 +88,6 @@ class PrefixFiles:
             arrays[f"{FEATURES}{i}"] = self._worker.call(partial(self._rows, image))
         nbytes = write_prefix(path, owner, arrays)
         return SavedPrefix(path, len(keys), len(context.images), nbytes, context.model_name)
-
-    def _keys(self, context: TextContext) -> np.ndarray:
-        planned = self._state.planned_length(context)
-        return prefix_keys(context, self._state.salt(context, planned))
 
     def _cached(self, keys: np.ndarray) -> CacheRow | None:
         """A staged row of exactly these tokens; None where not all of them are cached."""

@@ -17,7 +17,7 @@ import numpy as np
 
 from mlx_vlm_pipes.contexts import TextContext, require_known_tokens
 from mlx_vlm_pipes.distributed.team import Team
-from mlx_vlm_pipes.engine.caches import common_prefix, prefix_keys
+from mlx_vlm_pipes.engine.caches import common_prefix
 from mlx_vlm_pipes.engine.decode import Decode
 from mlx_vlm_pipes.engine.draft_model import Drafter, DraftModel
 from mlx_vlm_pipes.engine.lockstep import (
@@ -140,10 +140,10 @@ class Scheduler:
         return self._queue(job), job.prompt_row
 
     def _keys(self, context: TextContext) -> np.ndarray:
-        """What the prefix cache compares of a prompt, int64 [n]."""
+        """As `EngineState.keys`, of pictures that all ranks can name."""
         if self.state.ranks.are_many:
             name_pictures(context)
-        return prefix_keys(context, self.state.salt(context, self.state.planned_length(context)))
+        return self.state.keys(context)
 
     def _queue(self, job: Job) -> Handle:
         self._results.live.add(job)
@@ -224,11 +224,12 @@ class Scheduler:
             row = None if held is None else (held.length, held.uncounted, held.slot, held.capacity)
             counts = (own.processed_length, own.active_length, job.cached_tokens, len(job.features))
             tokens.append((job.number, own.all, counts, row, job.capacity, job.keys))
-        sizes = (len(self.waiting), len(self.prefilling), len(self.running), self._prefill.turn)
+        sizes = (len(self.waiting), len(self.prefilling), len(self.running))
+        turns = self._prefill.turn, self._prefill.gathered
         config = self.state.config
         limits = (config.kv_bytes // token, config.prefix_bytes // token, config.image_bytes)
         kept = self.state.prefixes.contents(token), self.state.images.contents()
-        return digest([sizes, tokens, self.state.cache.shapes, limits, *kept])
+        return digest([sizes, turns, tokens, self.state.cache.shapes, limits, *kept])
 
     def limit(self, config: EngineConfig) -> None:
         """Take other limits; what is cached beyond them is forgotten.

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_vlm_pipes.config import KVCacheConfig, PipelineConfig
 from mlx_vlm_pipes.contexts import TextContext
@@ -90,6 +91,10 @@ class EngineConfig:
     def takes(self, prompt_tokens: int) -> bool:
         """Whether a prompt of so many tokens can be prefilled."""
         return self.enable_chunked_prefill or prompt_tokens <= self.prefill_chunk
+
+    def slice_beside_others(self, fitting: float) -> int:
+        """Tokens of a slice that running requests wait for. fitting: into their time."""
+        return int(min(self.running_chunk, max(MIN_SLICE, fitting)))
 
     def __post_init__(self) -> None:
         counts = ("max_batch_size", "prefill_chunk", "running_chunk", "image_batch")
@@ -236,6 +241,10 @@ class EngineState:
         """Separates keys made with other rotary frequencies or another adapter."""
         table = self.model.language.key_table(planned + context.position_delta)
         return self.salt_of(table, context.model_name)
+
+    def keys(self, context: TextContext) -> np.ndarray:
+        """What the prefix cache compares of a prompt, int64 [n]."""
+        return prefix_keys(context, self.salt(context, self.planned_length(context)))
 
     def salt_of(self, table: int, adapter: str) -> int:
         """The same by the number of the rotary table and the adapter's name."""

@@ -25,10 +25,7 @@ from mlx_vlm_pipes.engine.worth import Size, Worth
 from mlx_vlm_pipes.interfaces import Phase
 from mlx_vlm_pipes.kv_cache import cache_inputs, capacity_bucket
 
-WIDTHS = (
-    WIDEST,
-    WIDEST // 2,
-)  # tokens of each row in such a step: few sizes, so that few are compiled
+WIDTHS = WIDEST, WIDEST // 2  # tokens of each row in such a step: few, so that few are compiled
 MOST_TOKENS = 64  # of all rows
 
 
@@ -144,8 +141,7 @@ class Verify:
                 found[job] = job.drafts.draft(job.context.tokens.all, rooms[job])
             elif isinstance(job.drafts, ModelDrafts) and rooms[job] > 0:
                 asking.append((job, job.drafts))
-        made = self._drafted_by_model(asking, rooms, others_wait=len(jobs) > 1)
-        found |= {job: own[: rooms[job]] for job, own in made.items()}
+        found |= self._drafted_by_model(asking, rooms, others_wait=len(jobs) > 1)
         return [(found.get(job, []), job in forced) for job in jobs]
 
     def _drafted_by_model(

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from mlx_vlm_pipes import load
 from mlx_vlm_pipes.pipeline import Pipeline
 from mlx_vlm_pipes.server import responses
 from mlx_vlm_pipes.server.app import Server
@@ -21,12 +20,6 @@ from tests.server.driving import Reply, call, running
 SHAPES = Path(__file__).parents[2] / "examples" / "images" / "shapes.png"
 DATA = base64.b64encode(SHAPES.read_bytes()).decode()
 ASKED = "Describe the picture."
-
-
-@pytest.fixture(scope="module")
-def pipe() -> Iterator[Pipeline]:
-    with load() as pipe:
-        yield pipe
 
 
 @pytest.fixture(scope="module")

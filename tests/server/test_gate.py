@@ -13,17 +13,10 @@ from typing import Any
 
 import pytest
 
-from mlx_vlm_pipes import load
 from mlx_vlm_pipes.pipeline import Pipeline
 from mlx_vlm_pipes.server import body as bodies
 from tests.server.driving import call, running
 from tests.server.test_server import CHAT, plain, serve
-
-
-@pytest.fixture(scope="module")
-def pipe() -> Iterator[Pipeline]:
-    with load() as pipe:
-        yield pipe
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,6 @@ from typing import Any
 
 import pytest
 
-from mlx_vlm_pipes import load
 from mlx_vlm_pipes.pipeline import Pipeline
 from mlx_vlm_pipes.server.app import Server
 from mlx_vlm_pipes.server.models import Models
@@ -43,12 +42,6 @@ def chat(
 
 def plain(**more: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": "Who?"}], **more}
-
-
-@pytest.fixture(scope="module")
-def pipe() -> Iterator[Pipeline]:
-    with load() as pipe:
-        yield pipe
 
 
 def serve(pipe: Pipeline, **settings: Any) -> Server:

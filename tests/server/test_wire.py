@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from mlx_vlm_pipes import load
 from mlx_vlm_pipes.pipeline import Pipeline
 from mlx_vlm_pipes.server.app import Server
 from mlx_vlm_pipes.server.models import Models
@@ -21,12 +20,6 @@ from tests.server.driving import call, running, until
 
 CHAT = "/v1/chat/completions"
 LIMIT_S = 0.4
-
-
-@pytest.fixture(scope="module")
-def pipe() -> Iterator[Pipeline]:
-    with load() as pipe:
-        yield pipe
 
 
 def serve(pipe: Pipeline, **settings: Any) -> Server:
